@@ -1,0 +1,5 @@
+//! The `hci` executable.
+
+fn main() -> anyhow::Result<()> {
+    Ok(())
+}

@@ -1,0 +1,1 @@
+//! See the design: this crate's page is written with its first module.
