@@ -1,5 +1,7 @@
-//! The `hci` executable.
+//! Entry point of the `hci` executable; everything is in the library so that tests can reach it.
 
-fn main() -> anyhow::Result<()> {
-    Ok(())
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    hci_node::cli::main()
 }
