@@ -1,1 +1,8 @@
-//! See the design: this crate's page is written with its first module.
+//! End-to-end and fault tests of the whole product, its demo and its benchmarks: everything as a user would do it,
+//! through the executable.
+//!
+//! | module | it is |
+//! |---|---|
+//! | [`guest`] | the image that test VMs boot |
+
+pub mod guest;
