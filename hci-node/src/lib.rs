@@ -2,6 +2,10 @@
 //!
 //! | start reading at | it is |
 //! |---|---|
+//! | [`state`] | the cluster's desired state and the commands that change it: pure, replicated by Raft |
+//! | [`api`] | the HTTP API: resources, problems, server |
 //! | [`cli`] | the command line: parses, calls the API of a node, prints |
 
+pub mod api;
 pub mod cli;
+pub mod state;

@@ -1,0 +1,4 @@
+//! The HTTP API: its JSON resources, its errors, and the server.
+
+pub mod problem;
+pub mod types;

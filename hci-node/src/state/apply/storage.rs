@@ -1,0 +1,443 @@
+//! Disks and volumes: the rules of design §4 about who may write where.
+//!
+//! A volume's in-sync set changes only here. Three rules carry the data's safety: the last in-sync copy of a
+//! segment is never taken out; whoever shows an old generation is refused; and a volume is opened elsewhere only when
+//! its coordinator has closed it or its node's lease has ended.
+
+use super::{Applied, check_free, check_name, conflict, invalid, not_found, tasks};
+use crate::state::{
+    BLOCK_BYTES, Cleanliness, ClusterState, Disk, DiskId, DiskState, Generation, Goal, NodeId, Outcome,
+    Refusal, RefusalKind, ReplicaState, SegmentIndex, Severity, Subject, TaskError, Timestamp, Volume,
+    VolumeFill, VolumeId, VolumeOwner, WipePolicy,
+    command::NewVolume,
+    placement::{self, Wish},
+};
+
+/// Largest volume: 64 TiB.
+const MAX_VOLUME_BYTES: u64 = 64 << 40;
+/// Most copies of a volume.
+const MAX_REPLICAS: u8 = 3;
+
+pub(super) fn add_disk(
+    state: &mut ClusterState,
+    id: DiskId,
+    node: NodeId,
+    path: &str,
+    wipe: WipePolicy,
+    at: Timestamp,
+) -> Result<Applied, Refusal> {
+    let owner = state.nodes.get(&node).ok_or_else(|| not_found("node", node))?;
+    let name = format!("{}:{path}", owner.name);
+    let done = Applied::now("disk add", Subject::Disk(id), name).until(Goal::DiskReady(id));
+    if state.disks.contains_key(&id) {
+        return Ok(done);
+    }
+    if !path.starts_with('/') || path.len() > 4096 || path.contains('\0') {
+        return Err(invalid(format!("{path:?} is no absolute path"), "name a device: hci disk list"));
+    }
+    if state.disks.values().any(|disk| disk.node == node && disk.path == path) {
+        return Err(Refusal::new(
+            RefusalKind::Taken,
+            format!("{path} of node {} is in the pool already", owner.name),
+            "see it: hci disk list",
+        ));
+    }
+    let disk = Disk {
+        id,
+        node,
+        path: path.to_owned(),
+        store: None,
+        capacity_bytes: 0,
+        state: DiskState::Preparing,
+        wipe,
+        added: at,
+    };
+    state.disks.insert(id, disk);
+    Ok(done)
+}
+
+pub(super) fn disk_ready(
+    state: &mut ClusterState,
+    id: DiskId,
+    store: &str,
+    capacity_bytes: u64,
+    at: Timestamp,
+) -> Result<Applied, Refusal> {
+    let disk = state.disks.get_mut(&id).ok_or_else(|| not_found("disk", id))?;
+    let fresh = disk.state == DiskState::Preparing;
+    disk.store = Some(store.to_owned());
+    disk.capacity_bytes = capacity_bytes;
+    // Wiping was allowed once; should the disk be prepared again, its data counts.
+    disk.wipe = WipePolicy::Refuse;
+    if fresh {
+        disk.state = DiskState::Ready;
+        let message = format!("disk {} is in the pool", state.subject_name(&Subject::Disk(id)));
+        state.note(at, Severity::Info, "disk-added", Subject::Disk(id), message);
+        tasks::settle(state, &Goal::DiskReady(id), None, at);
+    }
+    Ok(Applied::now("disk ready", Subject::Disk(id), ""))
+}
+
+pub(super) fn abort_disk(
+    state: &mut ClusterState,
+    id: DiskId,
+    error: &TaskError,
+    at: Timestamp,
+) -> Result<Applied, Refusal> {
+    let disk = state.disks.get(&id).ok_or_else(|| not_found("disk", id))?;
+    if disk.state != DiskState::Preparing {
+        return Err(conflict("the disk is in use", "see it: hci disk list"));
+    }
+    state.disks.remove(&id);
+    tasks::settle(state, &Goal::DiskReady(id), Some(error), at);
+    Ok(Applied::now("disk abort", Subject::Disk(id), ""))
+}
+
+pub(super) fn set_disk_health(
+    state: &mut ClusterState,
+    id: DiskId,
+    failed: Option<&str>,
+    at: Timestamp,
+) -> Result<Applied, Refusal> {
+    let name = state.subject_name(&Subject::Disk(id));
+    let disk = state.disks.get_mut(&id).ok_or_else(|| not_found("disk", id))?;
+    match (&disk.state, failed) {
+        (DiskState::Ready, Some(reason)) => {
+            disk.state = DiskState::Failed { reason: reason.to_owned() };
+            let message = format!("disk {name} failed: {reason}");
+            state.note(at, Severity::Critical, "disk-failed", Subject::Disk(id), message);
+        }
+        (DiskState::Failed { .. }, None) => {
+            disk.state = DiskState::Ready;
+            state.note(
+                at,
+                Severity::Info,
+                "disk-works",
+                Subject::Disk(id),
+                format!("disk {name} works again"),
+            );
+        }
+        _ => {}
+    }
+    Ok(Applied::now("disk health", Subject::Disk(id), name))
+}
+
+/// How many copies must be in sync for writes to go on, when nothing else was said: a majority.
+fn usual_minimum(replicas: u8) -> u8 {
+    if replicas >= 3 { 2 } else { 1 }
+}
+
+/// A volume as it will be; used by VMs and images too.
+pub(super) fn plan_volume(
+    state: &ClusterState,
+    new: &NewVolume,
+    near: Option<NodeId>,
+    unreachable: &[NodeId],
+    owner: VolumeOwner,
+    fill: VolumeFill,
+    at: Timestamp,
+) -> Result<Volume, Refusal> {
+    check_name("volume", &new.name)?;
+    check_free("volume", &new.name, state.volumes.values().map(|volume| &volume.name))?;
+    if new.size_bytes == 0 || new.size_bytes > MAX_VOLUME_BYTES {
+        return Err(invalid(
+            format!("{} bytes is no size for a volume", new.size_bytes),
+            "use 4 KiB to 64 TiB: --size 10GiB",
+        ));
+    }
+    if !(1..=MAX_REPLICAS).contains(&new.replicas) {
+        return Err(invalid(
+            format!("a volume cannot have {} copies", new.replicas),
+            "use --replicas 1, 2 or 3",
+        ));
+    }
+    let min_in_sync = new.min_in_sync.unwrap_or_else(|| usual_minimum(new.replicas));
+    if !(1..=new.replicas).contains(&min_in_sync) {
+        return Err(invalid(
+            format!("{min_in_sync} of {} copies cannot be the minimum", new.replicas),
+            "use a minimum from 1 to the number of copies",
+        ));
+    }
+    let size_bytes = new.size_bytes.next_multiple_of(BLOCK_BYTES);
+    let segments = placement::place(state, &Wish { size_bytes, replicas: new.replicas, near, unreachable })?;
+    Ok(Volume {
+        id: new.id,
+        name: new.name.clone(),
+        size_bytes,
+        replicas: new.replicas,
+        min_in_sync,
+        generation: Generation(0),
+        coordinator: None,
+        cleanliness: Cleanliness::Clean,
+        segments,
+        owner,
+        fill,
+        created: at,
+    })
+}
+
+pub(super) fn create_volume(
+    state: &mut ClusterState,
+    new: &NewVolume,
+    near: Option<NodeId>,
+    unreachable: &[NodeId],
+    at: Timestamp,
+) -> Result<Applied, Refusal> {
+    let done = Applied::now("volume create", Subject::Volume(new.id), &new.name);
+    if state.volumes.contains_key(&new.id) {
+        return Ok(done);
+    }
+    let volume = plan_volume(state, new, near, unreachable, VolumeOwner::None, VolumeFill::Blank, at)?;
+    state.volumes.insert(volume.id, volume);
+    Ok(done)
+}
+
+pub(super) fn delete_volume(state: &mut ClusterState, id: VolumeId) -> Result<Applied, Refusal> {
+    if state.purge.contains_key(&id) {
+        return Ok(Applied::now("volume delete", Subject::Volume(id), ""));
+    }
+    let volume = state.volumes.get(&id).ok_or_else(|| not_found("volume", id))?;
+    let name = volume.name.clone();
+    let user = match volume.owner {
+        VolumeOwner::Vm(vm) => Some(("VM", state.subject_name(&Subject::Vm(vm)), "hci vm delete")),
+        VolumeOwner::Image(image) => {
+            Some(("image", state.subject_name(&Subject::Image(image)), "hci image delete"))
+        }
+        VolumeOwner::None => None,
+    };
+    if let Some((what, user, command)) = user {
+        return Err(conflict(
+            format!("volume {name} is in use by the {what} {user}"),
+            format!("it goes with its {what}: {command} {user}"),
+        ));
+    }
+    if let Some(node) = volume.coordinator {
+        return Err(conflict(
+            format!("volume {name} is open on node {}", state.subject_name(&Subject::Node(node))),
+            "wait until it is closed: hci volume get",
+        ));
+    }
+    drop_volume(state, id);
+    Ok(Applied::now("volume delete", Subject::Volume(id), name))
+}
+
+/// Forgets a volume and remembers which disks still hold data of it.
+pub(super) fn drop_volume(state: &mut ClusterState, id: VolumeId) {
+    if let Some(volume) = state.volumes.remove(&id) {
+        let disks = volume.segments.iter().flat_map(|segment| &segment.replicas).map(|replica| replica.disk);
+        state.purge.insert(id, disks.collect());
+    }
+}
+
+pub(super) fn volume_purged(
+    state: &mut ClusterState,
+    id: VolumeId,
+    disks: &[DiskId],
+) -> Result<Applied, Refusal> {
+    if let Some(left) = state.purge.get_mut(&id) {
+        for disk in disks {
+            left.remove(disk);
+        }
+        if left.is_empty() {
+            state.purge.remove(&id);
+        }
+    }
+    Ok(Applied::now("volume purge", Subject::Volume(id), ""))
+}
+
+/// The volume as it will be once it is open on `node`; used by the assignment of VMs too.
+pub(super) fn plan_open(
+    state: &ClusterState,
+    id: VolumeId,
+    node: NodeId,
+    unreachable: &[NodeId],
+) -> Result<Volume, Refusal> {
+    let mut volume = state.volumes.get(&id).ok_or_else(|| not_found("volume", id))?.clone();
+    if !state.nodes.contains_key(&node) {
+        return Err(not_found("node", node));
+    }
+    if let Some(coordinator) = volume.coordinator
+        && coordinator != node
+        && !unreachable.contains(&coordinator)
+    {
+        return Err(conflict(
+            format!(
+                "volume {} is open on node {}",
+                volume.name,
+                state.subject_name(&Subject::Node(coordinator))
+            ),
+            "wait until it is closed there: hci volume get",
+        ));
+    }
+    for segment in &mut volume.segments {
+        for replica in &mut segment.replicas {
+            if unreachable.contains(&replica.node) && replica.node != node {
+                replica.state = ReplicaState::OutOfSync;
+            }
+        }
+    }
+    if volume.fewest_in_sync() == 0 {
+        return Err(Refusal::new(
+            RefusalKind::Unsafe,
+            format!("no complete copy of volume {} is in reach", volume.name),
+            "bring the nodes with its complete copies back: hci volume get",
+        ));
+    }
+    volume.generation.0 += 1;
+    volume.coordinator = Some(node);
+    Ok(volume)
+}
+
+/// Puts an opened volume in place and tells when it has fewer copies than before.
+pub(super) fn commit_open(state: &mut ClusterState, volume: Volume, at: Timestamp) {
+    let whole = state.volumes.get(&volume.id).is_some_and(|before| !before.is_degraded());
+    let (id, name, degraded) = (volume.id, volume.name.clone(), volume.is_degraded());
+    let (left, wanted) = (volume.fewest_in_sync(), volume.replicas);
+    state.volumes.insert(id, volume);
+    if whole && degraded {
+        let message =
+            format!("volume {name} is degraded: {left} of {wanted} copies; the others cannot be reached");
+        state.note(at, Severity::Warning, "volume-degraded", Subject::Volume(id), message);
+    }
+}
+
+pub(super) fn open_volume(
+    state: &mut ClusterState,
+    id: VolumeId,
+    node: NodeId,
+    expected: Generation,
+    unreachable: &[NodeId],
+    at: Timestamp,
+) -> Result<Applied, Refusal> {
+    let present = state.volumes.get(&id).ok_or_else(|| not_found("volume", id))?;
+    if present.generation != expected {
+        return Err(fenced(present, expected));
+    }
+    let volume = plan_open(state, id, node, unreachable)?;
+    commit_open(state, volume, at);
+    Ok(answer_volume(state, "volume open", id))
+}
+
+fn fenced(volume: &Volume, generation: Generation) -> Refusal {
+    Refusal::new(
+        RefusalKind::Fenced,
+        format!("generation {generation} of volume {} is not current, {} is", volume.name, volume.generation),
+        "stop using this volume: it is open elsewhere",
+    )
+}
+
+fn answer_volume(state: &ClusterState, kind: &'static str, id: VolumeId) -> Applied {
+    let outcome = match state.volumes.get(&id) {
+        Some(volume) => Outcome::Volume(Box::new(volume.clone())),
+        None => Outcome::Done,
+    };
+    Applied::now(kind, Subject::Volume(id), "").answer(outcome)
+}
+
+/// The volume, if that generation is its current one and it is open.
+fn current(state: &mut ClusterState, id: VolumeId, generation: Generation) -> Result<&mut Volume, Refusal> {
+    let volume = state.volumes.get_mut(&id).ok_or_else(|| not_found("volume", id))?;
+    if volume.generation != generation || volume.coordinator.is_none() {
+        return Err(fenced(volume, generation));
+    }
+    Ok(volume)
+}
+
+pub(super) fn volume_opened(
+    state: &mut ClusterState,
+    id: VolumeId,
+    generation: Generation,
+) -> Result<Applied, Refusal> {
+    current(state, id, generation)?.cleanliness = Cleanliness::Unclean;
+    Ok(answer_volume(state, "volume opened", id))
+}
+
+pub(super) fn close_volume(
+    state: &mut ClusterState,
+    id: VolumeId,
+    generation: Generation,
+    cleanliness: Cleanliness,
+) -> Result<Applied, Refusal> {
+    let volume = state.volumes.get(&id).ok_or_else(|| not_found("volume", id))?;
+    if volume.generation == generation && volume.coordinator.is_none() {
+        return Ok(answer_volume(state, "volume close", id));
+    }
+    let user = state.vms.values().find(|vm| vm.disks.contains(&id) && vm.assignment.is_some());
+    if let Some(vm) = user {
+        return Err(conflict(format!("the VM {} runs on it", vm.name), "stop the VM first"));
+    }
+    let volume = current(state, id, generation)?;
+    volume.coordinator = None;
+    if cleanliness == Cleanliness::Clean {
+        volume.cleanliness = Cleanliness::Clean;
+    }
+    Ok(answer_volume(state, "volume close", id))
+}
+
+pub(super) fn replicas_out(
+    state: &mut ClusterState,
+    id: VolumeId,
+    generation: Generation,
+    disk: DiskId,
+    reason: &str,
+    at: Timestamp,
+) -> Result<Applied, Refusal> {
+    let disk_name = state.subject_name(&Subject::Disk(disk));
+    let volume = current(state, id, generation)?;
+    let mut after = volume.clone();
+    for segment in &mut after.segments {
+        for replica in segment.replicas.iter_mut().filter(|replica| replica.disk == disk) {
+            replica.state = ReplicaState::OutOfSync;
+        }
+    }
+    if after.fewest_in_sync() == 0 {
+        return Err(Refusal::new(
+            RefusalKind::Unsafe,
+            format!("disk {disk_name} holds the last complete copy of a part of volume {}", volume.name),
+            "bring the disk or its node back",
+        ));
+    }
+    if after != *volume {
+        let message = format!(
+            "volume {} is degraded: {} of {} copies; {disk_name} is out: {reason}",
+            after.name,
+            after.fewest_in_sync(),
+            after.replicas
+        );
+        *volume = after;
+        state.note(at, Severity::Warning, "volume-degraded", Subject::Volume(id), message);
+    }
+    Ok(answer_volume(state, "volume replicas out", id))
+}
+
+pub(super) fn replica_in(
+    state: &mut ClusterState,
+    id: VolumeId,
+    generation: Generation,
+    segment: SegmentIndex,
+    disk: DiskId,
+    at: Timestamp,
+) -> Result<Applied, Refusal> {
+    let volume = current(state, id, generation)?;
+    let degraded = volume.is_degraded();
+    let replica = volume
+        .segments
+        .get_mut(segment.0 as usize)
+        .and_then(|segment| segment.replicas.iter_mut().find(|replica| replica.disk == disk))
+        .ok_or_else(|| not_found("replica on disk", disk))?;
+    replica.state = ReplicaState::InSync;
+    if degraded && !volume.is_degraded() {
+        let message = format!("volume {} has all its {} copies again", volume.name, volume.replicas);
+        state.note(at, Severity::Info, "volume-healed", Subject::Volume(id), message);
+    }
+    Ok(answer_volume(state, "volume replica in", id))
+}
+
+pub(super) fn volume_filled(
+    state: &mut ClusterState,
+    id: VolumeId,
+    generation: Generation,
+) -> Result<Applied, Refusal> {
+    current(state, id, generation)?.fill = VolumeFill::Done;
+    Ok(answer_volume(state, "volume filled", id))
+}

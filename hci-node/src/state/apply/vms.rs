@@ -1,0 +1,333 @@
+//! VMs: created with their disks and NICs, assigned to nodes, ended.
+//!
+//! A VM runs at most once in each run epoch. Assigning raises the epoch and opens its volumes on the same node in the
+//! same step; whatever still runs of an older epoch can no longer write.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Applied, check_free, check_name, conflict, images, invalid, networks, not_found, storage};
+use crate::state::{
+    Assignment, ClusterState, DesiredRun, Goal, ImagePart, NodeId, Port, Refusal, RefusalKind, RunEpoch,
+    Severity, StopMode, Subject, Timestamp, Vm, VmExit, VmId, VolumeFill, VolumeOwner,
+    command::{AssignReason, NewVm},
+};
+
+/// Most virtual CPUs, disks and NICs of a VM.
+const MAX_VCPUS: u8 = 64;
+const MAX_DISKS: usize = 16;
+const MAX_PORTS: usize = 8;
+/// Least and most memory of a VM.
+const MIN_MEMORY_BYTES: u64 = 32 << 20;
+const MAX_MEMORY_BYTES: u64 = 4 << 40;
+
+pub(super) fn create(
+    state: &mut ClusterState,
+    new: &NewVm,
+    unreachable: &[NodeId],
+    at: Timestamp,
+) -> Result<Applied, Refusal> {
+    let goal = match new.desired {
+        DesiredRun::Running => Goal::VmRuns(new.id, RunEpoch(1)),
+        DesiredRun::Stopped(_) => Goal::Applied,
+    };
+    let done = Applied::now("vm create", Subject::Vm(new.id), &new.name).until(goal);
+    if state.vms.contains_key(&new.id) {
+        return Ok(done);
+    }
+    check_shape(state, new)?;
+
+    // Planned on a copy: the second disk must see what the first one takes, and a refusal must leave nothing.
+    let mut draft = ClusterState { volumes: state.volumes.clone(), ..light_copy(state) };
+    let image_disk = state.images.get(&new.image).and_then(|image| image.disk());
+    for (index, disk) in new.disks.iter().enumerate() {
+        let fill = match image_disk {
+            Some(source) if index == 0 => VolumeFill::CopyOf(source),
+            _ => VolumeFill::Blank,
+        };
+        let owner = VolumeOwner::Vm(new.id);
+        let volume = storage::plan_volume(&draft, disk, new.near, unreachable, owner, fill, at)?;
+        if let VolumeFill::CopyOf(source) = fill
+            && let Some(source) = state.volumes.get(&source)
+            && source.size_bytes > volume.size_bytes
+        {
+            return Err(invalid(
+                format!("the disk is smaller than the image's disk of {} bytes", source.size_bytes),
+                "use a larger disk: --disk SIZE",
+            ));
+        }
+        if draft.volumes.insert(volume.id, volume).is_some() {
+            return Err(invalid("a volume id is used twice", "send the request again"));
+        }
+    }
+    let ports = plan_ports(state, new)?;
+
+    state.volumes = draft.volumes;
+    let port_ids = ports.iter().map(|port| port.id).collect();
+    state.ports.extend(ports.into_iter().map(|port| (port.id, port)));
+    state.vms.insert(
+        new.id,
+        Vm {
+            id: new.id,
+            name: new.name.clone(),
+            vcpus: new.vcpus,
+            memory_bytes: new.memory_bytes,
+            image: new.image,
+            cmdline: new.cmdline.clone(),
+            disks: new.disks.iter().map(|disk| disk.id).collect(),
+            ports: port_ids,
+            desired: new.desired,
+            preferred_node: new.preferred_node,
+            epoch: RunEpoch(0),
+            assignment: None,
+            restart: None,
+            last_exit: None,
+            created: at,
+        },
+    );
+    Ok(done)
+}
+
+/// What placement needs of the state, without its history.
+fn light_copy(state: &ClusterState) -> ClusterState {
+    ClusterState { nodes: state.nodes.clone(), disks: state.disks.clone(), ..ClusterState::default() }
+}
+
+fn check_shape(state: &ClusterState, new: &NewVm) -> Result<(), Refusal> {
+    check_name("vm", &new.name)?;
+    check_free("vm", &new.name, state.vms.values().map(|vm| &vm.name))?;
+    if !(1..=MAX_VCPUS).contains(&new.vcpus) {
+        return Err(invalid(
+            format!("a VM cannot have {} CPUs", new.vcpus),
+            format!("use --cpu 1 to {MAX_VCPUS}"),
+        ));
+    }
+    if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&new.memory_bytes) {
+        return Err(invalid(
+            format!("a VM cannot have {} bytes of memory", new.memory_bytes),
+            "use --memory 1GiB",
+        ));
+    }
+    if new.disks.len() > MAX_DISKS || new.ports.len() > MAX_PORTS {
+        return Err(invalid(
+            format!("a VM has at most {MAX_DISKS} disks and {MAX_PORTS} NICs"),
+            "use fewer disks or networks",
+        ));
+    }
+    if let Some(cmdline) = &new.cmdline {
+        images::check_cmdline(cmdline)?;
+    }
+    let image = state.images.get(&new.image).ok_or_else(|| not_found("image", new.image))?;
+    if !image.is_ready() {
+        return Err(conflict(
+            format!("image {} is not complete yet", image.name),
+            format!("wait for its import: hci image get {}", image.name),
+        ));
+    }
+    if image.boot_file(ImagePart::Kernel).is_none() {
+        return Err(invalid(
+            format!("image {} has no kernel, and VMs boot from a kernel", image.name),
+            "import an image with --kernel",
+        ));
+    }
+    for node in new.preferred_node.iter().chain(&new.near) {
+        if !state.nodes.contains_key(node) {
+            return Err(not_found("node", node));
+        }
+    }
+    Ok(())
+}
+
+fn plan_ports(state: &ClusterState, new: &NewVm) -> Result<Vec<Port>, Refusal> {
+    let mut ports: BTreeMap<_, Port> = BTreeMap::new();
+    let (mut macs, mut addresses) = (BTreeSet::new(), BTreeSet::new());
+    let mut ordered = Vec::new();
+    for port in &new.ports {
+        let network = state.networks.get(&port.network).ok_or_else(|| not_found("network", port.network))?;
+        let ip = networks::free_address(state, network, &addresses)?;
+        let mac = networks::free_mac(state, port.id, &macs);
+        addresses.insert((network.id, ip));
+        macs.insert(mac);
+        let planned = Port { id: port.id, network: network.id, vm: new.id, mac, ip };
+        if state.ports.contains_key(&port.id) || ports.insert(port.id, planned.clone()).is_some() {
+            return Err(invalid("a port id is used twice", "send the request again"));
+        }
+        ordered.push(planned);
+    }
+    Ok(ordered)
+}
+
+pub(super) fn set_desired(
+    state: &mut ClusterState,
+    id: VmId,
+    desired: DesiredRun,
+) -> Result<Applied, Refusal> {
+    let vm = state.vms.get_mut(&id).ok_or_else(|| not_found("vm", id))?;
+    let name = vm.name.clone();
+    match desired {
+        DesiredRun::Running => {
+            if vm.desired == DesiredRun::Running {
+                return Err(conflict(
+                    match vm.assignment {
+                        Some(_) => format!("VM {name} runs already"),
+                        None => format!("VM {name} is being started already"),
+                    },
+                    format!("see it: hci vm get {name}"),
+                ));
+            }
+            vm.desired = desired;
+            // Should the last run still be on its way down, it has to end before the next one starts.
+            vm.restart = vm.assignment.map(|assignment| assignment.epoch);
+            let goal = Goal::VmRuns(id, RunEpoch(vm.epoch.0 + 1));
+            Ok(Applied::now("vm start", Subject::Vm(id), name).until(goal))
+        }
+        DesiredRun::Stopped(mode) => {
+            if vm.desired == desired && vm.assignment.is_none() {
+                return Err(conflict(
+                    format!("VM {name} is stopped"),
+                    format!("start it: hci vm start {name}"),
+                ));
+            }
+            // A forced stop stays forced, whatever comes later.
+            let forced = vm.desired == DesiredRun::Stopped(StopMode::Force) && vm.assignment.is_some();
+            vm.desired =
+                if forced { DesiredRun::Stopped(StopMode::Force) } else { DesiredRun::Stopped(mode) };
+            vm.restart = None;
+            Ok(Applied::now("vm stop", Subject::Vm(id), name).until(Goal::VmIsStopped(id)))
+        }
+    }
+}
+
+pub(super) fn restart(state: &mut ClusterState, id: VmId) -> Result<Applied, Refusal> {
+    let vm = state.vms.get_mut(&id).ok_or_else(|| not_found("vm", id))?;
+    let name = vm.name.clone();
+    let Some(assignment) = vm.assignment.filter(|_| vm.desired == DesiredRun::Running) else {
+        return Err(conflict(format!("VM {name} does not run"), format!("start it: hci vm start {name}")));
+    };
+    vm.restart = Some(assignment.epoch);
+    let goal = Goal::VmRuns(id, RunEpoch(assignment.epoch.0 + 1));
+    Ok(Applied::now("vm restart", Subject::Vm(id), name).until(goal))
+}
+
+pub(super) fn delete(state: &mut ClusterState, id: VmId) -> Result<Applied, Refusal> {
+    let vm = state.vms.get(&id).ok_or_else(|| not_found("vm", id))?;
+    let name = vm.name.clone();
+    if vm.assignment.is_some() || vm.desired == DesiredRun::Running {
+        return Err(conflict(format!("VM {name} runs"), format!("stop it first: hci vm stop {name}")));
+    }
+    let (disks, ports) = (vm.disks.clone(), vm.ports.clone());
+    for disk in disks {
+        storage::drop_volume(state, disk);
+    }
+    for port in ports {
+        state.ports.remove(&port);
+    }
+    state.vms.remove(&id);
+    Ok(Applied::now("vm delete", Subject::Vm(id), name))
+}
+
+pub(super) fn assign(
+    state: &mut ClusterState,
+    id: VmId,
+    node: NodeId,
+    expected: RunEpoch,
+    reason: AssignReason,
+    unreachable: &[NodeId],
+    at: Timestamp,
+) -> Result<Applied, Refusal> {
+    let vm = state.vms.get(&id).ok_or_else(|| not_found("vm", id))?;
+    let name = vm.name.clone();
+    if vm.epoch != expected {
+        return Err(Refusal::new(
+            RefusalKind::Fenced,
+            format!("run epoch {} of VM {name} is not current", expected.0),
+            "look again",
+        ));
+    }
+    if vm.desired != DesiredRun::Running {
+        return Err(conflict(
+            format!("VM {name} is not meant to run"),
+            format!("start it: hci vm start {name}"),
+        ));
+    }
+    if let Some(assignment) = vm.assignment
+        && !unreachable.contains(&assignment.node)
+    {
+        return Err(conflict(format!("VM {name} still runs"), "wait until that run has ended"));
+    }
+    if unreachable.contains(&node) {
+        return Err(invalid("the node cannot be reached", "choose another node"));
+    }
+    let mut opened = Vec::new();
+    for disk in &vm.disks {
+        let volume = storage::plan_open(state, *disk, node, unreachable)?;
+        if !volume.is_filled() {
+            return Err(conflict(format!("volume {} is not filled yet", volume.name), "wait for the copy"));
+        }
+        opened.push(volume);
+    }
+    let node_name = state.nodes.get(&node).ok_or_else(|| not_found("node", node))?.name.clone();
+    for volume in opened {
+        storage::commit_open(state, volume, at);
+    }
+    let from = state.vms.get(&id).and_then(|vm| vm.assignment).map(|assignment| assignment.node);
+    if let Some(vm) = state.vms.get_mut(&id) {
+        vm.epoch = RunEpoch(expected.0 + 1);
+        vm.assignment = Some(Assignment { node, epoch: vm.epoch, since: at });
+        vm.restart = None;
+        if from.is_some() {
+            vm.last_exit = Some(VmExit::NodeLost);
+        }
+    }
+    match reason {
+        AssignReason::Start => {}
+        AssignReason::Failover => {
+            let from = from
+                .map_or_else(|| "a lost node".to_owned(), |from| state.subject_name(&Subject::Node(from)));
+            let message = format!("VM {name} is started again on {node_name}, was on {from}");
+            state.note(at, Severity::Warning, "vm-restarted", Subject::Vm(id), message);
+        }
+        AssignReason::Crash => {
+            let message = format!("VM {name} is started again on {node_name} after a crash");
+            state.note(at, Severity::Warning, "vm-restarted", Subject::Vm(id), message);
+        }
+    }
+    Ok(Applied::now("vm assign", Subject::Vm(id), name))
+}
+
+pub(super) fn exited(
+    state: &mut ClusterState,
+    id: VmId,
+    epoch: RunEpoch,
+    exit: &VmExit,
+    at: Timestamp,
+) -> Result<Applied, Refusal> {
+    let vm = state.vms.get_mut(&id).ok_or_else(|| not_found("vm", id))?;
+    let done = Applied::now("vm exited", Subject::Vm(id), &vm.name);
+    if vm.assignment.is_none_or(|assignment| assignment.epoch != epoch) {
+        return Ok(done);
+    }
+    let asked_to_restart = vm.restart == Some(epoch);
+    vm.assignment = None;
+    vm.restart = None;
+    vm.last_exit = Some(exit.clone());
+    let name = vm.name.clone();
+    match exit {
+        // A guest that shuts itself down stays down, unless a restart asked for it.
+        VmExit::GuestShutdown if !asked_to_restart && vm.desired == DesiredRun::Running => {
+            vm.desired = DesiredRun::Stopped(StopMode::Graceful);
+            state.note(
+                at,
+                Severity::Info,
+                "vm-shut-down",
+                Subject::Vm(id),
+                format!("VM {name} shut itself down"),
+            );
+        }
+        VmExit::Crashed(reason) => {
+            let message = format!("VM {name} crashed: {reason}");
+            state.note(at, Severity::Critical, "vm-crashed", Subject::Vm(id), message);
+        }
+        _ => {}
+    }
+    Ok(done)
+}

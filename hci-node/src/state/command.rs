@@ -1,0 +1,462 @@
+//! Commands: the only way in which the state changes.
+//!
+//! A command carries everything that is not in the state: the time, new ids, hashes of secrets, and which nodes the
+//! leader cannot reach. Applying it is deterministic. Ids make it safe to send twice: creating something whose id is
+//! there already changes nothing and succeeds.
+
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
+
+use super::{ids::*, model::*};
+
+/// One entry of the replicated log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Command {
+    /// When it was made, by the proposer's clock.
+    pub at: Timestamp,
+    /// The task that is to stand for it, if somebody asked for it.
+    pub task: Option<TaskId>,
+    /// What to do.
+    pub op: Op,
+}
+
+impl Command {
+    /// A command of the cluster itself, made now.
+    pub fn now(op: Op) -> Self {
+        Self { at: Timestamp::now(), task: None, op }
+    }
+
+    /// A command that somebody asked for: it gets a task.
+    pub fn asked(op: Op) -> Self {
+        Self { at: Timestamp::now(), task: Some(TaskId::random()), op }
+    }
+}
+
+/// A node that is about to become a member.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewNode {
+    /// Its id.
+    pub id: NodeId,
+    /// Its name.
+    pub name: String,
+    /// Where it is reached.
+    pub addresses: NodeAddresses,
+    /// Its public key.
+    pub public_key_pem: String,
+    /// The certificate it is given.
+    pub certificate_pem: String,
+}
+
+/// A volume that is to be created.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewVolume {
+    /// Its id.
+    pub id: VolumeId,
+    /// Its name.
+    pub name: String,
+    /// Its size; rounded up to whole blocks.
+    pub size_bytes: u64,
+    /// How many copies.
+    pub replicas: u8,
+    /// Fewer in-sync copies than this make writes wait; the usual one when none.
+    pub min_in_sync: Option<u8>,
+}
+
+/// A NIC that is to be created; its addresses are allocated while applying.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewPort {
+    /// Its id.
+    pub id: PortId,
+    /// The network that it is on.
+    pub network: NetworkId,
+}
+
+/// A VM that is to be created.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewVm {
+    /// Its id.
+    pub id: VmId,
+    /// Its name.
+    pub name: String,
+    /// Number of virtual CPUs.
+    pub vcpus: u8,
+    /// Memory.
+    pub memory_bytes: u64,
+    /// The image that it boots.
+    pub image: ImageId,
+    /// Kernel command line; the image's when none.
+    pub cmdline: Option<String>,
+    /// Its disks. The first one gets the contents of the image's disk, when the image has one.
+    pub disks: Vec<NewVolume>,
+    /// Its NICs.
+    pub ports: Vec<NewPort>,
+    /// The node that it should run on.
+    pub preferred_node: Option<NodeId>,
+    /// Where the first copies of its disks go: the node that the scheduler has in mind.
+    pub near: Option<NodeId>,
+    /// Whether it is started at once.
+    pub desired: DesiredRun,
+}
+
+/// Why a VM is assigned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AssignReason {
+    /// Somebody asked for it.
+    Start,
+    /// Its node was lost.
+    Failover,
+    /// Its process died.
+    Crash,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Op {
+    // cluster, nodes, tokens
+    /// The first command of every cluster.
+    CreateCluster {
+        /// Identity of the cluster.
+        cluster: Box<Cluster>,
+        /// The node that creates it.
+        node: NewNode,
+        /// The token that lets its creator in.
+        admin: Token,
+        /// A join token whose secret is agreed in advance (unattended installation).
+        join: Option<Token>,
+    },
+    /// A node joins.
+    AddNode {
+        /// The node.
+        node: NewNode,
+        /// The token it showed; its secret was checked by the leader.
+        token: TokenId,
+    },
+    /// A node is reached elsewhere now.
+    SetNodeAddresses {
+        /// The node.
+        node: NodeId,
+        /// Where.
+        addresses: NodeAddresses,
+    },
+    /// The leader lost or found a node.
+    SetAvailability {
+        /// The node.
+        node: NodeId,
+        /// What it is now.
+        availability: Availability,
+    },
+    /// A new token.
+    CreateToken(Token),
+    /// A token ends.
+    RevokeToken(TokenId),
+
+    // disks
+    /// A disk is given to the pool; its node prepares it.
+    AddDisk {
+        /// Its new id.
+        disk: DiskId,
+        /// The node that it is in.
+        node: NodeId,
+        /// Device or directory.
+        path: String,
+        /// What may be destroyed.
+        wipe: WipePolicy,
+    },
+    /// Its node has prepared it.
+    DiskReady {
+        /// The disk.
+        disk: DiskId,
+        /// Directory of the store.
+        store: String,
+        /// Capacity.
+        capacity_bytes: u64,
+    },
+    /// Its node could not prepare it: it is forgotten again and its task fails.
+    AbortDisk {
+        /// The disk.
+        disk: DiskId,
+        /// Why.
+        error: TaskError,
+    },
+    /// A disk broke, or works again (no reason).
+    SetDiskHealth {
+        /// The disk.
+        disk: DiskId,
+        /// What is wrong.
+        failed: Option<String>,
+    },
+
+    // volumes
+    /// A volume of its own.
+    CreateVolume {
+        /// What to create.
+        volume: NewVolume,
+        /// The node for the first copies.
+        near: Option<NodeId>,
+        /// Nodes that cannot take copies now.
+        unreachable: Vec<NodeId>,
+    },
+    /// Removes a volume that nobody uses.
+    DeleteVolume(VolumeId),
+    /// A node removed the data of deleted volumes from these disks.
+    VolumePurged {
+        /// The deleted volume.
+        volume: VolumeId,
+        /// The disks that no longer hold anything of it.
+        disks: Vec<DiskId>,
+    },
+    /// Opens a volume on a node: raises the generation and drops unreachable members in the same step.
+    OpenVolume {
+        /// The volume.
+        volume: VolumeId,
+        /// Its coordinator from now on.
+        node: NodeId,
+        /// The generation that the proposer saw: the command is good once.
+        expected: Generation,
+        /// Nodes whose leases have ended: their replicas are dropped, and they may be replaced as coordinators.
+        unreachable: Vec<NodeId>,
+    },
+    /// The coordinator is about to serve: from now on the replicas may differ after a crash.
+    VolumeOpened {
+        /// The volume.
+        volume: VolumeId,
+        /// The coordinator's generation.
+        generation: Generation,
+    },
+    /// The coordinator is done with it.
+    CloseVolume {
+        /// The volume.
+        volume: VolumeId,
+        /// The coordinator's generation.
+        generation: Generation,
+        /// Whether all replicas are identical and durable.
+        cleanliness: Cleanliness,
+    },
+    /// A disk leaves the in-sync set of every segment.
+    ReplicasOut {
+        /// The volume.
+        volume: VolumeId,
+        /// The coordinator's generation.
+        generation: Generation,
+        /// The disk.
+        disk: DiskId,
+        /// Why.
+        reason: String,
+    },
+    /// A resynced copy returns to the in-sync set of a segment.
+    ReplicaIn {
+        /// The volume.
+        volume: VolumeId,
+        /// The coordinator's generation.
+        generation: Generation,
+        /// The segment.
+        segment: SegmentIndex,
+        /// The disk.
+        disk: DiskId,
+    },
+    /// The coordinator has put the starting content into a volume.
+    VolumeFilled {
+        /// The volume.
+        volume: VolumeId,
+        /// The coordinator's generation.
+        generation: Generation,
+    },
+
+    // images
+    /// Declares an image and its parts.
+    CreateImage {
+        /// Its id.
+        image: ImageId,
+        /// Its name.
+        name: String,
+        /// Kernel command line.
+        cmdline: String,
+        /// The parts that will come.
+        parts: Vec<ImagePart>,
+    },
+    /// A node has a verified upload of a part and takes it in. A disk gets its volume, open on that node.
+    BeginImagePart {
+        /// The image.
+        image: ImageId,
+        /// The part.
+        part: ImagePart,
+        /// The node that has it.
+        node: NodeId,
+        /// The volume to create, for a disk.
+        volume: Option<NewVolume>,
+        /// The file, for a kernel or initramfs.
+        file: Option<BootFile>,
+        /// Nodes that cannot take copies now.
+        unreachable: Vec<NodeId>,
+    },
+    /// The part is in.
+    CompleteImagePart {
+        /// The image.
+        image: ImageId,
+        /// The part.
+        part: ImagePart,
+        /// The node that took it in.
+        node: NodeId,
+    },
+    /// The part will not come in: all that was made for it is removed and its task fails.
+    FailImagePart {
+        /// The image.
+        image: ImageId,
+        /// The part.
+        part: ImagePart,
+        /// The node that had it.
+        node: NodeId,
+        /// Why.
+        error: TaskError,
+    },
+    /// Removes an image that no VM uses.
+    DeleteImage(ImageId),
+
+    // networks
+    /// A new overlay network.
+    CreateNetwork {
+        /// Its id.
+        network: NetworkId,
+        /// Its name.
+        name: String,
+        /// Its addresses.
+        subnet: Ipv4Net,
+        /// Its gateway; the first address when none.
+        gateway: Option<Ipv4Addr>,
+        /// MTU of its guests.
+        mtu: u16,
+        /// Name servers.
+        dns: Vec<Ipv4Addr>,
+        /// Domain.
+        domain: String,
+    },
+    /// Removes a network without ports.
+    DeleteNetwork(NetworkId),
+
+    // VMs
+    /// A new VM with its disks and NICs.
+    CreateVm {
+        /// What to create.
+        vm: NewVm,
+        /// Nodes that cannot take copies now.
+        unreachable: Vec<NodeId>,
+    },
+    /// Starts or stops a VM.
+    SetVmDesired {
+        /// The VM.
+        vm: VmId,
+        /// What is wanted.
+        desired: DesiredRun,
+    },
+    /// Ends the present run of a VM and starts another.
+    RestartVm(VmId),
+    /// Removes a stopped VM with its disks and NICs.
+    DeleteVm(VmId),
+    /// Gives a VM to a node: a new run epoch; its volumes are opened there in the same step.
+    AssignVm {
+        /// The VM.
+        vm: VmId,
+        /// The node.
+        node: NodeId,
+        /// The run epoch that the proposer saw: the command is good once.
+        expected: RunEpoch,
+        /// Why.
+        reason: AssignReason,
+        /// Nodes whose leases have ended.
+        unreachable: Vec<NodeId>,
+    },
+    /// A run of a VM has ended for good.
+    VmExited {
+        /// The VM.
+        vm: VmId,
+        /// Which run.
+        epoch: RunEpoch,
+        /// How.
+        exit: VmExit,
+    },
+
+    // tasks
+    /// How far a task is.
+    UpdateTask {
+        /// The task.
+        task: TaskId,
+        /// 0 to 1000.
+        permille: u16,
+        /// What it is doing or waiting for.
+        message: String,
+    },
+    /// A task has ended.
+    FinishTask {
+        /// The task.
+        task: TaskId,
+        /// Why it failed.
+        error: Option<TaskError>,
+    },
+    /// Something worth knowing happened that is no change by itself.
+    Note {
+        /// How much it matters.
+        severity: Severity,
+        /// What, as one word.
+        kind: String,
+        /// What it is about.
+        subject: Subject,
+        /// The sentence for people.
+        message: String,
+    },
+}
+
+/// What a command that was accepted answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// It is done, or was done before.
+    Done,
+    /// The task that stands for it.
+    Task(TaskId),
+    /// The volume as it stands now.
+    Volume(Box<Volume>),
+}
+
+/// Kind of a refusal: what callers act on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RefusalKind {
+    /// There is no such thing.
+    NotFound,
+    /// The request makes no sense.
+    Invalid,
+    /// The name or address is taken.
+    Taken,
+    /// Somebody uses it, or somebody was faster.
+    Conflict,
+    /// There is too little of something: nodes, disks, space, addresses.
+    Capacity,
+    /// The caller's generation is not current.
+    Fenced,
+    /// It would lose the last complete copy, or there is none in reach.
+    Unsafe,
+    /// The token is not good (any more).
+    Token,
+}
+
+/// Why a command changed nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{detail}")]
+pub struct Refusal {
+    /// What callers act on.
+    pub kind: RefusalKind,
+    /// The sentence for people.
+    pub detail: String,
+    /// What to do next.
+    pub next: String,
+}
+
+impl Refusal {
+    /// A refusal.
+    pub fn new(kind: RefusalKind, detail: impl Into<String>, next: impl Into<String>) -> Self {
+        Self { kind, detail: detail.into(), next: next.into() }
+    }
+}
+
+/// What applying a command answers.
+pub type CommandResult = Result<Outcome, Refusal>;

@@ -1,0 +1,145 @@
+//! Observed state: what nodes see, as they tell the leader with every renewal of their lease.
+//!
+//! It is never replicated; the leader keeps the latest report of each node in memory.
+
+use serde::{Deserialize, Serialize};
+
+use super::ids::*;
+
+/// All that a node tells.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeReport {
+    /// The machine.
+    pub machine: MachineReport,
+    /// What its data process and VMMs do.
+    pub local: LocalReport,
+    /// Boot files that it holds.
+    pub boot_files: Vec<ContentHash>,
+}
+
+/// What the reconciler of a node sees: filled in beside the data process and the VMMs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LocalReport {
+    /// Its disks of the pool.
+    pub disks: Vec<DiskReport>,
+    /// The volumes that it coordinates.
+    pub volumes: Vec<VolumeReport>,
+    /// The VMs that run on it, or ended on it.
+    pub vms: Vec<VmReport>,
+    /// Whether the data process answers.
+    pub data_process: ProcessState,
+}
+
+/// Whether a process is there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ProcessState {
+    /// It is not.
+    #[default]
+    Away,
+    /// It answers.
+    Up,
+}
+
+/// The machine of a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineReport {
+    /// Version of the executable.
+    pub version: String,
+    /// Memory in all.
+    pub memory_bytes: u64,
+    /// Memory that could be used now.
+    pub memory_available_bytes: u64,
+    /// CPUs.
+    pub cpus: u16,
+    /// Since when it runs.
+    pub booted: Timestamp,
+    /// Disks that could be given to the pool.
+    pub candidates: Vec<CandidateDisk>,
+}
+
+/// A local disk that is not in the pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CandidateDisk {
+    /// Its device.
+    pub path: String,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Model and serial number, as far as known.
+    pub model: String,
+    /// What is on it, when it is not blank: it needs `--wipe` then.
+    pub holds: Option<String>,
+}
+
+/// How a disk of the pool is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskReport {
+    /// The disk.
+    pub disk: DiskId,
+    /// Capacity.
+    pub capacity_bytes: u64,
+    /// Used.
+    pub used_bytes: u64,
+    /// How it is.
+    pub health: DiskHealth,
+}
+
+/// How a disk is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskHealth {
+    /// Well.
+    Ok,
+    /// It takes no more writes.
+    Full,
+    /// It returns errors.
+    Failed(String),
+}
+
+/// How a coordinated volume is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeReport {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The generation that is open.
+    pub generation: Generation,
+    /// What its coordinator does.
+    pub state: VolumeRunState,
+    /// Blocks that out-of-sync replicas still lack.
+    pub resync_blocks_left: u64,
+}
+
+/// What a coordinator does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VolumeRunState {
+    /// It announces its generation and makes the replicas equal.
+    Opening,
+    /// It serves.
+    Open,
+    /// I/O waits, and for what.
+    Waiting(String),
+    /// A newer generation exists.
+    Fenced,
+}
+
+/// How a VM is on its node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmReport {
+    /// The VM.
+    pub vm: VmId,
+    /// Which run.
+    pub epoch: RunEpoch,
+    /// What it does.
+    pub state: VmRunState,
+}
+
+/// What a run of a VM does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VmRunState {
+    /// Something it needs is not there yet, and what.
+    Waiting(String),
+    /// Its vCPUs run.
+    Running,
+    /// It was asked to stop.
+    Stopping,
+    /// Its process is gone.
+    Exited,
+}
