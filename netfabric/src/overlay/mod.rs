@@ -1,0 +1,1 @@
+//! The switch that carries guests' Ethernet frames over the mesh.
