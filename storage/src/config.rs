@@ -1,0 +1,105 @@
+//! What the control plane wants of this node's storage: one declarative value, given whole each time.
+
+use crate::ids::{ByteSize, DiskId, Generation, SegmentIndex, VolumeId};
+use netfabric::NodeId;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Everything this node's storage is to have and do. [`crate::Storage::apply`] converges to it.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct StorageConfig {
+    /// Disks of this node that belong to the pool.
+    pub disks: Vec<DiskConfig>,
+    /// Volumes that this node coordinates now (has open).
+    pub volumes: Vec<VolumeConfig>,
+}
+
+/// One local disk.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DiskConfig {
+    /// The disk.
+    pub id: DiskId,
+    /// Where its store lives (for the plain-file store: a directory).
+    pub path: PathBuf,
+}
+
+/// A volume that this node has open, with its replica sets as last committed through Raft.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct VolumeConfig {
+    /// The volume.
+    pub id: VolumeId,
+    /// Its size; a multiple of the block size.
+    pub size: ByteSize,
+    /// The generation given to this opening.
+    pub generation: Generation,
+    /// Writes wait while fewer replicas of a segment are in sync.
+    pub min_in_sync: u8,
+    /// When a write counts as complete.
+    pub durability: Durability,
+    /// Whether the last close made all replicas equal.
+    pub clean: CleanState,
+    /// All segments, by ascending index from 0, without holes.
+    pub segments: Vec<SegmentConfig>,
+    /// Who uses the volume on this node.
+    pub access: Access,
+}
+
+/// The replica set of one segment.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SegmentConfig {
+    /// Which segment.
+    pub index: SegmentIndex,
+    /// Its replicas, on distinct nodes.
+    pub replicas: Vec<ReplicaConfig>,
+}
+
+/// One replica of a segment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ReplicaConfig {
+    /// The disk that holds it.
+    pub disk: DiskId,
+    /// The node that holds the disk.
+    pub node: NodeId,
+    /// Whether it holds every completed write.
+    pub state: ReplicaState,
+}
+
+/// Whether a replica is a member of its segment's in-sync set. Changes by Raft commit only.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum ReplicaState {
+    /// Holds every completed write.
+    InSync,
+    /// May lack writes; is brought back by resync.
+    OutOfSync,
+}
+
+/// When a write is reported as complete.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum Durability {
+    /// When all in-sync replicas have it in their log; durable after the next flush.
+    #[default]
+    WriteBack,
+    /// When it is durable on all in-sync replicas.
+    WriteThrough,
+}
+
+/// How the volume was last closed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum CleanState {
+    /// All replicas in sync were flushed and equal.
+    Clean,
+    /// The coordinator vanished: replicas may differ in writes never flushed.
+    Unclean,
+}
+
+/// Who uses an open volume on this node.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Access {
+    /// A VM, through vhost-user-blk on this socket.
+    VhostUser {
+        /// The socket that the target listens on.
+        socket: PathBuf,
+    },
+    /// This process: image import and copies, through [`crate::Storage::read`] and its siblings.
+    Internal,
+}

@@ -1,0 +1,3 @@
+//! The replica side: what a node does with its disks on behalf of other nodes' coordinators.
+
+pub mod protocol;

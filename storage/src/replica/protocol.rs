@@ -1,0 +1,158 @@
+//! Messages between a coordinator and replica servers, one request and one reply each.
+//!
+//! Every request names the volume, the coordinator's generation and its session. A **session** begins with
+//! [`ReplicaOp::Attach`] and ends with the next one or with the replica server's process. The replica serves requests of the
+//! current session only, so a message that was delayed for however long can never be applied after its coordinator gave up on it.
+
+use crate::ids::{DiskId, Generation, LayerId, SegmentIndex, VolumeId};
+use crate::store::{BlockVersion, ReadReply, ReplicaWrite};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// Counts the starts of a node's data process; durable, so that a new one is always higher.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug, Serialize, Deserialize)]
+pub struct BootEpoch(pub u64);
+
+/// One attachment of a coordinator to a replica server. Higher ones end lower ones of the same generation.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug, Serialize, Deserialize)]
+pub struct Session {
+    /// Boot epoch of the coordinator's process.
+    pub boot: BootEpoch,
+    /// Number of the attachment within that process.
+    pub number: u64,
+}
+
+/// A request to a replica server.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ReplicaRequest {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The coordinator's generation.
+    pub generation: Generation,
+    /// The coordinator's session with this node.
+    pub session: Session,
+    /// What to do.
+    pub op: ReplicaOp,
+}
+
+/// A part of a volume on one disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ReplicaAddress {
+    /// The disk.
+    pub disk: DiskId,
+    /// The segment.
+    pub segment: SegmentIndex,
+    /// The layer.
+    pub layer: LayerId,
+}
+
+/// When a write may be answered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum AckWhen {
+    /// When it is logged.
+    Logged,
+    /// When it is durable.
+    Durable,
+}
+
+/// What a replica server is asked to do.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ReplicaOp {
+    /// Store the generation durably on these disks, end all older sessions, wait for their requests to end, start this one.
+    Attach {
+        /// The node's disks that hold replicas of the volume.
+        disks: Vec<DiskId>,
+    },
+    /// Write blocks.
+    Write {
+        /// Where.
+        at: ReplicaAddress,
+        /// What.
+        write: ReplicaWrite,
+        /// When to answer.
+        ack: AckWhen,
+    },
+    /// Read blocks.
+    Read {
+        /// Where.
+        at: ReplicaAddress,
+        /// First block.
+        block: u32,
+        /// Number of blocks.
+        blocks: u32,
+    },
+    /// List versions of blocks.
+    Versions {
+        /// Where.
+        at: ReplicaAddress,
+        /// First block.
+        block: u32,
+        /// Number of blocks.
+        blocks: u32,
+    },
+    /// Make all that was written to the disk durable.
+    Flush {
+        /// The disk.
+        disk: DiskId,
+    },
+}
+
+/// The answer of a replica server.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ReplicaReply {
+    /// Boot epoch of the answering process: a new one means that it may have lost what was logged and not flushed.
+    pub boot: BootEpoch,
+    /// The result.
+    pub result: Result<ReplicaOutcome, ReplicaError>,
+}
+
+/// A successful answer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ReplicaOutcome {
+    /// Attached.
+    Attached {
+        /// For each disk asked for: the generation it had stored before, or why it cannot be used.
+        disks: Vec<(DiskId, Result<Generation, ReplicaError>)>,
+    },
+    /// Written or flushed.
+    Done,
+    /// Blocks.
+    Data(ReadReply),
+    /// Versions.
+    Versions(Vec<BlockVersion>),
+}
+
+/// Why a replica server refused or failed.
+#[derive(Clone, PartialEq, Eq, Debug, Error, Serialize, Deserialize)]
+pub enum ReplicaError {
+    /// A higher generation is stored here.
+    #[error("fenced: the volume was opened with generation {current}")]
+    Fenced {
+        /// The generation stored.
+        current: Generation,
+    },
+    /// Not the current session (this process restarted, or a newer attachment exists).
+    #[error("not attached")]
+    NotAttached,
+    /// The caller is not the node that attached with this generation.
+    #[error("the caller does not coordinate the volume")]
+    NotCoordinator,
+    /// The disk is not here.
+    #[error("no such disk")]
+    NoSuchDisk,
+    /// A block's content does not match its checksum.
+    #[error("checksum error in block {block}")]
+    Checksum {
+        /// The block, within the segment.
+        block: u32,
+    },
+    /// The disk is full.
+    #[error("the disk is full")]
+    Full,
+    /// The disk failed.
+    #[error("disk failed: {0}")]
+    Failed(String),
+    /// The request is malformed.
+    #[error("invalid request: {0}")]
+    Invalid(String),
+}

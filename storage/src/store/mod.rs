@@ -1,0 +1,141 @@
+//! The disk store: block contents of segment replicas on one disk.
+//!
+//! [`DiskStore`] is the boundary between replication above and formats below. Replication decides which writes reach a
+//! disk and in which order; a store keeps them, with the version and the checksum of each block.
+//!
+//! Rules for every store:
+//! - A write that returned `Ok` is seen by all later reads and by `versions`; it is durable after the next `flush` that was
+//!   called after it and returned `Ok`.
+//! - After a power loss at any point each block reads as a content written at or after the last flush that covered it
+//!   (that flush's content included); never as a checksum error or a mix of two writes.
+//! - Writes of overlapping ranges are never in flight at the same time (the coordinator's range lock); others are, in any number.
+//! - Versions may go down: resync overwrites what a stale replica has. A store keeps what was written last.
+//! - A block of zeroes keeps the version of the write that made it, but needs no room for data. Only where nothing was ever
+//!   stored may zeroes be left out altogether.
+
+use crate::ids::{Generation, SegmentKey, Version, VolumeId};
+use crate::status::{DiskHealth, DiskUsage};
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use std::ops::Range;
+use thiserror::Error;
+
+/// One write to a segment replica: a run of whole blocks with one version.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ReplicaWrite {
+    /// First block, within the segment.
+    pub block: u32,
+    /// Version of the write, stored with every block of it.
+    pub version: Version,
+    /// What is written.
+    pub content: WriteContent,
+}
+
+/// What a write puts into its blocks.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum WriteContent {
+    /// Data: a multiple of the block size, with the CRC32C of each block.
+    Data {
+        /// The bytes.
+        data: Bytes,
+        /// CRC32C of each block, computed once by the coordinator.
+        crcs: Vec<u32>,
+    },
+    /// Zeroes (discard and write-zeroes): the store gives back the room.
+    Zeroes {
+        /// How many blocks.
+        blocks: u32,
+    },
+}
+
+impl ReplicaWrite {
+    /// The blocks that it writes, within the segment.
+    pub fn blocks(&self) -> Range<u32> {
+        let count = match &self.content {
+            WriteContent::Data { crcs, .. } => crcs.len() as u32,
+            WriteContent::Zeroes { blocks } => *blocks,
+        };
+        self.block..self.block.saturating_add(count)
+    }
+}
+
+/// What was read: whole blocks and the checksums they were verified against.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ReadReply {
+    /// The bytes; zeroes where nothing is stored.
+    pub data: Bytes,
+    /// CRC32C of each block (of a zero block where nothing is stored).
+    pub crcs: Vec<u32>,
+}
+
+/// Version and checksum of one stored block.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+pub struct BlockVersion {
+    /// The block, within its segment.
+    pub block: u32,
+    /// Version of the write that it holds.
+    pub version: Version,
+    /// Its stored CRC32C.
+    pub crc: u32,
+}
+
+/// Why a store did not do what it was asked.
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
+pub enum StoreError {
+    /// The disk returned an error; the store is marked as failed.
+    #[error("I/O error: {0}")]
+    Io(String),
+    /// A block's content does not match its checksum.
+    #[error("checksum error in block {block}")]
+    Checksum {
+        /// The block, within the segment.
+        block: u32,
+    },
+    /// No room left; reads and deletes go on.
+    #[error("the disk is full")]
+    Full,
+    /// The store's own metadata is damaged.
+    #[error("damaged store: {0}")]
+    Corrupt(String),
+    /// The request makes no sense (range outside of the segment, lengths that do not agree).
+    #[error("invalid request: {0}")]
+    Invalid(String),
+}
+
+/// Storage of segment replicas on one disk. See the module's rules.
+pub trait DiskStore: Send + Sync + 'static {
+    /// Writes blocks. Returns when they are logged: readable, not necessarily durable.
+    fn write(&self, at: SegmentKey, write: ReplicaWrite) -> BoxFuture<'_, Result<(), StoreError>>;
+
+    /// Reads `blocks` blocks from `block` on, verifying every checksum.
+    fn read(&self, at: SegmentKey, block: u32, blocks: u32) -> BoxFuture<'_, Result<ReadReply, StoreError>>;
+
+    /// Makes everything durable whose write returned before this call.
+    fn flush(&self) -> BoxFuture<'_, Result<(), StoreError>>;
+
+    /// Versions of all blocks in the range that have one, ascending by block. Reads no data.
+    fn versions(
+        &self,
+        at: SegmentKey,
+        blocks: Range<u32>,
+    ) -> BoxFuture<'_, Result<Vec<BlockVersion>, StoreError>>;
+
+    /// The highest generation stored for the volume; the default when there is none.
+    fn generation(&self, volume: VolumeId) -> BoxFuture<'_, Result<Generation, StoreError>>;
+
+    /// Stores the generation; durable on return.
+    fn set_generation(
+        &self,
+        volume: VolumeId,
+        generation: Generation,
+    ) -> BoxFuture<'_, Result<(), StoreError>>;
+
+    /// Removes all that is stored of the volume, its generation included. Nothing stored is no error.
+    fn delete_volume(&self, volume: VolumeId) -> BoxFuture<'_, Result<(), StoreError>>;
+
+    /// Space used and present.
+    fn usage(&self) -> DiskUsage;
+
+    /// Whether the disk can be used.
+    fn health(&self) -> DiskHealth;
+}
