@@ -1,7 +1,7 @@
 //! Messages between a coordinator and replica servers, one request and one reply each.
 //!
-//! Every request names the volume, the coordinator's generation and its session. A **session** begins with
-//! [`ReplicaOp::Attach`] and ends with the next one or with the replica server's process. The replica serves requests of the
+//! Every request names the volume, the coordinator's generation and its session with one disk's replica. A **session** begins
+//! with [`ReplicaOp::Attach`] and ends with the next one or with the replica server's process. A replica serves requests of the
 //! current session only, so a message that was delayed for however long can never be applied after its coordinator gave up on it.
 
 use crate::ids::{DiskId, Generation, LayerId, SegmentIndex, VolumeId};
@@ -13,7 +13,7 @@ use thiserror::Error;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug, Serialize, Deserialize)]
 pub struct BootEpoch(pub u64);
 
-/// One attachment of a coordinator to a replica server. Higher ones end lower ones of the same generation.
+/// One attachment of a coordinator to a replica. Higher ones end lower ones of the same generation.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug, Serialize, Deserialize)]
 pub struct Session {
     /// Boot epoch of the coordinator's process.
@@ -29,7 +29,7 @@ pub struct ReplicaRequest {
     pub volume: VolumeId,
     /// The coordinator's generation.
     pub generation: Generation,
-    /// The coordinator's session with this node.
+    /// The coordinator's session with this replica.
     pub session: Session,
     /// What to do.
     pub op: ReplicaOp,
@@ -58,10 +58,10 @@ pub enum AckWhen {
 /// What a replica server is asked to do.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ReplicaOp {
-    /// Store the generation durably on these disks, end all older sessions, wait for their requests to end, start this one.
+    /// Store the generation durably on the disk, end older sessions with it, wait for their requests to end, start this one.
     Attach {
-        /// The node's disks that hold replicas of the volume.
-        disks: Vec<DiskId>,
+        /// The disk.
+        disk: DiskId,
     },
     /// Write blocks.
     Write {
@@ -111,8 +111,8 @@ pub struct ReplicaReply {
 pub enum ReplicaOutcome {
     /// Attached.
     Attached {
-        /// For each disk asked for: the generation it had stored before, or why it cannot be used.
-        disks: Vec<(DiskId, Result<Generation, ReplicaError>)>,
+        /// The generation that the disk had stored before.
+        previous: Generation,
     },
     /// Written or flushed.
     Done,
