@@ -1,0 +1,67 @@
+# The one task runner. `make demo` and `make test` do all set-up themselves, on a fresh Debian 12 with Rust.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+PACKAGES := $(shell grep -hv '^\#' installer/image/packages.txt tests/packages.txt)
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+BIN := $(TARGET)/release
+
+.PHONY: help setup demo lab-down test check fmt clippy unit simulation e2e e2e-native e2e-lab bench release image iso
+
+help: ## Show the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
+
+setup: ## Install the Debian packages that the build and the lab need
+	@tests/setup $(PACKAGES)
+
+demo: setup release iso ## Three servers from the ISO, a cluster, VMs, a lost server: the product's main job (KEEP=1 leaves the lab up)
+	@$(BIN)/demo --hci $(BIN)/hci --iso $(TARGET)/image/hci.iso --lab target/lab $(if $(KEEP),--keep)
+
+lab-down: ## End the lab that `make demo KEEP=1` left and free everything
+	@$(BIN)/hci-image lab down --dir target/lab
+
+test: setup fmt clippy unit simulation e2e ## All tests, from format to the end-to-end run in the lab
+
+check: fmt clippy unit ## The quick loop: format, clippy, unit and property tests
+
+fmt:
+	@echo "== format"
+	cargo fmt --all --check
+
+clippy:
+	@echo "== clippy"
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+unit:
+	@echo "== unit and property tests"
+	cargo test --workspace --lib --bins --locked
+
+simulation:
+	@echo "== simulation and component tests"
+	cargo test -p vmm -p storage -p netfabric -p installer -p hci-node --tests --locked
+
+e2e: e2e-native e2e-lab
+
+e2e-native: release
+	@echo "== end to end: real processes in network namespaces"
+	HCI_BIN=$(abspath $(BIN)) cargo test -p tests --release --locked --test '*' -- --test-threads 1 --nocapture
+
+e2e-lab: release iso
+	@echo "== end to end: three servers in the lab"
+	$(BIN)/demo --hci $(BIN)/hci --iso $(TARGET)/image/hci.iso --lab target/lab --faults
+
+bench: setup release ## Our storage and overlay beside the raw medium and the bare link
+	@$(BIN)/bench --hci $(BIN)/hci --out target/bench
+
+release:
+	@echo "== build (release)"
+	cargo build --release --locked -p hci-node -p installer -p tests
+
+image: release ## Build the root image
+	@$(BIN)/hci-image image --hci $(BIN)/hci --out $(TARGET)/image
+
+iso: image ## Build the install ISO
+	@$(BIN)/hci-image iso --out $(TARGET)/image
