@@ -1,0 +1,151 @@
+//! `hci vm`: virtual machines.
+
+use clap::Subcommand;
+use serde_json::json;
+
+use super::{Context, object_path, say};
+use crate::cli::console;
+use crate::cli::completion::names;
+use crate::cli::exit::CliError;
+use crate::cli::output::{Column, Show, column};
+use crate::cli::size::parse_size;
+
+/// The verbs of `hci vm`.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// List the VMs.
+    #[command(after_help = "Examples:\n  hci vm list\n  hci vm list -o wide\nAPI: GET /v1/vms")]
+    List,
+    /// Show one VM.
+    #[command(after_help = "Examples:\n  hci vm get web1\n  hci vm get web1 -o json\nAPI: GET /v1/vms/NAME")]
+    Get {
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
+        name: String,
+    },
+    /// Create a VM from an image and start it.
+    #[command(after_help = "Examples:\n  hci vm create web1 --image debian12 --disk 40GiB --network lan\n  hci vm create web2 --image debian12 --cpu 4 --memory 8GiB --disk 40GiB --network lan --node n2 --no-start\nAPI: POST /v1/vms")]
+    Create {
+        /// The VM's name.
+        name: String,
+        /// The image that it boots.
+        #[arg(long, add = names("/v1/images"))]
+        image: String,
+        /// The number of virtual CPUs.
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+        cpu: u8,
+        /// Its memory.
+        #[arg(long, default_value = "1GiB", value_parser = parse_size)]
+        memory: u64,
+        /// The size of its disk; the image's if not given.
+        #[arg(long, value_parser = parse_size)]
+        disk: Option<u64>,
+        /// The network of its NIC; may be given several times.
+        #[arg(long, add = names("/v1/networks"))]
+        network: Vec<String>,
+        /// How many copies of its disk on different nodes.
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=3))]
+        replicas: u8,
+        /// The node to start it on; the one with the most free memory if not given.
+        #[arg(long, add = names("/v1/nodes"))]
+        node: Option<String>,
+        /// What follows the image's kernel command line.
+        #[arg(long)]
+        cmdline: Option<String>,
+        /// Create it only.
+        #[arg(long)]
+        no_start: bool,
+    },
+    /// Start a VM.
+    #[command(after_help = "Examples:\n  hci vm start web1\n  hci vm start web1 --no-wait\nAPI: POST /v1/vms/NAME/start")]
+    Start {
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
+        name: String,
+    },
+    /// Stop a VM by its power button; it is switched off when it does not react within a minute.
+    #[command(after_help = "Examples:\n  hci vm stop web1\n  hci vm stop web1 --force\nAPI: POST /v1/vms/NAME/stop")]
+    Stop {
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
+        name: String,
+        /// Switch it off at once, as a pulled plug does.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Stop a VM and start it again.
+    #[command(after_help = "Examples:\n  hci vm restart web1\n  hci vm restart web1 --force\nAPI: POST /v1/vms/NAME/restart")]
+    Restart {
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
+        name: String,
+        /// Reset it at once, without its power button.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Attach to a VM's serial console; Ctrl-] detaches.
+    #[command(after_help = "Examples:\n  hci vm console web1\n  hci vm console web1 --log\nAPI: GET /v1/vms/NAME/console, /v1/vms/NAME/console/log")]
+    Console {
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
+        name: String,
+        /// Print the last output and end.
+        #[arg(long)]
+        log: bool,
+    },
+    /// Delete a VM with its disks.
+    #[command(after_help = "Examples:\n  hci vm delete web1\n  hci vm delete web1 --yes\nAPI: DELETE /v1/vms/NAME")]
+    Delete {
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
+        name: String,
+    },
+}
+
+const COLUMNS: &[Column] = &[
+    column("NAME", "/name"),
+    column("STATE", "/state"),
+    column("NODE", "/node"),
+    column("ADDRESS", "/addresses"),
+    column("CPU", "/cpu"),
+    column("MEMORY", "/memory").shown(Show::Bytes),
+    column("IMAGE", "/image").wide(),
+    column("RUN EPOCH", "/run_epoch").wide(),
+    column("ID", "/id").wide(),
+];
+
+/// Runs a verb of `hci vm`.
+pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
+    match verb {
+        Verb::List => context.list("/v1/vms", COLUMNS).await,
+        Verb::Get { name } => context.show("/v1/vms", &name).await,
+        Verb::Create { name, image, cpu, memory, disk, network, replicas, node, cmdline, no_start } => {
+            let body = json!({
+                "name": name, "image": image, "cpu": cpu, "memory": memory, "disk_size": disk, "networks": network,
+                "replicas": replicas, "node": node, "cmdline": cmdline, "start": !no_start,
+            });
+            let answer = context.client.post("/v1/vms", &body).await?;
+            context.change(answer, "/v1/vms", &name, COLUMNS).await
+        }
+        Verb::Start { name } => act(context, &name, "start", false).await,
+        Verb::Stop { name, force } => act(context, &name, "stop", force).await,
+        Verb::Restart { name, force } => act(context, &name, "restart", force).await,
+        Verb::Console { name, log } => {
+            let path = format!("{}/console", object_path("/v1/vms", &name));
+            if log {
+                return console::log(&context.client, &path).await;
+            }
+            say(&format!("attached to {name}; Ctrl-] detaches"));
+            console::attach(&context.client, &path).await
+        }
+        Verb::Delete { name } => {
+            context.delete("/v1/vms", &name, &format!("destroys VM {name} with its disks")).await
+        }
+    }
+}
+
+async fn act(context: &Context, name: &str, action: &str, force: bool) -> Result<(), CliError> {
+    let path = format!("{}/{action}", object_path("/v1/vms", name));
+    let answer = context.client.post(&path, &json!({ "force": force })).await?;
+    context.change(answer, "/v1/vms", name, COLUMNS).await
+}
