@@ -8,4 +8,5 @@
 
 pub mod api;
 pub mod cli;
+pub mod pinned_tls;
 pub mod state;

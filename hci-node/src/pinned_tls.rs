@@ -54,7 +54,8 @@ impl ServerCertVerifier for PinnedCa {
         _ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let Some(ca) = intermediates.iter().find(|certificate| Fingerprint::of(certificate) == self.ca) else {
+        let Some(ca) = intermediates.iter().find(|certificate| Fingerprint::of(certificate) == self.ca)
+        else {
             return Err(CertificateError::UnknownIssuer.into());
         };
         let mut roots = RootCertStore::empty();

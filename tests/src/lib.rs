@@ -4,5 +4,7 @@
 //! | module | it is |
 //! |---|---|
 //! | [`guest`] | the image that test VMs boot |
+//! | [`demo`] | the run in the lab: from the ISO to a lost server and back |
 
+pub mod demo;
 pub mod guest;

@@ -103,8 +103,11 @@ impl Client {
         }
         let request = build(request, Full::from(bytes).map_err(|never| match never {}).boxed())?;
         let response = tokio::time::timeout(ANSWER_LIMIT, self.send(request)).await.map_err(|_| {
-            CliError::new(Exit::Unreachable, format!("no answer to {path} within {} s", ANSWER_LIMIT.as_secs()))
-                .next("hci status")
+            CliError::new(
+                Exit::Unreachable,
+                format!("no answer to {path} within {} s", ANSWER_LIMIT.as_secs()),
+            )
+            .next("hci status")
         })??;
         let bytes = collect(response.into_body()).await?;
         if bytes.is_empty() {
@@ -142,7 +145,8 @@ impl Client {
 
     /// `GET path` as a switch to a raw stream of bytes in both directions.
     pub async fn upgrade(&self, path: &str) -> Result<hyper::upgrade::Upgraded, CliError> {
-        let request = self.request(Method::GET, path)?.header(CONNECTION, "upgrade").header(UPGRADE, "hci-console");
+        let request =
+            self.request(Method::GET, path)?.header(CONNECTION, "upgrade").header(UPGRADE, "hci-console");
         let request = build(request, Full::default().map_err(|never| match never {}).boxed())?;
         let response = self.send(request).await?;
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
@@ -209,10 +213,12 @@ impl Client {
                         .next("hci cluster get (on a node) shows it; give it as --ca-fingerprint")
                 })?;
                 let fingerprint = fingerprint.parse().map_err(|error| {
-                    CliError::new(Exit::Usage, "the CA's fingerprint is not of the form sha256:HEX").why(error)
+                    CliError::new(Exit::Usage, "the CA's fingerprint is not of the form sha256:HEX")
+                        .why(error)
                 })?;
-                let stream =
-                    pinned_tls::connect(tcp, fingerprint).await.map_err(|error| unreachable(error.to_string()))?;
+                let stream = pinned_tls::connect(tcp, fingerprint)
+                    .await
+                    .map_err(|error| unreachable(error.to_string()))?;
                 Ok(Box::new(stream))
             }
         }
@@ -220,7 +226,9 @@ impl Client {
 }
 
 fn build(request: hyper::http::request::Builder, body: Body) -> Result<Request<Body>, CliError> {
-    request.body(body).map_err(|error| CliError::new(Exit::Usage, "a name or value cannot be sent").why(error))
+    request
+        .body(body)
+        .map_err(|error| CliError::new(Exit::Usage, "a name or value cannot be sent").why(error))
 }
 
 async fn collect(body: Incoming) -> Result<Bytes, CliError> {
@@ -249,7 +257,9 @@ mod tests {
 
     #[test]
     fn endpoints_are_parsed_and_wrong_ones_are_explained() {
-        assert!(matches!("unix:///run/x.sock".parse(), Ok(Endpoint::Local(path)) if path == Path::new("/run/x.sock")));
+        assert!(
+            matches!("unix:///run/x.sock".parse(), Ok(Endpoint::Local(path)) if path == Path::new("/run/x.sock"))
+        );
         assert!(matches!("https://n1".parse(), Ok(Endpoint::Remote(host)) if host == "n1:7443"));
         assert!("http://n1".parse::<Endpoint>().is_err());
         assert!("https://n1/v1".parse::<Endpoint>().is_err());

@@ -59,7 +59,9 @@ fn live_names(collection: &str) -> Vec<String> {
     let Ok(endpoint) = endpoint.parse::<Endpoint>() else { return Vec::new() };
     let credentials =
         Credentials { token: variable("HCI_TOKEN"), ca_fingerprint: variable("HCI_CA_FINGERPRINT") };
-    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return Vec::new() };
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
+        return Vec::new();
+    };
     let answer = runtime.block_on(async {
         tokio::time::timeout(PATIENCE, Client::new(endpoint, credentials).get(collection)).await
     });

@@ -114,7 +114,9 @@ enum Command {
     #[command(subcommand)]
     Event(nouns::event::Verb),
     /// Call the API directly.
-    #[command(after_help = "Examples:\n  hci api GET /v1/nodes\n  hci api POST /v1/networks '{\"name\":\"lan\",\"subnet\":\"10.77.0.0/24\"}'")]
+    #[command(
+        after_help = "Examples:\n  hci api GET /v1/nodes\n  hci api POST /v1/networks '{\"name\":\"lan\",\"subnet\":\"10.77.0.0/24\"}'"
+    )]
     Api {
         /// GET, POST, PUT or DELETE.
         method: Method,
@@ -124,7 +126,9 @@ enum Command {
         body: Option<String>,
     },
     /// Print the completion script of a shell.
-    #[command(after_help = "Examples:\n  hci completion bash > /etc/bash_completion.d/hci\n  source <(hci completion zsh)")]
+    #[command(
+        after_help = "Examples:\n  hci completion bash > /etc/bash_completion.d/hci\n  source <(hci completion zsh)"
+    )]
     Completion {
         /// The shell.
         shell: completion::Shell,
@@ -132,20 +136,10 @@ enum Command {
     /// Print the version.
     #[command(after_help = "Examples:\n  hci version\n  hci version -o json")]
     Version,
-    /// The data role: storage and network of this node; started by the system.
-    #[command(subcommand)]
-    Data(roles::DataCommand),
-    /// The VMM role: one VM; started by the system.
-    #[command(subcommand)]
-    Vmm(roles::VmmCommand),
-    /// Install this server; started from the ISO.
-    Install(roles::InstallArgs),
 }
 
 #[derive(Debug, Subcommand)]
 enum NodeCommand {
-    /// The control role: Raft, API, scheduler; started by the system.
-    Run(roles::NodeRunArgs),
     #[command(flatten)]
     Ask(nouns::node::Verb),
 }
@@ -170,10 +164,8 @@ pub fn command() -> clap::Command {
 
 fn run(cli: Cli) -> Result<ExitCode, CliError> {
     match cli.command {
-        Command::Node(NodeCommand::Run(args)) => roles::node(args),
-        Command::Data(command) => roles::data(command),
-        Command::Vmm(command) => roles::vmm(command),
-        Command::Install(args) => roles::install(args),
+        Command::Completion { shell } => completion::print(shell),
+        Command::Version => version(cli.global.output)?,
         command => {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -182,9 +174,20 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
             let outcome = runtime.block_on(ask(cli.global, command));
             // A terminal's read cannot be cancelled: do not wait for the next key.
             runtime.shutdown_background();
-            outcome.map(ExitCode::from)
+            return outcome.map(ExitCode::from);
         }
     }
+    Ok(Exit::Ok.into())
+}
+
+fn version(format: Format) -> Result<(), CliError> {
+    match format {
+        Format::Json | Format::Yaml => {
+            output::print(format, &serde_json::json!({ "version": env!("CARGO_PKG_VERSION") }), &[])?;
+        }
+        _ => output::line(concat!("hci ", env!("CARGO_PKG_VERSION"))),
+    }
+    Ok(())
 }
 
 async fn ask(global: Global, command: Command) -> Result<Exit, CliError> {
@@ -208,9 +211,10 @@ async fn ask(global: Global, command: Command) -> Result<Exit, CliError> {
         Command::Task(verb) => nouns::task::run(&context, verb).await?,
         Command::Event(verb) => nouns::event::run(&context, verb).await?,
         Command::Api { method, path, body } => {
-            let body = body.map(|text| serde_json::from_str(&text)).transpose().map_err(|error| {
-                CliError::new(Exit::Usage, "the body is not JSON").why(error)
-            })?;
+            let body = body
+                .map(|text| serde_json::from_str(&text))
+                .transpose()
+                .map_err(|error| CliError::new(Exit::Usage, "the body is not JSON").why(error))?;
             let answer = context.client.json(method, &path, body.as_ref()).await?;
             match answer {
                 serde_json::Value::String(text) => output::line(text.trim_end()),
@@ -221,16 +225,8 @@ async fn ask(global: Global, command: Command) -> Result<Exit, CliError> {
                 )?,
             }
         }
-        Command::Completion { shell } => completion::print(shell),
-        Command::Version => {
-            let version = serde_json::json!({ "version": env!("CARGO_PKG_VERSION") });
-            match context.format {
-                Format::Json | Format::Yaml => output::print(context.format, &version, &[])?,
-                _ => output::line(concat!("hci ", env!("CARGO_PKG_VERSION"))),
-            }
-        }
-        Command::Node(NodeCommand::Run(_)) | Command::Data(_) | Command::Vmm(_) | Command::Install(_) => {
-            return Err(CliError::new(Exit::Usage, "a role is not a question to the API"));
+        Command::Completion { .. } | Command::Version => {
+            return Err(CliError::new(Exit::Usage, "this is not a question to the API"));
         }
     }
     Ok(Exit::Ok)
@@ -249,7 +245,8 @@ mod tests {
     fn every_verb_that_asks_the_api_has_examples_and_names_the_call() {
         fn check(command: &clap::Command, path: &str, missing: &mut Vec<String>) {
             let path = format!("{path} {}", command.get_name());
-            let role = ["run", "install", "completion", "version", "api", "help"].contains(&command.get_name());
+            let role =
+                ["run", "install", "completion", "version", "api", "help"].contains(&command.get_name());
             if !command.has_subcommands() && !role {
                 let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
                 if help.matches("\n  hci ").count() < 2 || !help.contains("API: ") {

@@ -3,7 +3,8 @@
 //! Results go to stdout, everything else to stderr, so that a pipe carries data only.
 
 use clap::ValueEnum;
-use comfy_table::{ContentArrangement, Table, presets};
+use comfy_table::presets;
+use comfy_table::{ContentArrangement, Table};
 use serde_json::Value;
 
 use super::exit::{CliError, Exit};
@@ -34,6 +35,8 @@ pub enum Show {
     Count,
     /// A fraction of one, as a percentage.
     Percent,
+    /// One member of each object in a list.
+    Each(&'static str),
 }
 
 /// One column of a table.
@@ -69,7 +72,16 @@ impl Column {
             (_, Value::Null) => "-".to_owned(),
             (Show::Bytes, Value::Number(number)) => bytes(number.as_u64().unwrap_or(0)),
             (Show::Count, Value::Array(items)) => items.len().to_string(),
-            (Show::Percent, Value::Number(number)) => format!("{:.0} %", number.as_f64().unwrap_or(0.0) * 100.0),
+            (Show::Each(_), Value::Array(items)) if items.is_empty() => "-".to_owned(),
+            (Show::Each(member), Value::Array(items)) => items
+                .iter()
+                .filter_map(|item| item.pointer(member))
+                .map(text_of)
+                .collect::<Vec<_>>()
+                .join(","),
+            (Show::Percent, Value::Number(number)) => {
+                format!("{:.0} %", number.as_f64().unwrap_or(0.0) * 100.0)
+            }
             (_, Value::String(text)) => text.clone(),
             (_, Value::Array(items)) => items.iter().map(text_of).collect::<Vec<_>>().join(","),
             (_, other) => other.to_string(),
@@ -90,7 +102,11 @@ pub fn bytes(size: u64) -> String {
         scaled /= 1024.0;
         unit += 1;
     }
-    if unit == 0 || scaled.fract() < 0.05 { format!("{scaled:.0} {}", UNITS[unit]) } else { format!("{scaled:.1} {}", UNITS[unit]) }
+    if unit == 0 || scaled.fract() < 0.05 {
+        format!("{scaled:.0} {}", UNITS[unit])
+    } else {
+        format!("{scaled:.1} {}", UNITS[unit])
+    }
 }
 
 /// Prints a list object of the API (`{"items": […]}`) or one object of it.
@@ -116,7 +132,7 @@ pub fn print(format: Format, value: &Value, columns: &[Column]) -> Result<(), Cl
 fn table(rows: &[Value], columns: &[Column], wide: bool) -> String {
     let columns: Vec<_> = columns.iter().filter(|column| wide || !column.wide_only).collect();
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(columns.iter().map(|column| column.title));
     for row in rows {
         table.add_row(columns.iter().map(|column| column.cell(row)));
@@ -152,8 +168,11 @@ mod tests {
 
     #[test]
     fn a_table_shows_wide_columns_only_when_asked() {
-        const COLUMNS: &[Column] =
-            &[column("NAME", "/name"), column("SIZE", "/size").shown(Show::Bytes), column("ID", "/id").wide()];
+        const COLUMNS: &[Column] = &[
+            column("NAME", "/name"),
+            column("SIZE", "/size").shown(Show::Bytes),
+            column("ID", "/id").wide(),
+        ];
         let rows = [json!({"name": "a", "size": 4096, "id": "x1"}), json!({"name": "bcd", "size": null})];
         assert_eq!(table(&rows, COLUMNS, false), " NAME  SIZE\n a     4 KiB\n bcd   -");
         assert!(table(&rows, COLUMNS, true).contains("x1"));

@@ -59,7 +59,9 @@ async fn poll(client: &Client, id: &str, limit: Duration, bar: &ProgressBar) -> 
                 answered = Instant::now();
                 let message = task.get("message").and_then(Value::as_str).unwrap_or_default();
                 bar.set_message(message.to_owned());
-                bar.set_position((task.get("progress").and_then(Value::as_f64).unwrap_or(0.0) * 100.0) as u64);
+                bar.set_position(
+                    (task.get("progress").and_then(Value::as_f64).unwrap_or(0.0) * 100.0) as u64,
+                );
                 match task.get("state").and_then(Value::as_str) {
                     Some("done") => return Ok(task),
                     Some("failed") => return Err(failure(id, &task)),
@@ -70,8 +72,11 @@ async fn poll(client: &Client, id: &str, limit: Duration, bar: &ProgressBar) -> 
             Err(error) => return Err(error),
         }
         if started.elapsed() > limit {
-            return Err(CliError::new(Exit::TimedOut, format!("task {id} is not done after {} s; it goes on", limit.as_secs()))
-                .next(format!("hci task wait {id}")));
+            return Err(CliError::new(
+                Exit::TimedOut,
+                format!("task {id} is not done after {} s; it goes on", limit.as_secs()),
+            )
+            .next(format!("hci task wait {id}")));
         }
         tokio::time::sleep(POLL).await;
     }
@@ -79,9 +84,14 @@ async fn poll(client: &Client, id: &str, limit: Duration, bar: &ProgressBar) -> 
 
 fn failure(id: &str, task: &Value) -> CliError {
     let text = |key: &str| task.get(key).and_then(Value::as_str).map(str::to_owned);
-    let mut error = CliError::new(Exit::Failed, format!("{} failed", text("kind").unwrap_or_else(|| "the task".to_owned())));
-    error.why = text("error");
+    let mut error = CliError::new(
+        Exit::Failed,
+        format!("{} failed", text("kind").unwrap_or_else(|| "the task".to_owned())),
+    );
+    let detail =
+        |key: &str| task.pointer(&format!("/error/{key}")).and_then(Value::as_str).map(str::to_owned);
+    error.why = detail("detail");
     error.evidence = Some(format!("task {id}"));
-    error.next = text("next");
+    error.next = detail("next");
     error
 }

@@ -66,7 +66,11 @@ impl Timeline {
                 format!("  {mark} {}{fill}  {:>7.1} s", step.name, step.seconds)
             })
             .collect();
-        lines.push(format!("    total{}  {:>7.1} s", " ".repeat(width.saturating_sub(5)), self.started.elapsed().as_secs_f64()));
+        lines.push(format!(
+            "    total{}  {:>7.1} s",
+            " ".repeat(width.saturating_sub(5)),
+            self.started.elapsed().as_secs_f64()
+        ));
         lines.join("\n")
     }
 
@@ -114,7 +118,9 @@ impl Progress {
             let seen = match look() {
                 Ok(Look::Done(value)) => return Ok(value),
                 Ok(Look::NotYet(seen)) => seen,
-                Err(error) if started.elapsed() > limit => return Err(error.context(format!("waited for {what}"))),
+                Err(error) if started.elapsed() > limit => {
+                    return Err(error.context(format!("waited for {what}")));
+                }
                 Err(error) => format!("{error:#}"),
             };
             if started.elapsed() > limit {
@@ -126,7 +132,11 @@ impl Progress {
                 if let Some((cut, _)) = seen.char_indices().nth(160) {
                     seen.truncate(cut);
                 }
-                self.note(&format!("waiting for {what} ({} s of {}): {seen}", started.elapsed().as_secs(), limit.as_secs()));
+                self.note(&format!(
+                    "waiting for {what} ({} s of {}): {seen}",
+                    started.elapsed().as_secs(),
+                    limit.as_secs()
+                ));
             }
             std::thread::sleep(LOOK);
         }
@@ -159,8 +169,7 @@ mod tests {
     #[test]
     fn a_wait_ends_at_its_limit_and_says_what_it_saw() {
         let progress = Progress { run: Instant::now(), step: Instant::now() };
-        let waited: Result<()> =
-            progress.wait("rain", Duration::ZERO, || Ok(Look::NotYet("sun".to_owned())));
+        let waited: Result<()> = progress.wait("rain", Duration::ZERO, || Ok(Look::NotYet("sun".to_owned())));
         let message = waited.unwrap_err().to_string();
         assert!(message.contains("rain") && message.contains("sun"), "{message}");
     }

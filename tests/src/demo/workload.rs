@@ -24,12 +24,18 @@ impl Report {
     pub fn parse(log: &str) -> Self {
         let mut report = Self::default();
         for line in log.lines() {
-            let Some(said) = line.trim_end().find("WL ").map(|at| &line.trim_end()[at + 3..]) else { continue };
+            let Some(said) = line.trim_end().find("WL ").map(|at| &line.trim_end()[at + 3..]) else {
+                continue;
+            };
             let mut words = said.split(' ');
             match words.next() {
                 Some("boot") => report = Self::default(),
-                Some("address") => report.address = words.next().filter(|word| *word != "none").map(str::to_owned),
-                Some("flushed") => report.flushed = words.next().and_then(|word| word.parse().ok()).or(report.flushed),
+                Some("address") => {
+                    report.address = words.next().filter(|word| *word != "none").map(str::to_owned)
+                }
+                Some("flushed") => {
+                    report.flushed = words.next().and_then(|word| word.parse().ok()).or(report.flushed)
+                }
                 Some("verify") if words.next() == Some("ok") => report.verified = field(said, "last="),
                 Some("peer") => {
                     let peer = words.next().unwrap_or_default().to_owned();
@@ -73,7 +79,8 @@ mod tests {
 
     #[test]
     fn a_new_boot_starts_afresh_and_its_errors_count() {
-        let report = Report::parse(&format!("{LOG}\nWL boot kernel=6.1\nWL verify FAILED 2 problems, the first: x"));
+        let report =
+            Report::parse(&format!("{LOG}\nWL boot kernel=6.1\nWL verify FAILED 2 problems, the first: x"));
         assert_eq!(report.flushed, None);
         assert!(report.check("web1").unwrap_err().to_string().contains("FAILED"));
     }

@@ -15,28 +15,26 @@ use crate::cli::task::finish;
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     /// Make this node the first one of a new cluster.
-    #[command(after_help = "Examples:\n  hci cluster create prod\n  hci cluster create prod --node-name n1\nAPI: POST /v1/cluster")]
+    #[command(
+        after_help = "Examples:\n  hci cluster create prod\n  hci cluster create prod --node-name n1\nAPI: POST /v1/cluster"
+    )]
     Create {
         /// The cluster's name.
         name: String,
         /// The name of this node; its hostname if not given.
         #[arg(long)]
         node_name: Option<String>,
-        /// The address that the other nodes reach this one at; found by itself if not given.
-        #[arg(long)]
-        address: Option<std::net::IpAddr>,
     },
     /// Let this node join the cluster that made the token.
-    #[command(after_help = "Examples:\n  hci cluster join hci1.eyJ…\n  hci cluster join hci1.eyJ… --node-name n2\nAPI: POST /v1/cluster/join")]
+    #[command(
+        after_help = "Examples:\n  hci cluster join hci1.eyJ…\n  hci cluster join hci1.eyJ… --node-name n2\nAPI: POST /v1/cluster/join"
+    )]
     Join {
         /// What `hci cluster token create` printed on another node.
         token: String,
         /// The name of this node; its hostname if not given.
         #[arg(long)]
         node_name: Option<String>,
-        /// The address that the other nodes reach this one at; found by itself if not given.
-        #[arg(long)]
-        address: Option<std::net::IpAddr>,
     },
     /// Show the cluster.
     #[command(after_help = "Examples:\n  hci cluster get\n  hci cluster get -o json\nAPI: GET /v1/cluster")]
@@ -50,7 +48,9 @@ pub enum Verb {
 #[derive(Debug, Subcommand)]
 pub enum TokenVerb {
     /// Make a token that lets nodes join.
-    #[command(after_help = "Examples:\n  hci cluster token create\n  hci cluster token create --uses 2 --expires 24h\nAPI: POST /v1/cluster/tokens")]
+    #[command(
+        after_help = "Examples:\n  hci cluster token create\n  hci cluster token create --uses 2 --expires 24h\nAPI: POST /v1/cluster/tokens"
+    )]
     Create {
         /// How many nodes may join with it.
         #[arg(long, default_value_t = 1)]
@@ -60,24 +60,33 @@ pub enum TokenVerb {
         expires: Duration,
     },
     /// List the tokens; their secrets are not kept and cannot be shown.
-    #[command(after_help = "Examples:\n  hci cluster token list\n  hci cluster token list -o json\nAPI: GET /v1/cluster/tokens")]
+    #[command(
+        after_help = "Examples:\n  hci cluster token list\n  hci cluster token list -o json\nAPI: GET /v1/cluster/tokens"
+    )]
     List,
     /// Make a token useless.
-    #[command(after_help = "Examples:\n  hci cluster token revoke 0192f0c4-…\n  hci cluster token revoke ID --yes\nAPI: DELETE /v1/cluster/tokens/ID")]
+    #[command(
+        after_help = "Examples:\n  hci cluster token revoke 0192f0c4-…\n  hci cluster token revoke ID --yes\nAPI: DELETE /v1/cluster/tokens/ID"
+    )]
     Revoke {
         /// The token's id, from the list.
         id: String,
     },
 }
 
-const TOKEN_COLUMNS: &[Column] =
-    &[column("ID", "/id"), column("USES LEFT", "/uses_left"), column("EXPIRES", "/expires"), column("CREATED", "/created")];
+const TOKEN_COLUMNS: &[Column] = &[
+    column("ID", "/id"),
+    column("KIND", "/kind"),
+    column("USES LEFT", "/uses_left"),
+    column("EXPIRES", "/expires"),
+    column("CREATED", "/created"),
+];
 
 /// Runs a verb of `hci cluster`.
 pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
     match verb {
-        Verb::Create { name, node_name, address } => {
-            let body = json!({ "name": name, "node_name": node_name, "address": address });
+        Verb::Create { name, node_name } => {
+            let body = json!({ "name": name, "node_name": node_name });
             let created = context.client.post("/v1/cluster", &body).await?;
             if context.format == Format::Table {
                 say("  identity ✓  raft ✓  ca ✓");
@@ -90,8 +99,8 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
             }
             output::print(context.format, &created, &[])
         }
-        Verb::Join { token, node_name, address } => {
-            let body = json!({ "token": token, "node_name": node_name, "address": address });
+        Verb::Join { token, node_name } => {
+            let body = json!({ "token": token, "node_name": node_name });
             let joined = context.client.post("/v1/cluster/join", &body).await?;
             if context.format == Format::Table {
                 let cluster = joined.get("cluster").and_then(|name| name.as_str()).unwrap_or("the cluster");
@@ -103,14 +112,21 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
         }
         Verb::Get => {
             let cluster = context.client.get("/v1/cluster").await?;
-            output::print(if context.format == Format::Table { Format::Yaml } else { context.format }, &cluster, &[])
+            output::print(
+                if context.format == Format::Table { Format::Yaml } else { context.format },
+                &cluster,
+                &[],
+            )
         }
         Verb::Token(TokenVerb::Create { uses, expires }) => {
-            let body = json!({ "uses": uses, "expires_in_seconds": expires.as_secs() });
+            let body = json!({ "kind": "join", "uses": uses, "ttl_seconds": expires.as_secs() });
             let token = context.client.post("/v1/cluster/tokens", &body).await?;
             if matches!(context.format, Format::Table | Format::Wide | Format::Name) {
                 output::line(token.get("token").and_then(|text| text.as_str()).unwrap_or_default());
-                say(&format!("  lets {uses} node(s) join within {} s; on each: hci cluster join TOKEN", expires.as_secs()));
+                say(&format!(
+                    "  lets {uses} node(s) join within {} s; on each: hci cluster join TOKEN",
+                    expires.as_secs()
+                ));
                 return Ok(());
             }
             output::print(context.format, &token, &[])

@@ -15,15 +15,10 @@ pub enum Verb {
     /// List the disks of all nodes, also those that are not in the pool.
     #[command(after_help = "Examples:\n  hci disk list\n  hci disk list -o json\nAPI: GET /v1/disks")]
     List,
-    /// Show one disk.
-    #[command(after_help = "Examples:\n  hci disk get n1/vdb\n  hci disk get 0192f0c4-… -o json\nAPI: GET /v1/disks/NAME")]
-    Get {
-        /// The disk's name or id.
-        #[arg(add = names("/v1/disks"))]
-        name: String,
-    },
     /// Give a disk of a node to the pool.
-    #[command(after_help = "Examples:\n  hci disk add n1 /dev/vdb\n  hci disk add n1 /dev/vdc --wipe\nAPI: POST /v1/disks")]
+    #[command(
+        after_help = "Examples:\n  hci disk add n1 /dev/vdb\n  hci disk add n1 /dev/vdc --wipe\nAPI: POST /v1/disks"
+    )]
     Add {
         /// The node that the disk is in.
         #[arg(add = names("/v1/nodes"))]
@@ -38,14 +33,13 @@ pub enum Verb {
 }
 
 const COLUMNS: &[Column] = &[
-    column("NAME", "/name"),
     column("NODE", "/node"),
     column("PATH", "/path"),
     column("STATE", "/state"),
-    column("SIZE", "/size").shown(Show::Bytes),
-    column("USED", "/used").shown(Show::Bytes),
-    column("MODEL", "/model").wide(),
-    column("SERIAL", "/serial"),
+    column("SIZE", "/capacity_bytes").shown(Show::Bytes),
+    column("USED", "/used_bytes").shown(Show::Bytes),
+    column("MODEL", "/model"),
+    column("MESSAGE", "/message"),
     column("ID", "/id").wide(),
 ];
 
@@ -53,10 +47,12 @@ const COLUMNS: &[Column] = &[
 pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
     match verb {
         Verb::List => context.list("/v1/disks", COLUMNS).await,
-        Verb::Get { name } => context.show("/v1/disks", &name).await,
         Verb::Add { node, path, wipe } => {
             if wipe {
-                context.confirm(&path.join(" "), &format!("destroys everything on {} of {node}", path.join(" ")))?;
+                context.confirm(
+                    &path.join(" "),
+                    &format!("destroys everything on {} of {node}", path.join(" ")),
+                )?;
             }
             for path in path {
                 let body = json!({ "node": node, "path": path, "wipe": wipe });

@@ -15,11 +15,11 @@ pub enum Verb {
 }
 
 const COLUMNS: &[Column] = &[
-    column("TIME", "/time"),
+    column("TIME", "/at"),
     column("SEVERITY", "/severity"),
-    column("OBJECT", "/object"),
+    column("OBJECT", "/subject"),
     column("MESSAGE", "/message"),
-    column("ID", "/id").wide(),
+    column("KIND", "/kind").wide(),
 ];
 
 /// Runs a verb of `hci event`.

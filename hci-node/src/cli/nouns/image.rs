@@ -19,7 +19,9 @@ pub enum Verb {
     #[command(after_help = "Examples:\n  hci image list\n  hci image list -o json\nAPI: GET /v1/images")]
     List,
     /// Show one image.
-    #[command(after_help = "Examples:\n  hci image get debian12\n  hci image get debian12 -o json\nAPI: GET /v1/images/NAME")]
+    #[command(
+        after_help = "Examples:\n  hci image get debian12\n  hci image get debian12 -o json\nAPI: GET /v1/images/NAME"
+    )]
     Get {
         /// The image's name or id.
         #[arg(add = names("/v1/images"))]
@@ -46,7 +48,9 @@ pub enum Verb {
         cmdline: String,
     },
     /// Delete an image; VMs made from it keep their volumes.
-    #[command(after_help = "Examples:\n  hci image delete debian12\n  hci image delete debian12 --yes\nAPI: DELETE /v1/images/NAME")]
+    #[command(
+        after_help = "Examples:\n  hci image delete debian12\n  hci image delete debian12 --yes\nAPI: DELETE /v1/images/NAME"
+    )]
     Delete {
         /// The image's name or id.
         #[arg(add = names("/v1/images"))]
@@ -57,8 +61,8 @@ pub enum Verb {
 const COLUMNS: &[Column] = &[
     column("NAME", "/name"),
     column("STATE", "/state"),
-    column("DISK", "/disk_size").shown(Show::Bytes),
-    column("CMDLINE", "/cmdline").wide(),
+    column("PARTS", "/parts").shown(Show::Count),
+    column("CMDLINE", "/cmdline"),
     column("ID", "/id").wide(),
 ];
 
@@ -78,13 +82,18 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
     }
 }
 
-/// Announces the image with the size and digest of each part, then sends the parts; a failure takes it back.
-async fn import(context: &Context, name: &str, cmdline: &str, parts: &[(&str, PathBuf)]) -> Result<(), CliError> {
+/// Announces the image with its parts, then sends the parts; a failure takes it back.
+async fn import(
+    context: &Context,
+    name: &str,
+    cmdline: &str,
+    parts: &[(&str, PathBuf)],
+) -> Result<(), CliError> {
     let mut body = json!({ "name": name, "cmdline": cmdline });
     let mut digests = Vec::new();
     for (part, file) in parts {
         let (size, digest) = measure(file).await?;
-        body[*part] = json!({ "size": size, "blake3": digest });
+        body[*part] = json!(true);
         digests.push((*part, file, size, digest));
     }
     context.client.post("/v1/images", &body).await?;
@@ -120,14 +129,18 @@ async fn measure(file: &Path) -> Result<(u64, String), CliError> {
     match measured {
         Ok(Ok((0, _))) => Err(CliError::new(Exit::Usage, format!("{} is empty", file.display()))),
         Ok(Ok(measured)) => Ok(measured),
-        Ok(Err(error)) => Err(CliError::new(Exit::Usage, format!("cannot read {}", file.display())).why(error)),
+        Ok(Err(error)) => {
+            Err(CliError::new(Exit::Usage, format!("cannot read {}", file.display())).why(error))
+        }
         Err(error) => Err(CliError::new(Exit::Failed, format!("cannot read {}", file.display())).why(error)),
     }
 }
 
 fn progress_bar(size: u64, part: &str) -> ProgressBar {
     let bar = ProgressBar::new(size);
-    if let Ok(style) = ProgressStyle::with_template("  {msg:10} {bar:24} {bytes}/{total_bytes} {bytes_per_sec}") {
+    if let Ok(style) =
+        ProgressStyle::with_template("  {msg:10} {bar:24} {bytes}/{total_bytes} {bytes_per_sec}")
+    {
         bar.set_style(style);
     }
     bar.set_message(part.to_owned());

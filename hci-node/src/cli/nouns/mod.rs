@@ -81,7 +81,8 @@ impl Context {
             return Ok(());
         }
         if !std::io::stdin().is_terminal() {
-            return Err(CliError::new(Exit::Refused, format!("this {loss}")).next("add --yes to do it without a question"));
+            return Err(CliError::new(Exit::Refused, format!("this {loss}"))
+                .next("add --yes to do it without a question"));
         }
         let mut err = std::io::stderr().lock();
         // A terminal that cannot be written to cannot be answered on either: the read below decides.

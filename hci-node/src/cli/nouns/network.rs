@@ -9,23 +9,29 @@ use serde_json::json;
 use super::Context;
 use crate::cli::completion::names;
 use crate::cli::exit::CliError;
-use crate::cli::output::{Column, Show, column};
+use crate::cli::output::{Column, column};
 
 /// The verbs of `hci network`.
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     /// List the networks.
-    #[command(after_help = "Examples:\n  hci network list\n  hci network list -o json\nAPI: GET /v1/networks")]
+    #[command(
+        after_help = "Examples:\n  hci network list\n  hci network list -o json\nAPI: GET /v1/networks"
+    )]
     List,
     /// Show one network with its ports.
-    #[command(after_help = "Examples:\n  hci network get lan\n  hci network get lan -o json\nAPI: GET /v1/networks/NAME")]
+    #[command(
+        after_help = "Examples:\n  hci network get lan\n  hci network get lan -o json\nAPI: GET /v1/networks/NAME"
+    )]
     Get {
         /// The network's name or id.
         #[arg(add = names("/v1/networks"))]
         name: String,
     },
     /// Create an overlay network that spans all nodes.
-    #[command(after_help = "Examples:\n  hci network create lan --subnet 10.77.0.0/24\n  hci network create fast --subnet 10.78.0.0/16 --mtu 8900\nAPI: POST /v1/networks")]
+    #[command(
+        after_help = "Examples:\n  hci network create lan --subnet 10.77.0.0/24\n  hci network create fast --subnet 10.78.0.0/16 --mtu 8900\nAPI: POST /v1/networks"
+    )]
     Create {
         /// The network's name.
         name: String,
@@ -40,7 +46,9 @@ pub enum Verb {
         dns: Vec<Ipv4Addr>,
     },
     /// Delete a network; refused while a VM has a port in it.
-    #[command(after_help = "Examples:\n  hci network delete lan\n  hci network delete lan --yes\nAPI: DELETE /v1/networks/NAME")]
+    #[command(
+        after_help = "Examples:\n  hci network delete lan\n  hci network delete lan --yes\nAPI: DELETE /v1/networks/NAME"
+    )]
     Delete {
         /// The network's name or id.
         #[arg(add = names("/v1/networks"))]
@@ -53,7 +61,7 @@ const COLUMNS: &[Column] = &[
     column("SUBNET", "/subnet"),
     column("GATEWAY", "/gateway"),
     column("MTU", "/mtu"),
-    column("PORTS", "/ports").shown(Show::Count),
+    column("PORTS", "/ports"),
     column("VNI", "/vni").wide(),
     column("ID", "/id").wide(),
 ];
@@ -68,6 +76,8 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
             let answer = context.client.post("/v1/networks", &body).await?;
             context.change(answer, "/v1/networks", &name, COLUMNS).await
         }
-        Verb::Delete { name } => context.delete("/v1/networks", &name, &format!("deletes network {name}")).await,
+        Verb::Delete { name } => {
+            context.delete("/v1/networks", &name, &format!("deletes network {name}")).await
+        }
     }
 }

@@ -14,7 +14,9 @@ pub enum Verb {
     #[command(after_help = "Examples:\n  hci node list\n  hci node list -o wide\nAPI: GET /v1/nodes")]
     List,
     /// Show one node.
-    #[command(after_help = "Examples:\n  hci node get n1\n  hci node get n1 -o json\nAPI: GET /v1/nodes/NAME")]
+    #[command(
+        after_help = "Examples:\n  hci node get n1\n  hci node get n1 -o json\nAPI: GET /v1/nodes/NAME"
+    )]
     Get {
         /// The node's name or id.
         #[arg(add = names("/v1/nodes"))]
@@ -28,8 +30,8 @@ const COLUMNS: &[Column] = &[
     column("ROLE", "/role"),
     column("ADDRESS", "/address"),
     column("VMS", "/vms"),
-    column("MEMORY", "/memory_total").shown(Show::Bytes),
-    column("FREE", "/memory_free").shown(Show::Bytes),
+    column("MEMORY", "/memory_bytes").shown(Show::Bytes),
+    column("FREE", "/memory_available_bytes").shown(Show::Bytes),
     column("VERSION", "/version").wide(),
     column("ID", "/id").wide(),
 ];

@@ -23,21 +23,24 @@ pub async fn run(context: &Context, as_health: bool) -> Result<Exit, CliError> {
 fn summary(status: &Value) -> String {
     let text = |pointer: &str| status.pointer(pointer).and_then(Value::as_str).unwrap_or("-").to_owned();
     let number = |pointer: &str| status.pointer(pointer).and_then(Value::as_u64).unwrap_or(0);
-    let (raw, used) = (number("/capacity/raw"), number("/capacity/used"));
-    let percent = if raw == 0 { 0 } else { used.saturating_mul(100) / raw };
+    let (raw, used) = (number("/raw_bytes"), number("/used_bytes"));
+    let percent = used.saturating_mul(100).checked_div(raw).unwrap_or(0);
     let mut lines = vec![format!(
-        "{}   {}   {} nodes   {} disks   {} raw, {} usable at 3 copies, {percent} % used   {} VMs running",
+        "{}   {}   {} of {} nodes   {} disks   {} raw, {} usable at {} copies, {percent} % used   {} of {} VMs run",
         text("/cluster"),
         text("/health").to_uppercase(),
-        number("/nodes/total"),
-        number("/disks/total"),
+        number("/nodes_available"),
+        number("/nodes"),
+        number("/disks"),
         bytes(raw),
-        bytes(raw / 3),
-        number("/vms/running"),
+        bytes(number("/usable_bytes")),
+        number("/usable_copies"),
+        number("/vms_running"),
+        number("/vms"),
     )];
     for problem in status.get("problems").and_then(Value::as_array).into_iter().flatten() {
-        let problem = problem.as_str().map_or_else(|| problem.to_string(), str::to_owned);
-        lines.push(format!("problem: {problem}"));
+        let text = |key: &str| problem.get(key).and_then(Value::as_str).unwrap_or("-");
+        lines.push(format!("{}: {} {}: {}", text("health"), text("kind"), text("name"), text("message")));
     }
     lines.push(format!("can lose now: {}", text("/can_lose")));
     lines.join("\n")

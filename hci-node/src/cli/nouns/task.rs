@@ -15,14 +15,18 @@ pub enum Verb {
     #[command(after_help = "Examples:\n  hci task list\n  hci task list -o json\nAPI: GET /v1/tasks")]
     List,
     /// Show one task.
-    #[command(after_help = "Examples:\n  hci task get 0192f0c4-…\n  hci task get ID -o json\nAPI: GET /v1/tasks/ID")]
+    #[command(
+        after_help = "Examples:\n  hci task get 0192f0c4-…\n  hci task get ID -o json\nAPI: GET /v1/tasks/ID"
+    )]
     Get {
         /// The task's id.
         #[arg(add = names("/v1/tasks"))]
         id: String,
     },
     /// Wait until a task is done.
-    #[command(after_help = "Examples:\n  hci task wait 0192f0c4-…\n  hci task wait ID --timeout 10m\nAPI: GET /v1/tasks/ID")]
+    #[command(
+        after_help = "Examples:\n  hci task wait 0192f0c4-…\n  hci task wait ID --timeout 10m\nAPI: GET /v1/tasks/ID"
+    )]
     Wait {
         /// The task's id.
         #[arg(add = names("/v1/tasks"))]
@@ -37,7 +41,7 @@ const COLUMNS: &[Column] = &[
     column("STATE", "/state"),
     column("PROGRESS", "/progress").shown(Show::Percent),
     column("MESSAGE", "/message"),
-    column("ERROR", "/error"),
+    column("ERROR", "/error/detail"),
     column("CREATED", "/created").wide(),
     column("FINISHED", "/finished").wide(),
 ];

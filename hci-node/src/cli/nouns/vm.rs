@@ -1,11 +1,11 @@
 //! `hci vm`: virtual machines.
 
 use clap::Subcommand;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Context, object_path, say};
-use crate::cli::console;
 use crate::cli::completion::names;
+use crate::cli::console;
 use crate::cli::exit::CliError;
 use crate::cli::output::{Column, Show, column};
 use crate::cli::size::parse_size;
@@ -24,7 +24,9 @@ pub enum Verb {
         name: String,
     },
     /// Create a VM from an image and start it.
-    #[command(after_help = "Examples:\n  hci vm create web1 --image debian12 --disk 40GiB --network lan\n  hci vm create web2 --image debian12 --cpu 4 --memory 8GiB --disk 40GiB --network lan --node n2 --no-start\nAPI: POST /v1/vms")]
+    #[command(
+        after_help = "Examples:\n  hci vm create web1 --image debian12 --disk 40GiB --network lan\n  hci vm create web2 --image debian12 --cpu 4 --memory 8GiB --disk 40GiB --network lan --node n2 --no-start\nAPI: POST /v1/vms"
+    )]
     Create {
         /// The VM's name.
         name: String,
@@ -43,13 +45,13 @@ pub enum Verb {
         /// The network of its NIC; may be given several times.
         #[arg(long, add = names("/v1/networks"))]
         network: Vec<String>,
-        /// How many copies of its disk on different nodes.
-        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=3))]
-        replicas: u8,
+        /// How many copies of its disk on different nodes; 3 if there are as many nodes with disks.
+        #[arg(long, value_parser = clap::value_parser!(u8).range(1..=3))]
+        replicas: Option<u8>,
         /// The node to start it on; the one with the most free memory if not given.
         #[arg(long, add = names("/v1/nodes"))]
         node: Option<String>,
-        /// What follows the image's kernel command line.
+        /// The kernel command line; the image's if not given.
         #[arg(long)]
         cmdline: Option<String>,
         /// Create it only.
@@ -57,14 +59,18 @@ pub enum Verb {
         no_start: bool,
     },
     /// Start a VM.
-    #[command(after_help = "Examples:\n  hci vm start web1\n  hci vm start web1 --no-wait\nAPI: POST /v1/vms/NAME/start")]
+    #[command(
+        after_help = "Examples:\n  hci vm start web1\n  hci vm start web1 --no-wait\nAPI: POST /v1/vms/NAME/start"
+    )]
     Start {
         /// The VM's name or id.
         #[arg(add = names("/v1/vms"))]
         name: String,
     },
     /// Stop a VM by its power button; it is switched off when it does not react within a minute.
-    #[command(after_help = "Examples:\n  hci vm stop web1\n  hci vm stop web1 --force\nAPI: POST /v1/vms/NAME/stop")]
+    #[command(
+        after_help = "Examples:\n  hci vm stop web1\n  hci vm stop web1 --force\nAPI: POST /v1/vms/NAME/stop"
+    )]
     Stop {
         /// The VM's name or id.
         #[arg(add = names("/v1/vms"))]
@@ -74,7 +80,9 @@ pub enum Verb {
         force: bool,
     },
     /// Stop a VM and start it again.
-    #[command(after_help = "Examples:\n  hci vm restart web1\n  hci vm restart web1 --force\nAPI: POST /v1/vms/NAME/restart")]
+    #[command(
+        after_help = "Examples:\n  hci vm restart web1\n  hci vm restart web1 --force\nAPI: POST /v1/vms/NAME/restart"
+    )]
     Restart {
         /// The VM's name or id.
         #[arg(add = names("/v1/vms"))]
@@ -84,7 +92,9 @@ pub enum Verb {
         force: bool,
     },
     /// Attach to a VM's serial console; Ctrl-] detaches.
-    #[command(after_help = "Examples:\n  hci vm console web1\n  hci vm console web1 --log\nAPI: GET /v1/vms/NAME/console, /v1/vms/NAME/console/log")]
+    #[command(
+        after_help = "Examples:\n  hci vm console web1\n  hci vm console web1 --log\nAPI: GET /v1/vms/NAME/console, /v1/vms/NAME/console/log"
+    )]
     Console {
         /// The VM's name or id.
         #[arg(add = names("/v1/vms"))]
@@ -94,7 +104,9 @@ pub enum Verb {
         log: bool,
     },
     /// Delete a VM with its disks.
-    #[command(after_help = "Examples:\n  hci vm delete web1\n  hci vm delete web1 --yes\nAPI: DELETE /v1/vms/NAME")]
+    #[command(
+        after_help = "Examples:\n  hci vm delete web1\n  hci vm delete web1 --yes\nAPI: DELETE /v1/vms/NAME"
+    )]
     Delete {
         /// The VM's name or id.
         #[arg(add = names("/v1/vms"))]
@@ -106,11 +118,11 @@ const COLUMNS: &[Column] = &[
     column("NAME", "/name"),
     column("STATE", "/state"),
     column("NODE", "/node"),
-    column("ADDRESS", "/addresses"),
-    column("CPU", "/cpu"),
-    column("MEMORY", "/memory").shown(Show::Bytes),
+    column("ADDRESS", "/nics").shown(Show::Each("/ip")),
+    column("CPU", "/vcpus"),
+    column("MEMORY", "/memory_bytes").shown(Show::Bytes),
     column("IMAGE", "/image").wide(),
-    column("RUN EPOCH", "/run_epoch").wide(),
+    column("RUN EPOCH", "/epoch").wide(),
     column("ID", "/id").wide(),
 ];
 
@@ -120,9 +132,15 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
         Verb::List => context.list("/v1/vms", COLUMNS).await,
         Verb::Get { name } => context.show("/v1/vms", &name).await,
         Verb::Create { name, image, cpu, memory, disk, network, replicas, node, cmdline, no_start } => {
+            let disk = match disk {
+                Some(size) => Some(size),
+                None => image_disk(context, &image).await?,
+            };
+            let disks: Vec<_> =
+                disk.iter().map(|size| json!({ "size_bytes": size, "replicas": replicas })).collect();
             let body = json!({
-                "name": name, "image": image, "cpu": cpu, "memory": memory, "disk_size": disk, "networks": network,
-                "replicas": replicas, "node": node, "cmdline": cmdline, "start": !no_start,
+                "name": name, "image": image, "vcpus": cpu, "memory_bytes": memory, "disks": disks,
+                "networks": network, "node": node, "cmdline": cmdline, "stopped": no_start,
             });
             let answer = context.client.post("/v1/vms", &body).await?;
             context.change(answer, "/v1/vms", &name, COLUMNS).await
@@ -144,8 +162,17 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
     }
 }
 
+/// The size of an image's disk, when it has one.
+async fn image_disk(context: &Context, image: &str) -> Result<Option<u64>, CliError> {
+    let image = context.client.get(&object_path("/v1/images", image)).await?;
+    let parts = image.get("parts").and_then(Value::as_array).into_iter().flatten();
+    let disk = parts.into_iter().find(|part| part.get("part").and_then(Value::as_str) == Some("disk"));
+    Ok(disk.and_then(|part| part.get("size_bytes")?.as_u64()))
+}
+
 async fn act(context: &Context, name: &str, action: &str, force: bool) -> Result<(), CliError> {
     let path = format!("{}/{action}", object_path("/v1/vms", name));
-    let answer = context.client.post(&path, &json!({ "force": force })).await?;
+    let body = if action == "start" { json!({}) } else { json!({ "force": force }) };
+    let answer = context.client.post(&path, &body).await?;
     context.change(answer, "/v1/vms", name, COLUMNS).await
 }
