@@ -1,1 +1,55 @@
-//! See the design: this crate's page is written with its first module.
+//! One KVM guest: boots a kernel directly, with vhost-user disks and NICs, a serial console on a socket and nothing else in between.
+//!
+//! # What it is
+//! [`VmConfig`] says what the guest is made of, [`Vm::start`] makes and runs it, [`VmHandle`] controls it from other threads, and
+//! [`Vm::wait`] returns how it ended ([`ExitReason`]). The machine is a small Q35-like PC: in-kernel interrupt controllers and timer, PCI
+//! Express with modern virtio devices, ACPI, a 16550. The VMM moves no data itself: the guest's kicks go from KVM to the
+//! vhost-user backend through an ioeventfd, the backend's interrupts to the guest through an irqfd.
+//!
+//! # Threads
+//! - `vcpuN`: runs one vCPU and handles its exits on the [buses](bus). Nothing it calls waits for a client or, beyond a bound, for a backend.
+//! - `console`: feeds the console's clients.
+//! - one for each disk and NIC: keeps the connection to the backend ([`virtio::vhost_user`]), for ever.
+//! - `rng`: serves the random number generator.
+//!
+//! There is no async runtime. Whoever calls [`Vm::wait`] drives the end: first vCPUs, then devices, then the console.
+//!
+//! # Invariants
+//! - Whatever a guest writes to registers, tables and rings ends in an ignored write, a device that needs a reset, or
+//!   the guest's own end; never in a panic, and never outside its memory.
+//! - A backend's restart is normal. Its queues stall, the guest waits, nothing is lost; the contract is in [`virtio::vhost_user`].
+//! - Guest memory is a sealed memfd, known to this process and to the backends only.
+//! - A guest ends once, with one reason; the first one counts.
+//!
+//! # Where to start reading
+//! [`vm`] puts everything together. Then by subject: [`config`], [`layout`] (the address map), [`boot`], [`vcpu`], [`acpi`], [`pci`],
+//! [`virtio`], [`console`].
+
+mod acpi;
+mod boot;
+mod bus;
+mod config;
+mod console;
+mod error;
+mod handle;
+mod interrupts;
+mod kvm;
+mod layout;
+mod lifecycle;
+mod memory;
+mod pci;
+mod vcpu;
+mod virtio;
+mod vm;
+
+#[cfg(test)]
+#[path = "../tests/guest/mod.rs"]
+mod test_guest;
+
+pub use boot::BootError;
+pub use config::{ConfigError, DiskConfig, MacAddr, NicConfig, ParseMacError, VmConfig};
+pub use error::VmError;
+pub use handle::{BackendState, DeviceStatus, VmHandle, VmState, VmStatus};
+pub use lifecycle::ExitReason;
+pub use virtio::vhost_user::SessionError;
+pub use vm::Vm;

@@ -1,0 +1,110 @@
+//! The DSDT: what the guest cannot discover by itself. The PCI root with its windows, the ECAM area as a motherboard resource (Linux uses
+//! it only then), the serial port, the processors, and the sleep type of S5.
+
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path,
+    ResourceTemplate, Scope,
+};
+use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, AmlSink};
+
+use super::power::SLEEP_TYPE_S5;
+use super::tables::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use crate::layout::{
+    COM1_IRQ, COM1_PORT, ECAM_SIZE, ECAM_START, PCI_CONFIG_PORT, PCI_MMIO_END, PCI_MMIO_START, PM1_EVENT_PORT,
+};
+
+/// Builds the DSDT of a guest with so many processors.
+pub(super) fn build(vcpus: u8) -> Sdt {
+    let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    let mut aml = Vec::new();
+    pci_root(&mut aml);
+    motherboard(&mut aml);
+    serial_port(&mut aml);
+    processors(&mut aml, vcpus);
+    let s5 = SLEEP_TYPE_S5;
+    Name::new(Path::new("_S5_"), &Package::new(vec![&s5, &s5, &0u8, &0u8])).to_aml_bytes(&mut aml);
+    dsdt.append_slice(&aml);
+    dsdt
+}
+
+fn pci_root(aml: &mut dyn AmlSink) {
+    let config_end = PCI_CONFIG_PORT + 7;
+    Device::new(
+        Path::new("_SB_.PCI0"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0A08")),
+            &Name::new(Path::new("_CID"), &EISAName::new("PNP0A03")),
+            &Name::new(Path::new("_SEG"), &0u8),
+            &Name::new(Path::new("_BBN"), &0u8),
+            &Name::new(Path::new("_UID"), &0u8),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![
+                    &AddressSpace::new_bus_number(0u16, 0u16),
+                    &IO::new(PCI_CONFIG_PORT, PCI_CONFIG_PORT, 1, 8),
+                    &AddressSpace::new_io(0u16, PCI_CONFIG_PORT - 1, None),
+                    &AddressSpace::new_io(config_end + 1, u16::MAX, None),
+                    &AddressSpace::new_memory(
+                        AddressSpaceCacheable::NotCacheable,
+                        true,
+                        PCI_MMIO_START as u32,
+                        (PCI_MMIO_END - 1) as u32,
+                        None,
+                    ),
+                ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+fn motherboard(aml: &mut dyn AmlSink) {
+    Device::new(
+        Path::new("_SB_.MBRD"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0C02")),
+            &Name::new(Path::new("_UID"), &0u8),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![
+                    &Memory32Fixed::new(true, ECAM_START as u32, ECAM_SIZE as u32),
+                    &IO::new(PM1_EVENT_PORT, PM1_EVENT_PORT, 1, 8),
+                ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+fn serial_port(aml: &mut dyn AmlSink) {
+    Device::new(
+        Path::new("_SB_.COM1"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0501")),
+            &Name::new(Path::new("_UID"), &0u8),
+            &Name::new(Path::new("_DDN"), &"COM1"),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![
+                    &Interrupt::new(true, true, false, false, COM1_IRQ),
+                    &IO::new(COM1_PORT, COM1_PORT, 1, 8),
+                ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+fn processors(aml: &mut dyn AmlSink, vcpus: u8) {
+    let mut devices = Vec::new();
+    for id in 0..vcpus {
+        let name = format!("C{id:03X}");
+        Device::new(
+            Path::new(&name),
+            vec![&Name::new(Path::new("_HID"), &"ACPI0007"), &Name::new(Path::new("_UID"), &id)],
+        )
+        .to_aml_bytes(&mut devices);
+    }
+    aml.vec(&Scope::raw(Path::new("_SB_"), devices));
+}

@@ -1,0 +1,329 @@
+//! What a guest is made of: plain serde data, and [`VmConfig::validate`], which reports everything that is wrong with it at
+//! once. Nothing here touches KVM or the file system except for the checks that name a missing file.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::layout::{CMDLINE_MAX, MIB};
+
+/// Devices on bus 0 besides the host bridge and the random number generator.
+const MAX_DEVICES: usize = 30;
+/// Most vCPUs that the (xAPIC) topology describes.
+const MAX_VCPUS: u8 = 254;
+/// Below this no kernel and initramfs fit beside the boot structures.
+const MIN_MEMORY: u64 = 16 * MIB;
+/// Bound for a guest's memory; what guest physical addresses of 40 bits leave beside the PCI windows.
+const MAX_MEMORY: u64 = 512 << 30;
+/// One MSI-X table has to hold a vector for each queue and one for the configuration.
+const MAX_QUEUES: u16 = 64;
+/// Range that virtio-net allows for the MTU.
+const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=65535;
+
+/// One guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Name, for logs and thread names.
+    pub name: String,
+    /// Number of virtual processors, one socket of single-threaded cores.
+    pub vcpus: u8,
+    /// Guest memory in bytes; a multiple of 1 MiB.
+    pub memory_bytes: u64,
+    /// Kernel: a bzImage, or an ELF file with a PVH entry note.
+    pub kernel: PathBuf,
+    /// Initial RAM file system.
+    #[serde(default)]
+    pub initramfs: Option<PathBuf>,
+    /// Kernel command line.
+    #[serde(default)]
+    pub cmdline: String,
+    /// Disks, in the order in which the guest finds them.
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
+    /// NICs, in the order in which the guest finds them, after the disks.
+    #[serde(default)]
+    pub nics: Vec<NicConfig>,
+    /// Unix socket on which the serial console is served; made by the VMM.
+    pub console_socket: PathBuf,
+    /// How long a start waits for the vhost-user sockets to answer before it fails. A running guest waits for ever.
+    #[serde(default = "default_backend_timeout_ms")]
+    pub backend_timeout_ms: u64,
+}
+
+/// A vhost-user-blk disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Name, for logs and status.
+    pub id: String,
+    /// The backend's socket.
+    pub socket: PathBuf,
+    /// Request queues wanted; the backend may offer fewer.
+    #[serde(default = "default_queues")]
+    pub queues: u16,
+    /// Whether the guest is told not to write. The backend has to enforce it.
+    #[serde(default)]
+    pub readonly: bool,
+}
+
+/// A vhost-user-net NIC.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NicConfig {
+    /// Name, for logs and status.
+    pub id: String,
+    /// The backend's socket.
+    pub socket: PathBuf,
+    /// Address given to the guest.
+    pub mac: MacAddr,
+    /// MTU given to the guest.
+    #[serde(default)]
+    pub mtu: Option<u16>,
+}
+
+fn default_queues() -> u16 {
+    1
+}
+
+fn default_backend_timeout_ms() -> u64 {
+    30_000
+}
+
+/// An Ethernet address, written `02:00:00:00:00:01`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MacAddr(pub [u8; 6]);
+
+impl fmt::Display for MacAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl fmt::Debug for MacAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The text is not an Ethernet address.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a MAC address like 02:00:00:00:00:01")]
+pub struct ParseMacError(String);
+
+impl FromStr for MacAddr {
+    type Err = ParseMacError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let fail = || ParseMacError(text.to_owned());
+        let mut octets = [0; 6];
+        let mut parts = text.split(':');
+        for octet in &mut octets {
+            let part = parts.next().ok_or_else(fail)?;
+            if part.len() != 2 || !part.bytes().all(|b| b.is_ascii_hexdigit()) {
+                return Err(fail());
+            }
+            *octet = u8::from_str_radix(part, 16).map_err(|_| fail())?;
+        }
+        if parts.next().is_some() { Err(fail()) } else { Ok(Self(octets)) }
+    }
+}
+
+impl Serialize for MacAddr {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for MacAddr {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// One thing that is wrong with a [`VmConfig`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// The number of vCPUs is out of range.
+    #[error("vcpus is {0}; it must be 1 to {MAX_VCPUS}")]
+    Vcpus(u8),
+    /// The memory size is out of range or not aligned.
+    #[error("memory_bytes is {0}; it must be a multiple of 1 MiB from 16 MiB to 512 GiB")]
+    Memory(u64),
+    /// The kernel or initramfs cannot be read.
+    #[error("{what} {path}: {error}")]
+    File {
+        /// Which file.
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// What the system said.
+        error: String,
+    },
+    /// The command line is too long or holds a NUL.
+    #[error("the kernel command line must be shorter than {CMDLINE_MAX} bytes and hold no NUL")]
+    Cmdline,
+    /// More devices than the bus takes.
+    #[error("{0} disks and NICs; at most {MAX_DEVICES} fit on the bus")]
+    TooManyDevices(usize),
+    /// Two devices have the same name.
+    #[error("device id {0:?} is used twice")]
+    DuplicateId(String),
+    /// Two devices use the same socket.
+    #[error("socket {0} is used twice")]
+    DuplicateSocket(PathBuf),
+    /// The number of queues is out of range.
+    #[error("disk {id:?} has {queues} queues; it must be 1 to {MAX_QUEUES}")]
+    Queues {
+        /// The disk.
+        id: String,
+        /// What was asked for.
+        queues: u16,
+    },
+    /// A multicast or zero address.
+    #[error("NIC {id:?}: {mac} is not a unicast address")]
+    Mac {
+        /// The NIC.
+        id: String,
+        /// Its address.
+        mac: MacAddr,
+    },
+    /// The MTU is out of range.
+    #[error("NIC {id:?}: MTU {mtu} is not in 68 to 65535")]
+    Mtu {
+        /// The NIC.
+        id: String,
+        /// Its MTU.
+        mtu: u16,
+    },
+}
+
+impl VmConfig {
+    /// Checks everything that can be known before the start and returns all that is wrong.
+    pub fn validate(&self) -> Result<(), Vec<ConfigError>> {
+        let mut errors = Vec::new();
+        if self.vcpus == 0 || self.vcpus > MAX_VCPUS {
+            errors.push(ConfigError::Vcpus(self.vcpus));
+        }
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory_bytes) || !self.memory_bytes.is_multiple_of(MIB) {
+            errors.push(ConfigError::Memory(self.memory_bytes));
+        }
+        let files = [("kernel", Some(&self.kernel)), ("initramfs", self.initramfs.as_ref())];
+        for (what, path) in files.into_iter().filter_map(|(what, path)| Some((what, path?))) {
+            if let Err(error) = std::fs::File::open(path) {
+                errors.push(ConfigError::File { what, path: path.clone(), error: error.to_string() });
+            }
+        }
+        if self.cmdline.len() >= CMDLINE_MAX || self.cmdline.contains('\0') {
+            errors.push(ConfigError::Cmdline);
+        }
+        self.validate_devices(&mut errors);
+        if errors.is_empty() { Ok(()) } else { Err(errors) }
+    }
+
+    fn validate_devices(&self, errors: &mut Vec<ConfigError>) {
+        let count = self.disks.len() + self.nics.len();
+        if count > MAX_DEVICES {
+            errors.push(ConfigError::TooManyDevices(count));
+        }
+        let mut ids = BTreeSet::new();
+        let mut sockets = BTreeSet::new();
+        let disks = self.disks.iter().map(|disk| (&disk.id, &disk.socket));
+        let nics = self.nics.iter().map(|nic| (&nic.id, &nic.socket));
+        for (id, socket) in disks.chain(nics) {
+            if !ids.insert(id) {
+                errors.push(ConfigError::DuplicateId(id.clone()));
+            }
+            if !sockets.insert(socket) {
+                errors.push(ConfigError::DuplicateSocket(socket.clone()));
+            }
+        }
+        for disk in &self.disks {
+            if disk.queues == 0 || disk.queues > MAX_QUEUES {
+                errors.push(ConfigError::Queues { id: disk.id.clone(), queues: disk.queues });
+            }
+        }
+        for nic in &self.nics {
+            if nic.mac.0[0] & 1 == 1 || nic.mac.0 == [0; 6] {
+                errors.push(ConfigError::Mac { id: nic.id.clone(), mac: nic.mac });
+            }
+            if let Some(mtu) = nic.mtu.filter(|mtu| !MTU_RANGE.contains(mtu)) {
+                errors.push(ConfigError::Mtu { id: nic.id.clone(), mtu });
+            }
+        }
+    }
+
+    /// How long a start waits for backends.
+    pub(crate) fn backend_timeout(&self) -> Duration {
+        Duration::from_millis(self.backend_timeout_ms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig {
+            name: "web".into(),
+            vcpus: 2,
+            memory_bytes: 256 * MIB,
+            kernel: "/proc/self/exe".into(),
+            initramfs: None,
+            cmdline: "console=ttyS0".into(),
+            disks: vec![DiskConfig { id: "d0".into(), socket: "/d0".into(), queues: 2, readonly: false }],
+            nics: vec![NicConfig {
+                id: "n0".into(),
+                socket: "/n0".into(),
+                mac: MacAddr([2, 0, 0, 0, 0, 1]),
+                mtu: Some(1450),
+            }],
+            console_socket: "/c".into(),
+            backend_timeout_ms: 1000,
+        }
+    }
+
+    #[test]
+    fn a_sound_configuration_passes_and_survives_json() {
+        let config = config();
+        assert_eq!(config.validate(), Ok(()));
+        let text = serde_json::to_string(&config).unwrap();
+        assert!(text.contains("\"02:00:00:00:00:01\""));
+        assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config);
+    }
+
+    #[test]
+    fn all_faults_are_reported_at_once() {
+        let mut bad = config();
+        bad.vcpus = 0;
+        bad.memory_bytes = MIB + 1;
+        bad.initramfs = Some("/nonexistent/initramfs".into());
+        bad.cmdline = "x".repeat(CMDLINE_MAX);
+        bad.disks.push(bad.disks[0].clone());
+        bad.disks[0].queues = 0;
+        bad.nics[0].mac = MacAddr([1, 0, 0, 0, 0, 1]);
+        bad.nics[0].mtu = Some(10);
+        let errors = bad.validate().unwrap_err();
+        assert_eq!(errors.len(), 9, "{errors:?}");
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        let mut value = serde_json::to_value(config()).unwrap();
+        value["memroy_bytes"] = 1.into();
+        assert!(serde_json::from_value::<VmConfig>(value).is_err());
+    }
+
+    #[test]
+    fn mac_addresses_are_parsed_strictly() {
+        assert_eq!("02:00:00:00:00:ff".parse(), Ok(MacAddr([2, 0, 0, 0, 0, 255])));
+        for text in ["", "02:00:00:00:00", "02:00:00:00:00:01:02", "+2:00:00:00:00:01", "2:0:0:0:0:1"] {
+            assert!(text.parse::<MacAddr>().is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Control of a running guest from other threads.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::VmError;
+use crate::lifecycle::ExitReason;
+use crate::vcpu::gate::Wanted;
+use crate::vm::Machine;
+
+/// How long vCPUs may take to leave the guest and come to the gate.
+const GATE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What the guest is doing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// vCPUs run.
+    Running,
+    /// vCPUs are held by [`VmHandle::pause`].
+    Paused,
+    /// The guest has ended.
+    Ended(ExitReason),
+}
+
+/// Whether a device's backend is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BackendState {
+    /// Connected and negotiated.
+    Connected,
+    /// Away; the queues stall and the VMM dials again.
+    Waiting,
+}
+
+/// A disk or NIC, seen from outside.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// The id from the configuration.
+    pub id: String,
+    /// Its backend.
+    pub backend: BackendState,
+    /// How often the backend came back after it had been lost.
+    pub reconnects: u64,
+}
+
+/// A guest, seen from outside.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// What it is doing.
+    pub state: VmState,
+    /// Its disks and NICs.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// Controls a guest. Clones control the same one; all stay valid after its end.
+#[derive(Clone)]
+pub struct VmHandle {
+    pub(crate) machine: Arc<Machine>,
+}
+
+impl VmHandle {
+    /// Presses the power button. The guest shuts down if it cares.
+    pub fn power_button(&self) {
+        self.machine.power.press_power_button();
+    }
+
+    /// Ends the guest as if it had asked for a reset.
+    pub fn reset(&self) {
+        self.machine.lifecycle.end(ExitReason::Reset);
+    }
+
+    /// Ends the guest at once, like a pulled plug.
+    pub fn kill(&self) {
+        self.machine.lifecycle.end(ExitReason::Killed);
+    }
+
+    /// Holds all vCPUs. Returns when they have stopped.
+    pub fn pause(&self) -> Result<(), VmError> {
+        self.set_gate(Wanted::Pause, "pause")
+    }
+
+    /// Lets the vCPUs run again.
+    pub fn resume(&self) -> Result<(), VmError> {
+        self.set_gate(Wanted::Run, "resume")
+    }
+
+    /// What the guest is doing now.
+    pub fn status(&self) -> VmStatus {
+        let state = match (self.machine.lifecycle.ended(), self.machine.gate.wanted()) {
+            (Some(reason), _) => VmState::Ended(reason),
+            (None, Wanted::Pause) => VmState::Paused,
+            (None, _) => VmState::Running,
+        };
+        VmStatus { state, devices: self.machine.backends.iter().map(|backend| backend.status()).collect() }
+    }
+
+    fn set_gate(&self, wanted: Wanted, what: &'static str) -> Result<(), VmError> {
+        if self.machine.lifecycle.ended().is_some() {
+            return Err(VmError::Ended);
+        }
+        let threads = self.machine.vcpu_threads.lock();
+        if self.machine.gate.set(wanted, &threads, Instant::now() + GATE_DEADLINE) {
+            Ok(())
+        } else {
+            Err(VmError::VcpuTimeout { what, waited: GATE_DEADLINE })
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! The KVM side of a guest: checks what this host's KVM can do, makes the VM with its in-kernel interrupt controllers
+//! and timer, and gives it its memory.
+
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::error::{VmError, kvm};
+use crate::layout::{KVM_IDENTITY_MAP_START, KVM_TSS_START};
+use crate::memory::Memory;
+
+/// What the VMM cannot do without.
+const REQUIRED: [(Cap, &str); 6] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Pit2, "KVM_CAP_PIT2"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+];
+
+/// A VM without vCPUs yet.
+pub(crate) struct KvmGuest {
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) supported_cpuid: CpuId,
+    pub(crate) tsc_deadline: bool,
+}
+
+/// Opens KVM and makes a VM around this memory.
+pub(crate) fn create(memory: &Memory) -> Result<KvmGuest, VmError> {
+    let system = Kvm::new().map_err(kvm("open /dev/kvm"))?;
+    for (cap, name) in REQUIRED {
+        if !system.check_extension(cap) {
+            return Err(VmError::MissingCapability(name));
+        }
+    }
+    let vm = system.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
+    // Only Intel needs these two; both have to come before the first vCPU.
+    if vm.check_extension(Cap::SetIdentityMapAddr) {
+        vm.set_identity_map_address(KVM_IDENTITY_MAP_START).map_err(kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    }
+    if vm.check_extension(Cap::SetTssAddr) {
+        vm.set_tss_address(KVM_TSS_START as usize).map_err(kvm("KVM_SET_TSS_ADDR"))?;
+    }
+    vm.create_irq_chip().map_err(kvm("KVM_CREATE_IRQCHIP"))?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(kvm("KVM_CREATE_PIT2"))?;
+    map_memory(&vm, memory)?;
+    let supported_cpuid =
+        system.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
+    let tsc_deadline = system.check_extension(Cap::TscDeadlineTimer);
+    Ok(KvmGuest { vm: Arc::new(vm), supported_cpuid, tsc_deadline })
+}
+
+fn map_memory(vm: &VmFd, memory: &Memory) -> Result<(), VmError> {
+    for (slot, region) in memory.iter().enumerate() {
+        let start = region.start_addr();
+        let host = memory.get_host_address(GuestAddress(start.0)).map_err(|error| VmError::Memory {
+            what: "host address",
+            source: std::io::Error::other(error),
+        })?;
+        let slot = kvm_userspace_memory_region {
+            slot: slot as u32,
+            guest_phys_addr: start.0,
+            memory_size: region.len(),
+            userspace_addr: host as u64,
+            flags: 0,
+        };
+        // SAFETY: the range is a mapping of `memory`, of which `Vm` keeps a clone until the VM is gone.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,99 @@
+//! Guest memory: one sealed memfd, mapped shared here and in the backends.
+//!
+//! The seals (no shrinking, no growing, no further seals) let a backend map it without fear of `SIGBUS`. The memfd is one file; RAM
+//! below the PCI hole is its beginning, RAM above 4 GiB the rest.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::Arc;
+
+use vm_memory::mmap::{GuestRegionMmap, MmapRegionBuilder};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionCollection};
+
+use crate::error::VmError;
+use crate::layout::{HIGH_RAM_START, LOW_RAM_MAX};
+
+/// All of a guest's RAM.
+pub(crate) type Memory = GuestMemoryMmap<()>;
+
+/// Where RAM lies: `(guest address, size)`, ascending.
+pub(crate) fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
+    let low = size.min(LOW_RAM_MAX);
+    let mut ranges = vec![(0, low)];
+    if size > low {
+        ranges.push((HIGH_RAM_START, size - low));
+    }
+    ranges
+}
+
+/// End of RAM below the PCI hole.
+pub(crate) fn low_ram_end(size: u64) -> u64 {
+    size.min(LOW_RAM_MAX)
+}
+
+/// Creates the memory of a guest.
+pub(crate) fn create(size: u64) -> Result<Memory, VmError> {
+    let fail = |what| move |source| VmError::Memory { what, source };
+    let file = Arc::new(sealed_memfd(size).map_err(fail("memfd"))?);
+    let mut offset = 0;
+    let mut regions = Vec::new();
+    for (start, len) in ram_ranges(size) {
+        let mapping = MmapRegionBuilder::new(len as usize)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::from_arc(file.clone(), offset))
+            .build()
+            .map_err(io::Error::other)
+            .map_err(fail("mmap"))?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(start))
+            .ok_or_else(|| io::Error::other("region overflows"))
+            .map_err(fail("region"))?;
+        regions.push(region);
+        offset += len;
+    }
+    GuestRegionCollection::from_regions(regions).map_err(io::Error::other).map_err(fail("regions"))
+}
+
+fn sealed_memfd(size: u64) -> io::Result<File> {
+    // SAFETY: the name is a NUL-terminated string that outlives the call; the result is checked.
+    let fd =
+        unsafe { libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `fd` was just made and belongs to nobody else.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(size)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: plain fcntl on a descriptor that we own.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+
+    use super::*;
+    use crate::layout::{GIB, MIB};
+
+    #[test]
+    fn memory_skips_the_pci_hole() {
+        assert_eq!(ram_ranges(64 * MIB), [(0, 64 * MIB)]);
+        assert_eq!(ram_ranges(4 * GIB), [(0, LOW_RAM_MAX), (4 * GIB, 4 * GIB - LOW_RAM_MAX)]);
+    }
+
+    #[test]
+    fn memory_is_sealed_and_shared() {
+        let memory = create(3 * GIB).unwrap();
+        memory.write_obj(7u64, GuestAddress(4 * GIB)).unwrap();
+        assert!(memory.write_obj(7u64, GuestAddress(LOW_RAM_MAX)).is_err());
+        let region = memory.iter().next().unwrap();
+        let file = region.file_offset().unwrap().file();
+        assert!(file.set_len(0).is_err(), "shrinking must be refused");
+        assert!(file.set_len(8 * GIB).is_err(), "growing must be refused");
+    }
+}

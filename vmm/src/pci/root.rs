@@ -1,0 +1,236 @@
+//! The root of the bus: finds the device that a configuration or memory access means.
+//!
+//! Devices are fixed once the guest runs; where their BARs are is not. After each configuration write the device is asked what memory it
+//! answers to now, so the table of windows follows the guest's changes.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::acpi::power::is_reset_write;
+use crate::bus::IoDevice;
+use crate::layout::{PCI_CONFIG_PORT, PCI_MMIO_END, PCI_MMIO_START, RESET_PORT};
+use crate::lifecycle::{ExitReason, Lifecycle};
+
+/// Slots of a bus.
+pub(crate) const SLOTS: usize = 32;
+
+/// A function 0 in one of the slots. All methods take what a hostile guest may send: any offset, any length from 1 to 8.
+pub(crate) trait PciDevice: Send + Sync {
+    /// Reads configuration space.
+    fn config_read(&self, offset: usize, data: &mut [u8]);
+    /// Writes configuration space.
+    fn config_write(&self, offset: usize, data: &[u8]);
+    /// The memory that the device answers to now.
+    fn decoded_memory(&self) -> Option<Range<u64>>;
+    /// Reads from its memory.
+    fn memory_read(&self, offset: u64, data: &mut [u8]);
+    /// Writes to its memory.
+    fn memory_write(&self, offset: u64, data: &[u8]);
+}
+
+/// The bus with its devices.
+pub(crate) struct PciRoot {
+    slots: Vec<Arc<dyn PciDevice>>,
+    windows: RwLock<Vec<(Range<u64>, usize)>>,
+}
+
+impl PciRoot {
+    /// A bus whose slots are filled from 0 on.
+    pub(crate) fn new(slots: Vec<Arc<dyn PciDevice>>) -> Self {
+        debug_assert!(slots.len() <= SLOTS);
+        Self { slots, windows: RwLock::default() }
+    }
+
+    /// Address of BAR 0 of a slot before the guest moves it.
+    pub(crate) fn initial_bar(slot: usize) -> u64 {
+        PCI_MMIO_START + ((slot as u64) << 20)
+    }
+
+    fn config_read(&self, target: Target, data: &mut [u8]) {
+        data.fill(0xff);
+        if let Some(device) = self.device(target) {
+            device.config_read(target.register, data);
+        }
+    }
+
+    fn config_write(&self, target: Target, data: &[u8]) {
+        let Some(device) = self.device(target) else { return };
+        // The lock is held over the write, so that two vCPUs cannot leave an outdated window behind.
+        let mut windows = self.windows.write();
+        device.config_write(target.register, data);
+        windows.retain(|(_, slot)| *slot != target.slot);
+        let hole = PCI_MMIO_START..PCI_MMIO_END;
+        if let Some(window) = device.decoded_memory()
+            && hole.contains(&window.start)
+            && window.end <= hole.end
+        {
+            windows.push((window, target.slot));
+        }
+    }
+
+    fn device(&self, target: Target) -> Option<&dyn PciDevice> {
+        if target.bus != 0 || target.function != 0 {
+            return None;
+        }
+        self.slots.get(target.slot).map(AsRef::as_ref)
+    }
+
+    fn memory_device(&self, address: u64) -> Option<(&dyn PciDevice, u64)> {
+        let windows = self.windows.read();
+        let (window, slot) = windows.iter().find(|(window, _)| window.contains(&address))?;
+        let device = self.slots.get(*slot)?;
+        Some((device.as_ref(), address - window.start))
+    }
+}
+
+/// What a configuration access means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Target {
+    bus: usize,
+    slot: usize,
+    function: usize,
+    register: usize,
+}
+
+impl Target {
+    fn from_ecam(offset: u64) -> Self {
+        Self {
+            bus: (offset >> 20) as usize & 0xff,
+            slot: (offset >> 15) as usize & 0x1f,
+            function: (offset >> 12) as usize & 0x7,
+            register: offset as usize & 0xfff,
+        }
+    }
+
+    /// From the address register of mechanism #1 and the offset in the data register; `None` while disabled.
+    fn from_ports(address: u32, offset: usize) -> Option<Self> {
+        const ENABLE: u32 = 1 << 31;
+        (address & ENABLE != 0).then_some(Self {
+            bus: (address >> 16) as usize & 0xff,
+            slot: (address >> 11) as usize & 0x1f,
+            function: (address >> 8) as usize & 0x7,
+            register: (address as usize & 0xfc) + offset,
+        })
+    }
+}
+
+/// Configuration space in memory.
+pub(crate) struct Ecam(pub(crate) Arc<PciRoot>);
+
+impl IoDevice for Ecam {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.0.config_read(Target::from_ecam(offset), data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.0.config_write(Target::from_ecam(offset), data);
+    }
+}
+
+/// The window in which BARs lie.
+pub(crate) struct MemoryWindow(pub(crate) Arc<PciRoot>);
+
+impl IoDevice for MemoryWindow {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if let Some((device, offset)) = self.0.memory_device(PCI_MMIO_START + offset) {
+            device.memory_read(offset, data);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some((device, offset)) = self.0.memory_device(PCI_MMIO_START + offset) {
+            device.memory_write(offset, data);
+        }
+    }
+}
+
+/// Ports 0xcf8 to 0xcff: configuration mechanism #1, and the reset control register in their midst.
+pub(crate) struct ConfigPorts {
+    root: Arc<PciRoot>,
+    address: Mutex<u32>,
+    lifecycle: Arc<Lifecycle>,
+}
+
+impl ConfigPorts {
+    const RESET: u64 = (RESET_PORT - PCI_CONFIG_PORT) as u64;
+
+    pub(crate) fn new(root: Arc<PciRoot>, lifecycle: Arc<Lifecycle>) -> Self {
+        Self { root, address: Mutex::new(0), lifecycle }
+    }
+
+    fn target(&self, offset: u64, len: usize) -> Option<Target> {
+        let offset = offset.checked_sub(4)? as usize;
+        (offset + len <= 4).then(|| Target::from_ports(*self.address.lock(), offset)).flatten()
+    }
+}
+
+impl IoDevice for ConfigPorts {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if offset == 0 && data.len() == 4 {
+            data.copy_from_slice(&self.address.lock().to_le_bytes());
+        } else if let Some(target) = self.target(offset, data.len()) {
+            self.root.config_read(target, data);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match (offset, data) {
+            (0, &[a, b, c, d]) => *self.address.lock() = u32::from_le_bytes([a, b, c, d]),
+            (Self::RESET, &[value]) => {
+                if is_reset_write(value) {
+                    self.lifecycle.end(ExitReason::Reset);
+                }
+            }
+            _ => {
+                if let Some(target) = self.target(offset, data.len()) {
+                    self.root.config_write(target, data);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::host_bridge::HostBridge;
+    use super::*;
+
+    fn ports() -> (ConfigPorts, Arc<Lifecycle>) {
+        let lifecycle = Arc::new(Lifecycle::default());
+        let root = Arc::new(PciRoot::new(vec![Arc::new(HostBridge::new())]));
+        (ConfigPorts::new(root, lifecycle.clone()), lifecycle)
+    }
+
+    fn read32(device: &dyn IoDevice, offset: u64) -> u32 {
+        let mut data = [0xff; 4];
+        device.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    #[test]
+    fn both_mechanisms_find_the_host_bridge_and_nothing_else() {
+        let (ports, _) = ports();
+        assert_eq!(read32(&ports, 4), u32::MAX, "disabled");
+        ports.write(0, &0x8000_0000u32.to_le_bytes());
+        assert_eq!(read32(&ports, 4), 0x29c0_8086);
+        for elsewhere in [0x8000_0800u32, 0x8000_0100, 0x8001_0000] {
+            ports.write(0, &elsewhere.to_le_bytes());
+            assert_eq!(read32(&ports, 4), u32::MAX, "{elsewhere:#x}");
+        }
+        let ecam = Ecam(ports.root.clone());
+        assert_eq!(read32(&ecam, 0), 0x29c0_8086);
+        assert_eq!(read32(&ecam, 1 << 15), u32::MAX);
+        assert_eq!(read32(&ecam, 0x100), 0, "no extended capabilities");
+    }
+
+    #[test]
+    fn the_reset_register_lies_between_the_configuration_ports() {
+        let (ports, lifecycle) = ports();
+        ports.write(1, &[0x02]);
+        assert_eq!(lifecycle.ended(), None);
+        ports.write(1, &[0x06]);
+        assert_eq!(lifecycle.ended(), Some(ExitReason::Reset));
+    }
+}

@@ -1,0 +1,122 @@
+//! What the transport needs from a device.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::Memory;
+
+/// Virtio device ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
+pub(crate) enum DeviceType {
+    Net = 1,
+    Block = 2,
+    Rng = 4,
+}
+
+/// No vector: the event raises no interrupt.
+pub(crate) const NO_VECTOR: u16 = 0xffff;
+
+/// A queue that the driver has set up and enabled. Its addresses have been checked against guest memory.
+#[derive(Debug)]
+pub(crate) struct ActiveQueue {
+    pub(crate) index: u16,
+    pub(crate) size: u16,
+    pub(crate) descriptors: GuestAddress,
+    pub(crate) available: GuestAddress,
+    pub(crate) used: GuestAddress,
+    /// Written when the driver has made buffers available.
+    pub(crate) kick: EventFd,
+    /// To be written when buffers were used.
+    pub(crate) call: EventFd,
+}
+
+/// What a device gets when its driver is ready.
+#[derive(Debug)]
+pub(crate) struct Activation {
+    /// What the driver accepted of [`VirtioDevice::features`].
+    pub(crate) features: u64,
+    pub(crate) memory: Memory,
+    pub(crate) queues: Vec<ActiveQueue>,
+}
+
+/// A device could not be started; its driver is told to reset it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct ActivateError(pub(crate) String);
+
+/// A virtio device. The transport calls these on a vCPU thread, under the function's lock.
+pub(crate) trait VirtioDevice: Send {
+    /// For logs.
+    fn id(&self) -> &str;
+    /// What it is.
+    fn device_type(&self) -> DeviceType;
+    /// What it offers, without `VIRTIO_F_VERSION_1`, which the transport adds.
+    fn features(&self) -> u64;
+    /// The largest size of each queue.
+    fn queue_sizes(&self) -> Vec<u16>;
+    /// Reads device configuration. What lies beyond stays as it is: zeroes. No device here has writable configuration.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// The driver is ready. Not called again before [`VirtioDevice::reset`].
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+    /// The driver reset the device. When this returns, the queues are not used any more.
+    fn reset(&mut self);
+}
+
+/// Copies the part of `config` that an access means.
+pub(crate) fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    for (at, byte) in (offset as usize..).zip(data) {
+        *byte = config.get(at).copied().unwrap_or(0);
+    }
+}
+
+/// Tells the driver that the device's configuration changed. Shared by a function's registers and its device's worker.
+#[derive(Debug)]
+pub(crate) struct ConfigChange {
+    generation: AtomicU8,
+    /// The ISR register's bits.
+    isr: AtomicU8,
+    vector: AtomicU16,
+    events: Arc<Vec<EventFd>>,
+}
+
+/// ISR bit: the configuration changed.
+const ISR_CONFIG: u8 = 1 << 1;
+
+impl ConfigChange {
+    pub(crate) fn new(events: Arc<Vec<EventFd>>) -> Self {
+        Self {
+            generation: AtomicU8::new(0),
+            isr: AtomicU8::new(0),
+            vector: AtomicU16::new(NO_VECTOR),
+            events,
+        }
+    }
+
+    /// Raises the generation and the interrupt. Call after the change is visible.
+    pub(crate) fn notify(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
+        if let Some(event) = self.events.get(usize::from(self.vector.load(Ordering::Acquire)))
+            && let Err(error) = event.write(1)
+        {
+            tracing::warn!(%error, "configuration interrupt lost");
+        }
+    }
+
+    pub(crate) fn generation(&self) -> u8 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// The ISR register; reading clears it.
+    pub(crate) fn take_isr(&self) -> u8 {
+        self.isr.swap(0, Ordering::AcqRel)
+    }
+
+    pub(crate) fn set_vector(&self, vector: u16) {
+        self.vector.store(vector, Ordering::Release);
+    }
+}

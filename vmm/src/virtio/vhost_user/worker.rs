@@ -1,0 +1,354 @@
+//! The thread that keeps a device connected to its backend.
+//!
+//! It dials for ever; a lost backend costs a log line and the time until it is back. The states are few: with or without a session,
+//! with or without an activation (queues that a driver has set up). What the driver does comes as a command; what the backend does
+//! comes as a hang-up of the socket.
+//!
+//! A backend that takes the connection but does not answer holds up this thread, nobody else: those who wait for it have a deadline, and
+//! then break the connection from outside ([`WorkerHandle`]).
+
+use std::net::Shutdown;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::device::Kind;
+use super::session::{Capabilities, Session, SessionError, Start};
+use crate::error::{VmError, resource};
+use crate::handle::{BackendState, DeviceStatus};
+use crate::virtio::device::{Activation, ConfigChange};
+
+/// Between two attempts to connect: short at first, as a restarted backend is back within tens of milliseconds.
+const BACKOFF_MIN: Duration = Duration::from_millis(10);
+const BACKOFF_MAX: Duration = Duration::from_millis(250);
+/// How long a driver's reset waits for the backend to let go of the queues.
+const STOP_DEADLINE: Duration = Duration::from_secs(5);
+
+enum Command {
+    Activate(Activation),
+    Deactivate(SyncSender<()>),
+    Quit,
+}
+
+/// What the thread shares with the device and with [`crate::VmHandle`].
+pub(crate) struct Shared {
+    id: String,
+    socket: PathBuf,
+    kind: Box<dyn Kind>,
+    connected: AtomicBool,
+    reconnects: AtomicU64,
+    /// Device configuration as the guest sees it.
+    config: Mutex<Vec<u8>>,
+    /// Set once the function is built.
+    change: OnceLock<Arc<ConfigChange>>,
+    /// A second handle of the current connection, for breaking it.
+    breaker: Mutex<Option<UnixStream>>,
+    last_error: Mutex<Option<SessionError>>,
+}
+
+impl Shared {
+    /// How the device is, for [`crate::VmHandle::status`].
+    pub(crate) fn status(&self) -> DeviceStatus {
+        let connected = self.connected.load(Ordering::Acquire);
+        DeviceStatus {
+            id: self.id.clone(),
+            backend: if connected { BackendState::Connected } else { BackendState::Waiting },
+            reconnects: self.reconnects.load(Ordering::Acquire),
+        }
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(crate) fn kind(&self) -> &dyn Kind {
+        self.kind.as_ref()
+    }
+
+    pub(crate) fn config(&self) -> &Mutex<Vec<u8>> {
+        &self.config
+    }
+
+    /// Tells where configuration changes are to be announced.
+    pub(crate) fn set_change(&self, change: Arc<ConfigChange>) {
+        // Each device is built once.
+        let _ = self.change.set(change);
+    }
+
+    fn break_connection(&self) {
+        if let Some(stream) = self.breaker.lock().take() {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+/// The running thread. Dropping it ends the connection and the thread.
+pub(crate) struct WorkerHandle {
+    shared: Arc<Shared>,
+    commands: SyncSender<Command>,
+    wake: EventFd,
+    ready: Receiver<Capabilities>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl WorkerHandle {
+    /// Starts to connect.
+    pub(crate) fn spawn(id: &str, socket: PathBuf, kind: Box<dyn Kind>) -> Result<Self, VmError> {
+        let shared = Arc::new(Shared {
+            id: id.to_owned(),
+            socket,
+            kind,
+            connected: AtomicBool::new(false),
+            reconnects: AtomicU64::new(0),
+            config: Mutex::default(),
+            change: OnceLock::new(),
+            breaker: Mutex::default(),
+            last_error: Mutex::default(),
+        });
+        let (commands, receiver) = sync_channel(4);
+        let (announce, ready) = sync_channel(1);
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(resource("eventfd"))?;
+        let epoll = Epoll::new().map_err(resource("epoll"))?;
+        epoll
+            .ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))
+            .map_err(resource("epoll"))?;
+        let worker = Worker {
+            shared: shared.clone(),
+            commands: receiver,
+            wake: wake.try_clone().map_err(resource("eventfd"))?,
+            epoll,
+            announce: Some(announce),
+            session: None,
+            activation: None,
+            backoff: BACKOFF_MIN,
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("vhost-{id}"))
+            .spawn(move || worker.run())
+            .map_err(resource("thread"))?;
+        Ok(Self { shared, commands, wake, ready, thread: Some(thread) })
+    }
+
+    pub(crate) fn shared(&self) -> Arc<Shared> {
+        self.shared.clone()
+    }
+
+    /// Waits until the backend has said for the first time what it offers.
+    pub(crate) fn wait_ready(&self, timeout: Duration) -> Result<Capabilities, VmError> {
+        let deadline = Instant::now() + timeout;
+        let answer = self.ready.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+        answer.map_err(|_| VmError::Backend {
+            id: self.shared.id.clone(),
+            socket: self.shared.socket.clone(),
+            waited: timeout,
+            source: self.shared.last_error.lock().take().unwrap_or(SessionError::NoAnswer),
+        })
+    }
+
+    /// The driver has set its queues up.
+    pub(crate) fn activate(&self, activation: Activation) {
+        self.send(Command::Activate(activation));
+    }
+
+    /// The driver has reset the device: returns when the backend does not touch the queues any more, or has been cut off.
+    pub(crate) fn deactivate(&self) {
+        let (done, stopped) = sync_channel(1);
+        self.send(Command::Deactivate(done));
+        if let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(STOP_DEADLINE) {
+            tracing::warn!(device = self.shared.id, "backend does not let go of the queues; cutting it off");
+            self.shared.break_connection();
+            let _ = stopped.recv_timeout(STOP_DEADLINE);
+        }
+    }
+
+    fn send(&self, command: Command) {
+        // The driver cannot get ahead: each of its resets waits, and activations come in between only.
+        if self.commands.try_send(command).is_err() {
+            tracing::error!(device = self.shared.id, "connection thread does not take commands");
+        }
+        let _ = self.wake.write(1);
+    }
+}
+
+impl Drop for WorkerHandle {
+    fn drop(&mut self) {
+        self.send(Command::Quit);
+        self.shared.break_connection();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+const WAKE: u64 = 0;
+const SESSION: u64 = 1;
+
+/// Queues that a driver has set up, and whether a backend has already worked on them.
+struct Queues {
+    activation: Activation,
+    start: Start,
+}
+
+struct Worker {
+    shared: Arc<Shared>,
+    commands: Receiver<Command>,
+    wake: EventFd,
+    epoll: Epoll,
+    /// Taken with the first session.
+    announce: Option<SyncSender<Capabilities>>,
+    session: Option<Session>,
+    activation: Option<Queues>,
+    backoff: Duration,
+}
+
+impl Worker {
+    fn run(mut self) {
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::Activate(activation)) => {
+                    self.activation = Some(Queues { activation, start: Start::Fresh });
+                    self.start_queues();
+                }
+                Ok(Command::Deactivate(done)) => {
+                    self.stop_queues();
+                    let _ = done.try_send(());
+                }
+                Ok(Command::Quit) | Err(TryRecvError::Disconnected) => return,
+                Err(TryRecvError::Empty) => {
+                    if self.session.is_none() {
+                        self.connect();
+                    }
+                    self.wait();
+                }
+            }
+        }
+    }
+
+    /// Waits for a command, for the end of the session, or until it is time to dial again.
+    fn wait(&mut self) {
+        let timeout = match self.session {
+            Some(_) => -1,
+            None => self.backoff.as_millis() as i32,
+        };
+        let mut events = [EpollEvent::default(); 2];
+        match self.epoll.wait(timeout, &mut events) {
+            Ok(count) => {
+                for event in &events[..count] {
+                    match event.data() {
+                        WAKE => drop(self.wake.read()),
+                        // Backends say nothing unasked: this is a hang-up, or as bad as one.
+                        _ => self.drop_session(&SessionError::Request {
+                            request: "connection",
+                            source: vhost::Error::VhostUserProtocol(vhost::vhost_user::Error::Disconnected),
+                        }),
+                    }
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                tracing::error!(device = self.shared.id, %error, "cannot wait for the backend");
+                std::thread::sleep(BACKOFF_MAX);
+            }
+        }
+    }
+
+    fn connect(&mut self) {
+        let result = self.dial();
+        match result {
+            Ok(session) => {
+                self.backoff = BACKOFF_MIN;
+                self.accept_config(session.capabilities());
+                let capabilities = session.capabilities().clone();
+                self.session = Some(session);
+                self.shared.connected.store(true, Ordering::Release);
+                self.shared.last_error.lock().take();
+                match self.announce.take() {
+                    Some(announce) => drop(announce.try_send(capabilities)),
+                    None => {
+                        self.shared.reconnects.fetch_add(1, Ordering::AcqRel);
+                        tracing::info!(device = self.shared.id, "backend is back");
+                    }
+                }
+                self.start_queues();
+            }
+            Err(error) => self.failed(error),
+        }
+    }
+
+    fn dial(&mut self) -> Result<Session, SessionError> {
+        let stream = UnixStream::connect(&self.shared.socket)?;
+        *self.shared.breaker.lock() = Some(stream.try_clone()?);
+        let session = Session::negotiate(stream, self.shared.kind.as_ref())?;
+        let events = EventSet::IN | EventSet::READ_HANG_UP;
+        self.epoll.ctl(ControlOperation::Add, session.as_raw_fd(), EpollEvent::new(events, SESSION))?;
+        Ok(session)
+    }
+
+    /// What a new session says about the device becomes what the guest sees.
+    fn accept_config(&self, capabilities: &Capabilities) {
+        let config = self.shared.kind.offer(capabilities).config;
+        let changed = {
+            let mut current = self.shared.config.lock();
+            let changed = *current != config;
+            *current = config;
+            changed
+        };
+        if changed && let Some(change) = self.shared.change.get() {
+            tracing::info!(device = self.shared.id, "device configuration changed");
+            change.notify();
+        }
+    }
+
+    fn start_queues(&mut self) {
+        let (Some(session), Some(queues)) = (&mut self.session, &mut self.activation) else { return };
+        match session.start(&queues.activation, queues.start) {
+            Ok(()) => {
+                tracing::debug!(device = self.shared.id, start = ?queues.start, "queues are with the backend");
+                queues.start = Start::Resumed;
+            }
+            Err(error) => self.drop_session(&error),
+        }
+    }
+
+    fn stop_queues(&mut self) {
+        let Some(queues) = self.activation.take() else { return };
+        if let Some(session) = &mut self.session
+            && let Err(error) = session.stop(&queues.activation)
+        {
+            self.drop_session(&error);
+        }
+    }
+
+    fn drop_session(&mut self, error: &SessionError) {
+        if let Some(session) = self.session.take() {
+            tracing::warn!(device = self.shared.id, %error, "backend lost; the queues wait for it");
+            let event = EpollEvent::new(EventSet::empty(), SESSION);
+            if let Err(error) = self.epoll.ctl(ControlOperation::Delete, session.as_raw_fd(), event) {
+                tracing::debug!(device = self.shared.id, %error, "epoll");
+            }
+        }
+        self.shared.break_connection();
+        self.shared.connected.store(false, Ordering::Release);
+    }
+
+    /// Keeps the error for whoever waits, and says it once, not at each attempt.
+    fn failed(&mut self, error: SessionError) {
+        self.shared.break_connection();
+        let mut last = self.shared.last_error.lock();
+        let text = error.to_string();
+        if last.as_ref().is_none_or(|last| last.to_string() != text) {
+            tracing::debug!(device = self.shared.id, %error, "backend not usable, dialling on");
+        }
+        *last = Some(error);
+        self.backoff = (self.backoff * 2).min(BACKOFF_MAX);
+    }
+}

@@ -1,0 +1,267 @@
+//! Puts a guest together, runs it and takes it apart.
+//!
+//! The order of the end is the reverse of the beginning: vCPUs first, so that nobody touches devices; then the devices, so
+//! that no backend touches memory; the console last, so that its clients see the last line.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::acpi::power::{self, KeyboardController, PowerDevice};
+use crate::acpi::tables;
+use crate::boot::{self, BootError, BootSource};
+use crate::bus::Bus;
+use crate::config::VmConfig;
+use crate::console::serial::{IrqTrigger, SerialPort};
+use crate::console::server::{ConsoleServer, Output};
+use crate::error::{VmError, kvm, resource};
+use crate::handle::VmHandle;
+use crate::interrupts::{Gsi, Interrupts};
+use crate::kvm::{self as kvm_guest, KvmGuest};
+use crate::layout;
+use crate::lifecycle::{ExitReason, Lifecycle};
+use crate::memory::{self, Memory};
+use crate::pci::host_bridge::HostBridge;
+use crate::pci::root::{ConfigPorts, Ecam, MemoryWindow};
+use crate::pci::{PciDevice, PciRoot};
+use crate::vcpu::cpuid::{self, Topology};
+use crate::vcpu::gate::{Gate, Wanted, install_kick_handler};
+use crate::vcpu::{self, VcpuContext, registers};
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::pci::{Parts, VirtioPci};
+use crate::virtio::rng::Rng;
+use crate::virtio::vhost_user::blk::Disk;
+use crate::virtio::vhost_user::device::VhostUser;
+use crate::virtio::vhost_user::net::Nic;
+use crate::virtio::vhost_user::worker::{self, WorkerHandle};
+
+/// Between complaints about vCPUs that do not stop.
+const STOP_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What handles need of a guest.
+pub(crate) struct Machine {
+    pub(crate) lifecycle: Arc<Lifecycle>,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) power: Arc<PowerDevice>,
+    pub(crate) backends: Vec<Arc<worker::Shared>>,
+    pub(crate) vcpu_threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// A running guest. Dropping it kills it.
+pub struct Vm {
+    machine: Arc<Machine>,
+    name: String,
+    // Dropped in this order, by `stop`: devices (with their workers), console.
+    devices: Vec<Arc<dyn PciDevice>>,
+    console: Option<ConsoleServer>,
+}
+
+impl Vm {
+    /// Makes a guest and lets it run. Returns once its first instruction may have been executed.
+    pub fn start(config: VmConfig) -> Result<Self, VmError> {
+        config.validate().map_err(VmError::Config)?;
+        Builder::new(&config)?.run()
+    }
+
+    /// A handle to control the guest.
+    pub fn handle(&self) -> VmHandle {
+        VmHandle { machine: self.machine.clone() }
+    }
+
+    /// Waits until the guest has ended, however long that takes, and takes it apart.
+    pub fn wait(mut self) -> ExitReason {
+        let reason = self.machine.lifecycle.wait();
+        self.stop();
+        reason
+    }
+
+    fn stop(&mut self) {
+        let mut threads = self.machine.vcpu_threads.lock();
+        while !self.machine.gate.set(Wanted::Stop, &threads, Instant::now() + STOP_DEADLINE) {
+            tracing::error!(vm = self.name, "vCPUs do not stop; trying on");
+        }
+        for thread in threads.drain(..) {
+            let _ = thread.join();
+        }
+        self.devices.clear();
+        self.console.take();
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.machine.lifecycle.end(ExitReason::Killed);
+        self.stop();
+    }
+}
+
+/// A guest in the making.
+struct Builder<'a> {
+    config: &'a VmConfig,
+    memory: Memory,
+    kvm: KvmGuest,
+    interrupts: Arc<Interrupts>,
+    lifecycle: Arc<Lifecycle>,
+}
+
+impl<'a> Builder<'a> {
+    fn new(config: &'a VmConfig) -> Result<Self, VmError> {
+        let memory = memory::create(config.memory_bytes)?;
+        let kvm = kvm_guest::create(&memory)?;
+        let interrupts = Arc::new(Interrupts::new(kvm.vm.clone())?);
+        Ok(Self { config, memory, kvm, interrupts, lifecycle: Arc::default() })
+    }
+
+    fn run(self) -> Result<Vm, VmError> {
+        let workers = self.connect_backends()?;
+        let backends = workers.iter().map(WorkerHandle::shared).collect();
+        let entry = self.load()?;
+        let mut ports = Bus::default();
+        let mut mmio = Bus::default();
+        let console = self.add_console(&mut ports)?;
+        let power = self.add_power(&mut ports);
+        let devices = self.add_pci(workers, &mut ports, &mut mmio)?;
+
+        let gate = Arc::new(Gate::new(self.config.vcpus.into()));
+        let machine = Arc::new(Machine {
+            lifecycle: self.lifecycle.clone(),
+            gate: gate.clone(),
+            power,
+            backends,
+            vcpu_threads: Mutex::default(),
+        });
+        // From here on, `Vm` takes everything apart if something fails.
+        let vm = Vm { machine, name: self.config.name.clone(), devices, console: Some(console) };
+        self.start_vcpus(&vm, entry, Arc::new(ports), Arc::new(mmio))?;
+        tracing::info!(
+            vm = vm.name,
+            vcpus = self.config.vcpus,
+            memory = self.config.memory_bytes,
+            "guest runs"
+        );
+        Ok(vm)
+    }
+
+    /// Starts to dial all backends at once; they are waited for one after the other when their devices are built.
+    fn connect_backends(&self) -> Result<Vec<WorkerHandle>, VmError> {
+        let disks = self
+            .config
+            .disks
+            .iter()
+            .map(|disk| WorkerHandle::spawn(&disk.id, disk.socket.clone(), Box::new(Disk(disk.clone()))));
+        let nics = self
+            .config
+            .nics
+            .iter()
+            .map(|nic| WorkerHandle::spawn(&nic.id, nic.socket.clone(), Box::new(Nic(nic.clone()))));
+        disks.chain(nics).collect()
+    }
+
+    fn load(&self) -> Result<boot::Entry, VmError> {
+        let rsdp = tables::write(&self.memory, self.config.vcpus).map_err(BootError::from)?;
+        let source = BootSource {
+            kernel: &self.config.kernel,
+            initramfs: self.config.initramfs.as_deref(),
+            cmdline: &self.config.cmdline,
+            memory_size: self.config.memory_bytes,
+            rsdp,
+        };
+        let entry = boot::load(&self.memory, source)?;
+        registers::write_gdt(&self.memory, entry).map_err(BootError::from)?;
+        Ok(entry)
+    }
+
+    fn add_console(&self, ports: &mut Bus) -> Result<ConsoleServer, VmError> {
+        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(resource("eventfd"));
+        let irq = event()?;
+        self.interrupts.connect(&irq, Gsi(layout::COM1_IRQ))?;
+        let output = Arc::new(Output::new().map_err(resource("eventfd"))?);
+        let drained = event()?;
+        let told = drained.try_clone().map_err(resource("eventfd"))?;
+        let serial = Arc::new(SerialPort::new(IrqTrigger(irq), output.clone(), told));
+        ports.insert(layout::COM1_PORT.into(), 8, serial.clone());
+        let path = &self.config.console_socket;
+        ConsoleServer::start(path, output, serial, drained)
+            .map_err(|source| VmError::Console { path: path.clone(), source })
+    }
+
+    fn add_power(&self, ports: &mut Bus) -> Arc<PowerDevice> {
+        let device = Arc::new(PowerDevice::new(self.interrupts.clone(), self.lifecycle.clone()));
+        ports.insert(layout::PM1_EVENT_PORT.into(), power::PM1_LEN, device.clone());
+        let keyboard = Arc::new(KeyboardController::new(self.lifecycle.clone()));
+        ports.insert(layout::I8042_COMMAND_PORT.into(), 1, keyboard);
+        device
+    }
+
+    /// Fills the bus: host bridge, random number generator, disks, NICs.
+    fn add_pci(
+        &self,
+        workers: Vec<WorkerHandle>,
+        ports: &mut Bus,
+        mmio: &mut Bus,
+    ) -> Result<Vec<Arc<dyn PciDevice>>, VmError> {
+        let mut slots: Vec<Arc<dyn PciDevice>> = vec![Arc::new(HostBridge::new())];
+        let parts = self.parts(&Rng::default(), slots.len())?;
+        slots.push(Arc::new(VirtioPci::new(Box::new(Rng::default()), parts)?));
+        let deadline = Instant::now() + self.config.backend_timeout();
+        for worker in workers {
+            let device = VhostUser::new(worker, deadline.saturating_duration_since(Instant::now()))?;
+            let parts = self.parts(&device, slots.len())?;
+            device.set_change(parts.change.clone());
+            slots.push(Arc::new(VirtioPci::new(Box::new(device), parts)?));
+        }
+        let root = Arc::new(PciRoot::new(slots.clone()));
+        ports.insert(
+            layout::PCI_CONFIG_PORT.into(),
+            8,
+            Arc::new(ConfigPorts::new(root.clone(), self.lifecycle.clone())),
+        );
+        mmio.insert(layout::ECAM_START, layout::ECAM_SIZE, Arc::new(Ecam(root.clone())));
+        let window = layout::PCI_MMIO_END - layout::PCI_MMIO_START;
+        mmio.insert(layout::PCI_MMIO_START, window, Arc::new(MemoryWindow(root)));
+        Ok(slots)
+    }
+
+    fn parts(&self, device: &dyn VirtioDevice, slot: usize) -> Result<Parts, VmError> {
+        let queues = device.queue_sizes().len();
+        let bar = PciRoot::initial_bar(slot);
+        Parts::new(self.kvm.vm.clone(), self.memory.clone(), self.interrupts.clone(), queues, bar)
+    }
+
+    fn start_vcpus(
+        &self,
+        vm: &Vm,
+        entry: boot::Entry,
+        ports: Arc<Bus>,
+        mmio: Arc<Bus>,
+    ) -> Result<(), VmError> {
+        install_kick_handler().map_err(resource("signal handler"))?;
+        let topology = Topology { vcpus: self.config.vcpus, tsc_deadline: self.kvm.tsc_deadline };
+        let mut vcpus = Vec::new();
+        for id in 0..self.config.vcpus {
+            let vcpu = self.kvm.vm.create_vcpu(id.into()).map_err(kvm("KVM_CREATE_VCPU"))?;
+            let cpuid = cpuid::for_vcpu(&self.kvm.supported_cpuid, topology, id);
+            vcpu.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
+            registers::setup_model_specific(&vcpu)?;
+            registers::setup_local_apic(&vcpu)?;
+            if id == 0 {
+                registers::setup_boot_processor(&vcpu, entry)?;
+            }
+            vcpus.push(vcpu);
+        }
+        let mut threads = vm.machine.vcpu_threads.lock();
+        for (id, vcpu) in (0..).zip(vcpus) {
+            let context = VcpuContext {
+                gate: vm.machine.gate.clone(),
+                lifecycle: self.lifecycle.clone(),
+                ports: ports.clone(),
+                mmio: mmio.clone(),
+            };
+            threads.push(vcpu::spawn(id, vcpu, context).map_err(resource("vCPU thread"))?);
+        }
+        Ok(())
+    }
+}

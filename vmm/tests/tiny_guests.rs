@@ -1,0 +1,199 @@
+//! Runs guests of a few instructions under KVM: how they end, what they print, and what control from outside does to them.
+//!
+//! Skipped, with a message, where /dev/kvm cannot be opened.
+
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod guest;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use vmm::{ExitReason, Vm, VmConfig, VmError, VmState};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+struct Lab {
+    dir: TempDir,
+}
+
+impl Lab {
+    /// `None` where there is no KVM.
+    fn new() -> Option<Self> {
+        if let Err(error) = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+            eprintln!("SKIPPED: /dev/kvm: {error}");
+            return None;
+        }
+        Some(Self { dir: tempfile::tempdir().unwrap() })
+    }
+
+    fn console_path(&self) -> PathBuf {
+        self.dir.path().join("console.sock")
+    }
+
+    fn config(&self, code: &[u8], vcpus: u8) -> VmConfig {
+        let kernel = self.dir.path().join("kernel");
+        fs::write(&kernel, guest::pvh_elf(code)).unwrap();
+        VmConfig {
+            name: "tiny".into(),
+            vcpus,
+            memory_bytes: 32 << 20,
+            kernel,
+            initramfs: None,
+            cmdline: "hello".into(),
+            disks: vec![],
+            nics: vec![],
+            console_socket: self.console_path(),
+            backend_timeout_ms: 300,
+        }
+    }
+
+    fn start(&self, code: &[u8]) -> Vm {
+        Vm::start(self.config(code, 1)).unwrap()
+    }
+
+    fn console(&self) -> UnixStream {
+        let stream = UnixStream::connect(self.console_path()).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        stream
+    }
+}
+
+/// `wait`, with a deadline.
+fn wait(vm: Vm) -> ExitReason {
+    let (done, ended) = std::sync::mpsc::channel();
+    let handle = vm.handle();
+    std::thread::spawn(move || done.send(vm.wait()));
+    ended.recv_timeout(DEADLINE).unwrap_or_else(|_| panic!("the guest does not end: {:?}", handle.status()))
+}
+
+/// mov dx, port; mov al, value; out dx, al
+fn out8(port: u16, value: u8) -> Vec<u8> {
+    let [low, high] = port.to_le_bytes();
+    vec![0x66, 0xba, low, high, 0xb0, value, 0xee]
+}
+
+/// mov dx, port; mov ax, value; out dx, ax
+fn out16(port: u16, value: u16) -> Vec<u8> {
+    let [low, high] = port.to_le_bytes();
+    let [first, second] = value.to_le_bytes();
+    vec![0x66, 0xba, low, high, 0x66, 0xb8, first, second, 0x66, 0xef]
+}
+
+fn print(text: &[u8]) -> Vec<u8> {
+    text.iter().flat_map(|byte| out8(0x3f8, *byte)).collect()
+}
+
+/// PM1 control: sleep type 5, sleep enable.
+fn power_off() -> Vec<u8> {
+    out16(0x604, 5 << 10 | 1 << 13)
+}
+
+/// jmp to itself
+const SPIN: [u8; 2] = [0xeb, 0xfe];
+
+#[test]
+fn a_guest_prints_and_shuts_down() {
+    let Some(lab) = Lab::new() else { return };
+    // Waits for a key before it powers off: in al, dx of the line status until data is ready.
+    let mut code = print(b"hello\n");
+    code.extend_from_slice(&[0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb]);
+    code.extend(power_off());
+    code.extend(SPIN);
+    let vm = lab.start(&code);
+    let mut console = lab.console();
+    let mut text = [0; 6];
+    console.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"hello\n");
+    assert_eq!(vm.handle().status().state, VmState::Running);
+    console.write_all(b"x").unwrap();
+    let handle = vm.handle();
+    assert_eq!(wait(vm), ExitReason::Shutdown);
+    assert_eq!(handle.status().state, VmState::Ended(ExitReason::Shutdown));
+    assert!(matches!(handle.pause(), Err(VmError::Ended)));
+    assert!(!lab.console_path().exists());
+}
+
+#[test]
+fn the_three_ways_to_reset_are_told_from_a_shutdown() {
+    let Some(lab) = Lab::new() else { return };
+    // Last: lidt of an empty table, then an undefined instruction: triple fault.
+    let triple_fault = [0x0f, 0x01, 0x1d, 0x20, 0x00, 0x10, 0x00, 0x0f, 0x0b];
+    for code in [&out8(0xcf9, 6)[..], &out8(0x64, 0xfe), &triple_fault] {
+        let mut code = code.to_vec();
+        code.extend(SPIN);
+        code.resize(64, 0);
+        assert_eq!(wait(lab.start(&code)), ExitReason::Reset);
+    }
+}
+
+#[test]
+fn a_spinning_guest_is_paused_resumed_and_killed() {
+    let Some(lab) = Lab::new() else { return };
+    // Prints for ever.
+    let mut code = out8(0x3f8, b'.');
+    code.extend_from_slice(&[0xee, 0xeb, 0xfd]);
+    let vm = lab.start(&code);
+    let handle = vm.handle();
+    let mut console = lab.console();
+    let mut byte = [0];
+    console.read_exact(&mut byte).unwrap();
+    handle.pause().unwrap();
+    assert_eq!(handle.status().state, VmState::Paused);
+    // Whatever is still on its way arrives; then there is silence.
+    console.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let silent_by = Instant::now() + DEADLINE;
+    while console.read(&mut [0; 4096]).is_ok_and(|len| len > 0) {
+        assert!(Instant::now() < silent_by, "output goes on while paused");
+    }
+    handle.resume().unwrap();
+    console.set_read_timeout(Some(DEADLINE)).unwrap();
+    console.read_exact(&mut byte).unwrap();
+    handle.kill();
+    assert_eq!(wait(vm), ExitReason::Killed);
+}
+
+#[test]
+fn the_power_button_is_seen_in_the_pm1_status() {
+    let Some(lab) = Lab::new() else { return };
+    // Says that it runs, waits for bit 8 of PM1 status, powers off.
+    let mut code = print(b"!");
+    code.extend_from_slice(&[0x66, 0xba, 0x01, 0x06, 0xec, 0xa8, 0x01, 0x74, 0xfb]);
+    code.extend(power_off());
+    code.extend(SPIN);
+    let vm = lab.start(&code);
+    lab.console().read_exact(&mut [0]).unwrap();
+    vm.handle().power_button();
+    assert_eq!(wait(vm), ExitReason::Shutdown);
+}
+
+#[test]
+fn dropping_a_guest_with_several_vcpus_ends_it() {
+    let Some(lab) = Lab::new() else { return };
+    let vm = Vm::start(lab.config(&SPIN, 4)).unwrap();
+    let handle = vm.handle();
+    drop(vm);
+    assert_eq!(handle.status().state, VmState::Ended(ExitReason::Killed));
+}
+
+#[test]
+fn a_missing_backend_is_named() {
+    let Some(lab) = Lab::new() else { return };
+    let mut config = lab.config(&SPIN, 1);
+    let socket = lab.dir.path().join("nobody.sock");
+    config.disks.push(vmm::DiskConfig { id: "root".into(), socket, queues: 1, readonly: false });
+    let error = Vm::start(config).err().unwrap();
+    assert!(matches!(&error, VmError::Backend { id, .. } if id == "root"), "{error:?}");
+}
+
+#[test]
+fn a_kernel_that_is_none_is_refused() {
+    let Some(lab) = Lab::new() else { return };
+    let config = lab.config(&SPIN, 1);
+    fs::write(&config.kernel, "#!/bin/sh").unwrap();
+    assert!(matches!(Vm::start(config), Err(VmError::Boot(vmm::BootError::UnknownFormat(_)))));
+}
