@@ -3,10 +3,14 @@
 //! | start reading at | it is |
 //! |---|---|
 //! | [`state`] | the cluster's desired state and the commands that change it: pure, replicated by Raft |
+//! | [`consensus`] | the replicated state machine: Raft, its log, snapshots and membership |
+//! | [`meta_store`] | small durable tables, a careful wrapper around sled |
 //! | [`api`] | the HTTP API: resources, problems, server |
 //! | [`cli`] | the command line: parses, calls the API of a node, prints |
 
 pub mod api;
 pub mod cli;
+pub mod consensus;
+pub mod meta_store;
 pub mod pinned_tls;
 pub mod state;

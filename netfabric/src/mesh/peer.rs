@@ -172,7 +172,8 @@ pub(super) fn set_peers(shared: &Arc<Shared>, mut wanted: BTreeMap<NodeId, Socke
     wanted.remove(&shared.node);
     let mut peers = shared.peers.write();
     peers.retain(|node, peer| {
-        let keep = wanted.contains_key(node);
+        // A node that was let in without having been set stays: the next `set_peers` may learn of it from this link.
+        let keep = wanted.contains_key(node) || peer.address.read().is_none();
         if !keep {
             peer.stop.cancel();
             if let Some(link) = peer.link() {

@@ -1,0 +1,149 @@
+//! The latest snapshot of the state machine, in the metadata store.
+//!
+//! A snapshot is cut into chunks that fit into a value. A new one is written beside the present one; when it is
+//! durable, one batch switches the manifest and removes the old chunks. The bytes are also kept in memory, to be
+//! sent to peers: the cluster's state is some megabytes.
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use super::types::{Snapshot, SnapshotMeta};
+use crate::meta_store::{Batch, MAX_VALUE, MetaError, MetaStore};
+
+const MANIFEST_KEY: &[u8] = b"raft/snapshot/manifest";
+const CHUNK_PREFIX: &[u8] = b"raft/snapshot/chunk/";
+/// Chunks put into one batch.
+const BATCH_CHUNKS: usize = 16;
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Manifest {
+    /// Raised with each snapshot; part of its chunks' keys.
+    number: u64,
+    chunks: u32,
+    length: u64,
+    meta: SnapshotMeta,
+}
+
+/// The store of the latest snapshot. Clones share it.
+#[derive(Clone, Debug)]
+pub(super) struct SnapshotStore {
+    store: MetaStore,
+    current: Arc<Mutex<Current>>,
+}
+
+#[derive(Debug, Default)]
+struct Current {
+    number: u64,
+    snapshot: Option<Snapshot>,
+}
+
+fn chunk_key(number: u64, index: u32) -> Vec<u8> {
+    [CHUNK_PREFIX, &number.to_be_bytes(), &index.to_be_bytes()].concat()
+}
+
+impl SnapshotStore {
+    /// Reads the latest snapshot, if there is one.
+    pub(super) fn open(store: MetaStore) -> Result<Self, MetaError> {
+        let mut current = Current::default();
+        if let Some(manifest) = store.get(MANIFEST_KEY)? {
+            let damaged = |reason: &str| MetaError::Damaged(format!("Raft snapshot: {reason}"));
+            let manifest: Manifest = postcard::from_bytes(&manifest).map_err(|e| damaged(&e.to_string()))?;
+            let mut data = BytesMut::new();
+            for index in 0..manifest.chunks {
+                let chunk = store.get(&chunk_key(manifest.number, index))?;
+                data.extend_from_slice(&chunk.ok_or_else(|| damaged("a chunk is missing"))?);
+            }
+            if data.len() as u64 != manifest.length {
+                return Err(damaged("wrong length"));
+            }
+            current.number = manifest.number;
+            current.snapshot = Some(Snapshot { meta: manifest.meta, snapshot: data.freeze() });
+        }
+        Ok(Self { store, current: Arc::new(Mutex::new(current)) })
+    }
+
+    /// The latest snapshot.
+    pub(super) fn current(&self) -> Option<Snapshot> {
+        self.current.lock().snapshot.clone()
+    }
+
+    /// Makes this the latest snapshot, unless a newer one is there. Durable when it returns.
+    pub(super) async fn save(&self, snapshot: Snapshot) -> io::Result<()> {
+        let this = self.clone();
+        let saved = tokio::task::spawn_blocking(move || this.save_blocking(snapshot));
+        saved.await.map_err(io::Error::other)?.map_err(io::Error::other)
+    }
+
+    pub(super) fn save_blocking(&self, snapshot: Snapshot) -> Result<(), MetaError> {
+        let mut current = self.current.lock();
+        let newest = current.snapshot.as_ref().and_then(|s| s.meta.last_log_id);
+        if newest > snapshot.meta.last_log_id {
+            return Ok(());
+        }
+        let number = current.number + 1;
+        // What a crash left of an unfinished one.
+        self.remove_chunks(number)?;
+        let mut chunks = 0;
+        for group in snapshot.snapshot.chunks(BATCH_CHUNKS * MAX_VALUE) {
+            let mut batch = Batch::default();
+            for chunk in group.chunks(MAX_VALUE) {
+                batch.put(&chunk_key(number, chunks), chunk);
+                chunks += 1;
+            }
+            self.store.apply(batch)?;
+        }
+        self.store.commit_durable()?;
+        let manifest =
+            Manifest { number, chunks, length: snapshot.snapshot.len() as u64, meta: snapshot.meta.clone() };
+        let manifest =
+            postcard::to_stdvec(&manifest).map_err(|e| MetaError::Damaged(format!("Raft snapshot: {e}")))?;
+        let mut batch = Batch::default();
+        batch.put(MANIFEST_KEY, &manifest);
+        self.store.apply(batch)?;
+        self.store.commit_durable()?;
+        self.remove_chunks(current.number)?;
+        *current = Current { number, snapshot: Some(snapshot) };
+        Ok(())
+    }
+
+    fn remove_chunks(&self, number: u64) -> Result<(), MetaError> {
+        let prefix = [CHUNK_PREFIX, &number.to_be_bytes()].concat();
+        let mut batch = Batch::default();
+        for (key, _) in self.store.scan(&prefix)? {
+            batch.remove(&key);
+        }
+        self.store.apply(batch)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+
+    #[test]
+    fn the_latest_snapshot_survives_and_the_old_one_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = MetaStore::open(&dir.path().join("meta")).unwrap();
+        let snapshots = SnapshotStore::open(store.clone()).unwrap();
+        assert!(snapshots.current().is_none());
+        for length in [0, 1, MAX_VALUE, 3 * BATCH_CHUNKS * MAX_VALUE + 17] {
+            let data: Bytes = (0..length).map(|i| (i / 3) as u8).collect::<Vec<u8>>().into();
+            snapshots
+                .save_blocking(Snapshot { meta: SnapshotMeta::default(), snapshot: data.clone() })
+                .unwrap();
+            let reopened = SnapshotStore::open(store.clone()).unwrap();
+            assert_eq!(reopened.current().unwrap().snapshot, data);
+            assert_eq!(store.scan(CHUNK_PREFIX).unwrap().len(), length.div_ceil(MAX_VALUE));
+        }
+        let mut batch = Batch::default();
+        let key = store.scan(CHUNK_PREFIX).unwrap().swap_remove(0).0;
+        batch.remove(&key);
+        store.apply(batch).unwrap();
+        assert!(SnapshotStore::open(store).unwrap_err().is_damage());
+    }
+}
