@@ -46,8 +46,20 @@ fn chunk_key(number: u64, index: u32) -> Vec<u8> {
 }
 
 impl SnapshotStore {
-    /// Reads the latest snapshot, if there is one.
+    /// Reads the latest snapshot, if there is one. A damaged one is as good as none: the log knows whether one is needed,
+    /// see [`super::recovery`].
     pub(super) fn open(store: MetaStore) -> Result<Self, MetaError> {
+        let current = match Self::read(&store) {
+            Err(error) if error.is_damage() => {
+                tracing::error!(%error, "the Raft snapshot in the metadata store is lost");
+                Current::default()
+            }
+            current => current?,
+        };
+        Ok(Self { store, current: Arc::new(Mutex::new(current)) })
+    }
+
+    fn read(store: &MetaStore) -> Result<Current, MetaError> {
         let mut current = Current::default();
         if let Some(manifest) = store.get(MANIFEST_KEY)? {
             let damaged = |reason: &str| MetaError::Damaged(format!("Raft snapshot: {reason}"));
@@ -63,7 +75,7 @@ impl SnapshotStore {
             current.number = manifest.number;
             current.snapshot = Some(Snapshot { meta: manifest.meta, snapshot: data.freeze() });
         }
-        Ok(Self { store, current: Arc::new(Mutex::new(current)) })
+        Ok(current)
     }
 
     /// The latest snapshot.
@@ -144,6 +156,12 @@ mod tests {
         let key = store.scan(CHUNK_PREFIX).unwrap().swap_remove(0).0;
         batch.remove(&key);
         store.apply(batch).unwrap();
-        assert!(SnapshotStore::open(store).unwrap_err().is_damage());
+        let damaged = SnapshotStore::open(store).unwrap();
+        assert!(damaged.current().is_none());
+        // The next one takes its place.
+        damaged
+            .save_blocking(Snapshot { meta: SnapshotMeta::default(), snapshot: Bytes::from_static(b"new") })
+            .unwrap();
+        assert_eq!(damaged.current().unwrap().snapshot, b"new"[..]);
     }
 }

@@ -5,8 +5,9 @@
 //!
 //! - sled's `flush` does not reach the disk (it calls `sync_file_range`). [`MetaStore::commit_durable`] flushes and then
 //!   calls `fsync` on the database file through a descriptor of its own.
-//! - A damaged database may panic, open empty, or return wrong data. So every value carries a version and a checksum
-//!   over key and value, all of them are verified when the store opens, and opening runs behind `catch_unwind`.
+//! - A damaged database may panic, return wrong data, or silently forget values. So every value carries a version and
+//!   a checksum over key and value, all of them are verified when the store opens, and opening runs behind
+//!   `catch_unwind`. What consists of several values needs a manifest: an absent value is not noticed here.
 //! - Its format is not stable: a `FORMAT` file marks directories that this version wrote; others are refused.
 //!
 //! A store that does not open, or fails a checksum, is moved aside by [`MetaStore::open_or_set_aside`] and an empty one

@@ -61,7 +61,7 @@ fn a_value_that_was_not_sealed_by_us_is_found_and_the_store_set_aside() {
     assert_eq!(store.get(b"key").unwrap().unwrap(), b"rebuilt");
 }
 
-/// Overwrites parts of sled's file: whatever happens, values are right, or the store is set aside. Never a panic.
+/// Overwrites parts of sled's file. A value is right, or absent, or the store is set aside: never wrong, never a panic.
 #[test]
 fn a_scribbled_database_never_returns_wrong_values() {
     let value = |i: u32| vec![i as u8; 200];
@@ -75,15 +75,16 @@ fn a_scribbled_database_never_returns_wrong_values() {
     drop(store);
     let data = path.join(DATA_FILE);
     let pristine = fs::read(&data).unwrap();
-    let mut found = 0;
+    let mut noticed = 0;
     for part in 0..16 {
         let mut bytes = pristine.clone();
         let (from, length) = (bytes.len() / 16 * part, bytes.len() / 64);
         bytes[from..from + length].fill(0xa5);
         fs::write(&data, bytes).unwrap();
         let (store, aside) = MetaStore::open_or_set_aside(&path).unwrap();
-        found += u32::from(aside.is_some());
-        for (key, read) in store.scan(b"").unwrap() {
+        let values = store.scan(b"").unwrap();
+        noticed += u32::from(aside.is_some() || values.len() < 500);
+        for (key, read) in values {
             let i = u32::from_be_bytes(key.try_into().unwrap());
             assert_eq!(read, value(i));
         }
@@ -93,7 +94,7 @@ fn a_scribbled_database_never_returns_wrong_values() {
             fs::rename(aside.path, &path).unwrap();
         }
     }
-    assert!(found > 0);
+    assert!(noticed > 0, "the scribbling hit nothing, so the test shows nothing");
 }
 
 proptest! {
