@@ -77,7 +77,7 @@ impl VmHandle {
         self.machine.lifecycle.end(ExitReason::Killed);
     }
 
-    /// Holds all vCPUs. Returns when they have stopped.
+    /// Holds all vCPUs. Returns when they have stopped; after an error they run on.
     pub fn pause(&self) -> Result<(), VmError> {
         self.set_gate(Wanted::Pause, "pause")
     }
@@ -102,10 +102,11 @@ impl VmHandle {
             return Err(VmError::Ended);
         }
         let threads = self.machine.vcpu_threads.lock();
-        if self.machine.gate.set(wanted, &threads, Instant::now() + GATE_DEADLINE) {
-            Ok(())
-        } else {
-            Err(VmError::VcpuTimeout { what, waited: GATE_DEADLINE })
+        let deadline = Instant::now() + GATE_DEADLINE;
+        if self.machine.gate.set(wanted, &threads, deadline) {
+            return Ok(());
         }
+        self.machine.gate.set(Wanted::Run, &threads, deadline);
+        Err(VmError::VcpuTimeout { what, waited: GATE_DEADLINE })
     }
 }

@@ -70,7 +70,8 @@ fn map_memory(vm: &VmFd, memory: &Memory) -> Result<(), VmError> {
             userspace_addr: host as u64,
             flags: 0,
         };
-        // SAFETY: the range is a mapping of `memory`, of which `Vm` keeps a clone until the VM is gone.
+        // SAFETY: the range is a mapping of `memory`. KVM follows its host mappings: if it is unmapped before the last handle of
+        // the VM is gone, guest accesses fail; and no vCPU runs any more by then.
         unsafe { vm.set_user_memory_region(slot) }.map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
     }
     Ok(())

@@ -125,7 +125,7 @@ impl<'a> Builder<'a> {
         let power = self.add_power(&mut ports);
         let devices = self.add_pci(workers, &mut ports, &mut mmio)?;
 
-        let gate = Arc::new(Gate::new(self.config.vcpus.into()));
+        let gate = Arc::new(Gate::new());
         let machine = Arc::new(Machine {
             lifecycle: self.lifecycle.clone(),
             gate: gate.clone(),

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -27,6 +28,8 @@ const MAX_CLIENTS: usize = 32;
 const MAX_INPUT: usize = 4096;
 /// Written to one client before the others get their turn.
 const WRITE_CHUNK: usize = 16 << 10;
+/// How long the end of a guest waits for clients that do not read.
+const FLUSH_DEADLINE: Duration = Duration::from_millis(300);
 
 /// The guest's side of the output: a ring, and a way to wake the server.
 pub(crate) struct Output {
@@ -174,6 +177,18 @@ impl Server {
             self.send_output();
             self.update_interest();
         }
+        self.flush_output();
+    }
+
+    /// Gives clients a last moment to take what the guest said at its end.
+    fn flush_output(&mut self) {
+        let deadline = Instant::now() + FLUSH_DEADLINE;
+        let end = self.output.ring.lock().end();
+        self.send_output();
+        while self.clients.values().any(|client| client.position < end) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+            self.send_output();
+        }
     }
 
     fn handle(&mut self, token: u64, events: EventSet) {
@@ -292,8 +307,6 @@ impl Server {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::super::serial::IrqTrigger;
     use super::*;
     use crate::bus::IoDevice;
@@ -340,7 +353,9 @@ mod tests {
         assert_eq!(read(&mut early, 5), b"after");
         let mut late = connect(&path);
         assert_eq!(read(&mut late, 12), b"before after");
+        console.output.push(b"last words");
         drop(console.server);
+        assert_eq!(read(&mut late, 10), b"last words");
         assert!(!path.exists());
     }
 

@@ -32,7 +32,7 @@ struct State {
     wanted: Wanted,
     /// Threads that wait at the gate.
     waiting: usize,
-    /// Threads that have not left for good.
+    /// Threads that have entered and not left for good.
     present: usize,
 }
 
@@ -46,10 +46,10 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
-    /// A gate for so many threads.
-    pub(crate) fn new(vcpus: usize) -> Self {
+    /// An open gate.
+    pub(crate) fn new() -> Self {
         Self {
-            state: Mutex::new(State { wanted: Wanted::Run, waiting: 0, present: vcpus }),
+            state: Mutex::new(State { wanted: Wanted::Run, waiting: 0, present: 0 }),
             changed: Condvar::new(),
             fast: AtomicU8::new(Wanted::Run as u8),
         }
@@ -85,7 +85,12 @@ impl Gate {
         state.waiting -= 1;
     }
 
-    /// Called by a vCPU thread at its end.
+    /// Counts a thread in; called before it starts.
+    pub(crate) fn enter(&self) {
+        self.state.lock().present += 1;
+    }
+
+    /// Called by a vCPU thread at its end, or for one that could not be started.
     pub(crate) fn leave(&self) {
         self.state.lock().present -= 1;
         self.changed.notify_all();
@@ -151,10 +156,11 @@ mod tests {
     #[test]
     fn threads_follow_the_gate_even_out_of_a_blocking_call() {
         install_kick_handler().unwrap();
-        let gate = Arc::new(Gate::new(3));
+        let gate = Arc::new(Gate::new());
         let rounds = Arc::new(AtomicUsize::new(0));
         let threads: Vec<_> = (0..3)
             .map(|_| {
+                gate.enter();
                 let (gate, rounds) = (gate.clone(), rounds.clone());
                 std::thread::spawn(move || {
                     while gate.pass() == Passage::Run {

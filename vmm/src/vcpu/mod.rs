@@ -34,14 +34,20 @@ const SYSTEM_EVENT_RESET: u32 = 2;
 
 /// Starts the thread of one vCPU.
 pub(crate) fn spawn(id: u8, mut vcpu: VcpuFd, context: VcpuContext) -> io::Result<JoinHandle<()>> {
-    std::thread::Builder::new().name(format!("vcpu{id}")).spawn(move || {
+    let gate = context.gate.clone();
+    gate.enter();
+    let thread = std::thread::Builder::new().name(format!("vcpu{id}")).spawn(move || {
         let outcome = catch_unwind(AssertUnwindSafe(|| run(&mut vcpu, &context)));
         if let Err(panic) = outcome {
             let what = panic_text(panic.as_ref());
             context.lifecycle.end(ExitReason::Crashed(format!("thread of vCPU {id} panicked: {what}")));
         }
         context.gate.leave();
-    })
+    });
+    if thread.is_err() {
+        gate.leave();
+    }
+    thread
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> &str {

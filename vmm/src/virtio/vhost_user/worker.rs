@@ -36,7 +36,6 @@ const STOP_DEADLINE: Duration = Duration::from_secs(5);
 enum Command {
     Activate(Activation),
     Deactivate(SyncSender<()>),
-    Quit,
 }
 
 /// What the thread shares with the device and with [`crate::VmHandle`].
@@ -46,6 +45,8 @@ pub(crate) struct Shared {
     kind: Box<dyn Kind>,
     connected: AtomicBool,
     reconnects: AtomicU64,
+    /// The thread is to end.
+    quitting: AtomicBool,
     /// Device configuration as the guest sees it.
     config: Mutex<Vec<u8>>,
     /// Set once the function is built.
@@ -109,6 +110,7 @@ impl WorkerHandle {
             kind,
             connected: AtomicBool::new(false),
             reconnects: AtomicU64::new(0),
+            quitting: AtomicBool::new(false),
             config: Mutex::default(),
             change: OnceLock::new(),
             breaker: Mutex::default(),
@@ -181,8 +183,10 @@ impl WorkerHandle {
 
 impl Drop for WorkerHandle {
     fn drop(&mut self) {
-        self.send(Command::Quit);
+        // In this order: a connection that comes up later sees the flag and goes down by itself.
+        self.shared.quitting.store(true, Ordering::SeqCst);
         self.shared.break_connection();
+        let _ = self.wake.write(1);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -212,17 +216,19 @@ struct Worker {
 
 impl Worker {
     fn run(mut self) {
-        loop {
+        while !self.shared.quitting.load(Ordering::SeqCst) {
             match self.commands.try_recv() {
                 Ok(Command::Activate(activation)) => {
                     self.activation = Some(Queues { activation, start: Start::Fresh });
-                    self.start_queues();
+                    if let Err(error) = self.start_queues() {
+                        self.drop_session(&error);
+                    }
                 }
                 Ok(Command::Deactivate(done)) => {
                     self.stop_queues();
                     let _ = done.try_send(());
                 }
-                Ok(Command::Quit) | Err(TryRecvError::Disconnected) => return,
+                Err(TryRecvError::Disconnected) => return,
                 Err(TryRecvError::Empty) => {
                     if self.session.is_none() {
                         self.connect();
@@ -262,15 +268,17 @@ impl Worker {
     }
 
     fn connect(&mut self) {
-        let result = self.dial();
-        match result {
-            Ok(session) => {
-                self.backoff = BACKOFF_MIN;
-                self.accept_config(session.capabilities());
+        let connected = self.dial().and_then(|session| {
+            self.session = Some(session);
+            self.start_queues()
+        });
+        match (connected, &self.session) {
+            (Ok(()), Some(session)) => {
                 let capabilities = session.capabilities().clone();
-                self.session = Some(session);
+                self.backoff = BACKOFF_MIN;
                 self.shared.connected.store(true, Ordering::Release);
                 self.shared.last_error.lock().take();
+                self.accept_config(&capabilities);
                 match self.announce.take() {
                     Some(announce) => drop(announce.try_send(capabilities)),
                     None => {
@@ -278,15 +286,18 @@ impl Worker {
                         tracing::info!(device = self.shared.id, "backend is back");
                     }
                 }
-                self.start_queues();
             }
-            Err(error) => self.failed(error),
+            (Err(error), _) => self.failed(error),
+            (Ok(()), None) => {}
         }
     }
 
     fn dial(&mut self) -> Result<Session, SessionError> {
         let stream = UnixStream::connect(&self.shared.socket)?;
         *self.shared.breaker.lock() = Some(stream.try_clone()?);
+        if self.shared.quitting.load(Ordering::SeqCst) {
+            return Err(SessionError::NoAnswer);
+        }
         let session = Session::negotiate(stream, self.shared.kind.as_ref())?;
         let events = EventSet::IN | EventSet::READ_HANG_UP;
         self.epoll.ctl(ControlOperation::Add, session.as_raw_fd(), EpollEvent::new(events, SESSION))?;
@@ -308,15 +319,13 @@ impl Worker {
         }
     }
 
-    fn start_queues(&mut self) {
-        let (Some(session), Some(queues)) = (&mut self.session, &mut self.activation) else { return };
-        match session.start(&queues.activation, queues.start) {
-            Ok(()) => {
-                tracing::debug!(device = self.shared.id, start = ?queues.start, "queues are with the backend");
-                queues.start = Start::Resumed;
-            }
-            Err(error) => self.drop_session(&error),
-        }
+    /// Hands the queues to the backend, if there are queues and a backend.
+    fn start_queues(&mut self) -> Result<(), SessionError> {
+        let (Some(session), Some(queues)) = (&mut self.session, &mut self.activation) else { return Ok(()) };
+        session.start(&queues.activation, queues.start)?;
+        tracing::debug!(device = self.shared.id, start = ?queues.start, "queues are with the backend");
+        queues.start = Start::Resumed;
+        Ok(())
     }
 
     fn stop_queues(&mut self) {
@@ -329,8 +338,24 @@ impl Worker {
     }
 
     fn drop_session(&mut self, error: &SessionError) {
+        tracing::warn!(device = self.shared.id, %error, "backend lost; the queues wait for it");
+        self.close();
+    }
+
+    /// An attempt to connect failed. Keeps the error for whoever waits, and says it once, not at each attempt.
+    fn failed(&mut self, error: SessionError) {
+        self.close();
+        self.backoff = (self.backoff * 2).min(BACKOFF_MAX);
+        let mut last = self.shared.last_error.lock();
+        let text = error.to_string();
+        if last.as_ref().is_none_or(|last| last.to_string() != text) {
+            tracing::info!(device = self.shared.id, error = text, "backend not usable yet, dialling on");
+        }
+        *last = Some(error);
+    }
+
+    fn close(&mut self) {
         if let Some(session) = self.session.take() {
-            tracing::warn!(device = self.shared.id, %error, "backend lost; the queues wait for it");
             let event = EpollEvent::new(EventSet::empty(), SESSION);
             if let Err(error) = self.epoll.ctl(ControlOperation::Delete, session.as_raw_fd(), event) {
                 tracing::debug!(device = self.shared.id, %error, "epoll");
@@ -338,17 +363,5 @@ impl Worker {
         }
         self.shared.break_connection();
         self.shared.connected.store(false, Ordering::Release);
-    }
-
-    /// Keeps the error for whoever waits, and says it once, not at each attempt.
-    fn failed(&mut self, error: SessionError) {
-        self.shared.break_connection();
-        let mut last = self.shared.last_error.lock();
-        let text = error.to_string();
-        if last.as_ref().is_none_or(|last| last.to_string() != text) {
-            tracing::debug!(device = self.shared.id, %error, "backend not usable, dialling on");
-        }
-        *last = Some(error);
-        self.backoff = (self.backoff * 2).min(BACKOFF_MAX);
     }
 }
