@@ -20,6 +20,11 @@ pub enum CommitError {
 }
 
 /// The control plane, as coordinators see it. Implemented by the data role. All calls are idempotent.
+///
+/// A coordinator makes one change of a volume's in-sync sets at a time. The implementation must keep that order: a call that
+/// ended as [`CommitError::Unavailable`] may have been made, but must not take effect *after* a later call of the same volume and
+/// generation has returned (for example by a number with each change that the state machine compares). Otherwise a replica
+/// could get back into the in-sync set by a commit that was overtaken by the one that took it out.
 pub trait ControlPlane: Send + Sync + 'static {
     /// Takes the disk out of the in-sync sets of all segments of the volume. Returns the volume as it stands then.
     fn replicas_out(

@@ -1,12 +1,67 @@
-//! Volumes: replication, disk store and the vhost-user-blk target.
+//! Volumes: block devices for guests, replicated over the disks of several nodes.
+//!
+//! # What it is
+//!
+//! One [`Storage`] in the data process of each node. It is told by the control plane, declaratively, which disks the node has and which
+//! volumes the node has open ([`StorageConfig`]), and tells it what is observed ([`status::StorageStatus`]).
+//!
+//! A volume is cut into segments of 1 GiB, each with a set of replicas on disks of distinct nodes. One node at a time has the
+//! volume open: its **coordinator** takes every request, writes to all replicas in sync at the same time and reads from the
+//! nearest. On every node a **replica server** carries out what coordinators ask, and refuses those whose generation is over.
+//!
+//! ```text
+//!  guest ─ target (vhost-user-blk) ─► coordinator ─┬─► replica server ─► disk store      this node
+//!                                       │          └─► transport ─► replica server …     other nodes
+//!                                       └─► control plane: changes of the in-sync set (Raft), never on the I/O path
+//! ```
+//!
+//! # Where to start reading
+//!
+//! | module | it is |
+//! |---|---|
+//! | [`config`], [`status`], [`ids`] | what goes in, what comes out, the words for it |
+//! | `service` | [`Storage`]: converging to the configuration |
+//! | `coordinator` | the replication protocol: one volume's I/O, opening, resync |
+//! | [`replica`] | the other end: messages, fencing, sessions |
+//! | [`store`] | contents of one disk |
+//! | `target` | vhost-user-blk for VMs |
+//! | [`device`], [`control`], [`transport`] | the boundaries: block device, control plane, network |
+//! | `sim` (tests) | all of the above but target and store in a simulated cluster with crashes and partitions |
+//!
+//! # Threads
+//!
+//! Coordinators and replica servers are tasks on the tokio runtime that started [`Storage`]; each guest request is a task. A store or a
+//! target may have threads of its own. Every task is owned: it ends with its coordinator.
+//!
+//! # Invariants
+//!
+//! | | | kept by |
+//! |---|---|---|
+//! | S1 | A write acknowledged before an acknowledged flush survives the loss of all but one in-sync replica, and power loss everywhere. | `coordinator::members` |
+//! | S2 | A read returns the last completed write; no two coordinators complete I/O at the same time. | generations and sessions in [`replica`], `lease` |
+//! | S3 | The in-sync set changes by Raft commit only. | `coordinator::commit` |
+//! | S4 | Damaged data never reach a guest; they are repaired from another replica. | `coordinator::io` |
+//! | S5 | After a crash replicas are made identical before the first read. | `coordinator::open` |
+//! | S6 | Malformed input ends in an error for that request. | `replica::wire`, `replica::server` |
 
+mod boot;
 pub mod config;
 pub mod control;
+mod coordinator;
 pub mod device;
 pub mod ids;
+mod lease;
+pub mod mesh;
+mod metrics;
 pub mod replica;
+mod service;
 pub mod status;
 pub mod store;
 pub mod transport;
 
+pub use config::{StorageConfig, VolumeConfig};
+pub use coordinator::Timing;
+pub use mesh::MeshTransport;
+pub use metrics::Metrics;
 pub use netfabric::NodeId;
+pub use service::{RunningTarget, Storage, StorageError, StorageOptions, StoreOpener, TargetStarter};

@@ -97,6 +97,16 @@ pub enum ReplicaOp {
     },
 }
 
+impl ReplicaOp {
+    /// The disk that it is about.
+    pub fn disk(&self) -> DiskId {
+        match self {
+            Self::Attach { disk } | Self::Flush { disk } => *disk,
+            Self::Write { at, .. } | Self::Read { at, .. } | Self::Versions { at, .. } => at.disk,
+        }
+    }
+}
+
 /// The answer of a replica server.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ReplicaReply {

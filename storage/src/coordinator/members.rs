@@ -1,0 +1,607 @@
+//! The coordinator's view of a volume's replicas: who is attached, who is in sync, and what that allows. Pure.
+//!
+//! Two facts are kept apart for each replica of a segment: what Raft may hold ([`ReplicaState`], *committed*) and what this
+//! coordinator knows ([`SlotState`]). The rules that S1 and S3 rest on are here:
+//! - A write is complete when **every** replica that Raft may hold as in sync has it, and at least the volume's minimum is in sync.
+//! - A replica that missed something is no longer equal, whatever Raft holds; nothing completes until either Raft has taken it
+//!   out or a resync has made it equal again.
+//! - A replica counts as "may be in sync" from the moment the commit that puts it in is *begun*.
+
+use crate::config::{ReplicaState, VolumeConfig};
+use crate::ids::{DiskId, SegmentIndex};
+use crate::replica::protocol::Session;
+use crate::status::{MemberState, ReplicaStatus, ResyncProgress};
+use netfabric::NodeId;
+use std::collections::BTreeMap;
+
+/// What this coordinator knows of one replica of a segment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum SlotState {
+    /// May lack writes, gets none.
+    Stale,
+    /// Attached during opening; is being made equal with the others, gets no new writes yet.
+    Opening,
+    /// Gets new writes while older ones are copied to it.
+    Copying,
+    /// Equal; the commit that puts it into the in-sync set is under way.
+    Joining,
+    /// Equal and in the in-sync set.
+    InSync,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    sync: SlotState,
+    committed: ReplicaState,
+}
+
+#[derive(Clone, Debug)]
+enum Link {
+    Attached(Session),
+    Detached(String),
+}
+
+#[derive(Clone, Debug)]
+struct Member {
+    node: NodeId,
+    link: Link,
+    slots: BTreeMap<SegmentIndex, Slot>,
+    progress: Option<ResyncProgress>,
+    /// Writes acknowledged by it in this session, and how many of them a flush has covered.
+    written: u64,
+    flushed: u64,
+}
+
+/// An attached replica: where to send requests.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Target {
+    /// The disk.
+    pub(crate) disk: DiskId,
+    /// Its node.
+    pub(crate) node: NodeId,
+    /// The session to use.
+    pub(crate) session: Session,
+}
+
+/// All replicas of a volume.
+#[derive(Debug)]
+pub(crate) struct MemberTable {
+    members: BTreeMap<DiskId, Member>,
+    segments: u32,
+    min_in_sync: usize,
+}
+
+impl MemberTable {
+    pub(crate) fn new(config: &VolumeConfig) -> Self {
+        let mut table = Self { members: BTreeMap::new(), segments: 0, min_in_sync: 1 };
+        table.configure(config);
+        table
+    }
+
+    /// Takes over which replicas there are. Of those known already the state stays: this coordinator is the one who changes it,
+    /// and a configuration that was on its way meanwhile may be older than what it knows.
+    pub(crate) fn configure(&mut self, config: &VolumeConfig) {
+        self.segments = config.segments.len() as u32;
+        self.min_in_sync = usize::from(config.min_in_sync.max(1));
+        let mut named: BTreeMap<DiskId, Vec<SegmentIndex>> = BTreeMap::new();
+        for segment in &config.segments {
+            for replica in &segment.replicas {
+                named.entry(replica.disk).or_default().push(segment.index);
+                let member = self.members.entry(replica.disk).or_insert_with(|| Member {
+                    node: replica.node,
+                    link: Link::Detached("not reached yet".into()),
+                    slots: BTreeMap::new(),
+                    progress: None,
+                    written: 0,
+                    flushed: 0,
+                });
+                let sync = match member.link {
+                    Link::Attached(_) => SlotState::Copying,
+                    Link::Detached(_) => SlotState::Stale,
+                };
+                member.slots.entry(segment.index).or_insert(Slot { sync, committed: replica.state });
+            }
+        }
+        self.members.retain(|disk, member| {
+            let kept = named.get(disk);
+            member.slots.retain(|segment, _| kept.is_some_and(|s| s.contains(segment)));
+            !member.slots.is_empty()
+        });
+    }
+
+    /// Members without a session, with their nodes.
+    pub(crate) fn detached(&self) -> Vec<(DiskId, NodeId)> {
+        self.members
+            .iter()
+            .filter(|(_, m)| matches!(m.link, Link::Detached(_)))
+            .map(|(d, m)| (*d, m.node))
+            .collect()
+    }
+
+    /// Members that Raft may hold as in sync and that have no session: opening needs them.
+    pub(crate) fn missing(&self) -> Vec<(DiskId, NodeId)> {
+        let needed = |m: &Member| m.slots.values().any(|s| s.committed == ReplicaState::InSync);
+        self.detached().into_iter().filter(|(d, _)| self.members.get(d).is_some_and(needed)).collect()
+    }
+
+    /// The node of a disk.
+    pub(crate) fn node_of(&self, disk: DiskId) -> Option<NodeId> {
+        self.members.get(&disk).map(|m| m.node)
+    }
+
+    /// A session began. While opening, replicas in the in-sync set wait to be made equal with each other; at any other
+    /// time, and for replicas out of sync, it is resync that brings them back.
+    pub(crate) fn attached(&mut self, disk: DiskId, session: Session, opening: bool) {
+        let Some(member) = self.members.get_mut(&disk) else { return };
+        member.link = Link::Attached(session);
+        (member.written, member.flushed) = (1, 0);
+        for slot in member.slots.values_mut() {
+            slot.sync = match slot.committed {
+                ReplicaState::InSync if opening => SlotState::Opening,
+                _ => SlotState::Copying,
+            };
+        }
+    }
+
+    /// A request of this session failed. False when that session is over already.
+    pub(crate) fn lose(&mut self, disk: DiskId, session: Session, reason: &str) -> bool {
+        let Some(member) = self.members.get_mut(&disk) else { return false };
+        match member.link {
+            Link::Attached(current) if current == session => member.detach(reason),
+            _ => return false,
+        }
+        true
+    }
+
+    /// A member could not be attached.
+    pub(crate) fn unreachable(&mut self, disk: DiskId, reason: &str) {
+        if let Some(member) = self.members.get_mut(&disk) {
+            member.detach(reason);
+        }
+    }
+
+    /// Ends all sessions, for opening again.
+    pub(crate) fn detach_all(&mut self, reason: &str) {
+        self.members.values_mut().for_each(|m| m.detach(reason));
+    }
+
+    /// Sessions of replicas to be made equal while opening; none as long as one that is needed is missing.
+    pub(crate) fn ready_to_open(&self) -> bool {
+        (0..self.segments).all(|s| {
+            let mut found = false;
+            self.slots(SegmentIndex(s)).all(|(_, slot)| {
+                found |= slot.sync == SlotState::Opening;
+                slot.committed == ReplicaState::OutOfSync || slot.sync == SlotState::Opening
+            }) && found
+        })
+    }
+
+    /// Opening is done: all replicas that took part are equal and durable.
+    pub(crate) fn opened(&mut self) {
+        for member in self.members.values_mut() {
+            for slot in member.slots.values_mut().filter(|s| s.sync == SlotState::Opening) {
+                slot.sync = SlotState::InSync;
+            }
+        }
+    }
+
+    /// Some segment has lost every replica in sync: only opening again can tell what is the truth.
+    pub(crate) fn must_reopen(&self) -> bool {
+        (0..self.segments)
+            .any(|s| !self.slots(SegmentIndex(s)).any(|(_, slot)| slot.sync == SlotState::InSync))
+    }
+
+    /// Replicas of a segment in this state.
+    pub(crate) fn in_state(&self, segment: SegmentIndex, sync: SlotState) -> Vec<Target> {
+        self.targets_where(segment, |slot| slot.sync == sync)
+    }
+
+    /// Replicas that get a new write.
+    pub(crate) fn write_targets(&self, segment: SegmentIndex) -> Vec<Target> {
+        self.targets_where(segment, |slot| {
+            matches!(slot.sync, SlotState::Copying | SlotState::Joining | SlotState::InSync)
+        })
+    }
+
+    /// Replicas that may serve a read, the local one first.
+    pub(crate) fn readers(&self, segment: SegmentIndex, local: NodeId) -> Vec<Target> {
+        let mut readers = self.in_state(segment, SlotState::InSync);
+        readers.sort_by_key(|t| t.node != local);
+        readers
+    }
+
+    /// Whether a write that these have acknowledged is complete.
+    pub(crate) fn write_complete(&self, segment: SegmentIndex, acked: &[Target]) -> bool {
+        let mut in_sync = 0;
+        for (target, slot) in self.slots(segment) {
+            let has = target.is_some_and(|t| acked.contains(&t));
+            if slot.sync == SlotState::InSync && has {
+                in_sync += 1;
+            }
+            if slot.committed == ReplicaState::InSync && !(slot.equal() && has) {
+                return false;
+            }
+        }
+        in_sync >= self.min_in_sync
+    }
+
+    /// Counts a write that a member acknowledged.
+    pub(crate) fn note_written(&mut self, target: &Target) {
+        if let Some(member) = self.session_mut(target) {
+            member.written += 1;
+        }
+    }
+
+    /// Members that a flush must reach, with the count of writes that the flush covers when it succeeds.
+    pub(crate) fn flush_targets(&self) -> Vec<(Target, u64)> {
+        self.members
+            .iter()
+            .filter(|(_, m)| m.flushed < m.written && m.slots.values().any(Slot::equal))
+            .filter_map(|(d, m)| Some((m.target(*d)?, m.written)))
+            .collect()
+    }
+
+    /// Members that take part in opening, with their counts of writes.
+    pub(crate) fn opening_members(&self) -> Vec<(Target, u64)> {
+        self.members
+            .iter()
+            .filter(|(_, m)| m.slots.values().any(|s| s.sync == SlotState::Opening))
+            .filter_map(|(d, m)| Some((m.target(*d)?, m.written)))
+            .collect()
+    }
+
+    /// Writes that a member has acknowledged in this session.
+    pub(crate) fn written(&self, target: &Target) -> u64 {
+        self.members
+            .get(&target.disk)
+            .filter(|m| m.target(target.disk).as_ref() == Some(target))
+            .map_or(0, |m| m.written)
+    }
+
+    /// A flush of a member succeeded.
+    pub(crate) fn note_flushed(&mut self, target: &Target, written: u64) {
+        if let Some(member) = self.session_mut(target) {
+            member.flushed = member.flushed.max(written);
+        }
+    }
+
+    /// Whether a flush is complete that reached these members, or found nothing to do on the others.
+    pub(crate) fn flush_complete(&self, acked: &[Target], clean_before: &[Target]) -> bool {
+        let enough = (0..self.segments).all(|s| {
+            self.slots(SegmentIndex(s)).filter(|(_, slot)| slot.sync == SlotState::InSync).count()
+                >= self.min_in_sync
+        });
+        enough
+            && self.members.iter().all(|(disk, member)| {
+                member.slots.values().all(|slot| {
+                    slot.committed == ReplicaState::OutOfSync
+                        || (slot.equal()
+                            && member
+                                .target(*disk)
+                                .is_some_and(|t| acked.contains(&t) || clean_before.contains(&t)))
+                })
+            })
+    }
+
+    /// Members on which nothing was written since their last flush.
+    pub(crate) fn flushed_members(&self) -> Vec<Target> {
+        self.members
+            .iter()
+            .filter(|(_, m)| m.flushed >= m.written)
+            .filter_map(|(d, m)| m.target(*d))
+            .collect()
+    }
+
+    /// A member that Raft may hold as in sync and that is not equal: to be taken out by a commit.
+    pub(crate) fn to_take_out(&self) -> Vec<(DiskId, String)> {
+        self.members
+            .iter()
+            .filter(|(_, m)| {
+                m.slots.values().any(|s| {
+                    s.committed == ReplicaState::InSync
+                        && matches!(s.sync, SlotState::Stale | SlotState::Copying)
+                })
+            })
+            .map(|(d, m)| {
+                let reason = match &m.link {
+                    Link::Detached(reason) => reason.clone(),
+                    Link::Attached(_) => "was away".to_owned(),
+                };
+                (*d, reason)
+            })
+            .collect()
+    }
+
+    /// A commit took a member out: takes over its states from the volume as it stands now.
+    pub(crate) fn taken_out(&mut self, disk: DiskId, config: &VolumeConfig) {
+        let Some(member) = self.members.get_mut(&disk) else { return };
+        for (index, slot) in &mut member.slots {
+            let state = config
+                .segments
+                .iter()
+                .find(|s| s.index == *index)
+                .and_then(|s| s.replicas.iter().find(|r| r.disk == disk))
+                .map_or(ReplicaState::OutOfSync, |r| r.state);
+            slot.committed = state;
+            if state == ReplicaState::OutOfSync && slot.sync != SlotState::Stale {
+                slot.sync = SlotState::Copying;
+            }
+        }
+    }
+
+    /// Attached members with segments to be copied.
+    pub(crate) fn to_copy(&self) -> Vec<(Target, Vec<SegmentIndex>)> {
+        self.members
+            .iter()
+            .filter_map(|(d, m)| {
+                let copying: Vec<SegmentIndex> =
+                    m.slots.iter().filter(|(_, s)| s.sync == SlotState::Copying).map(|(i, _)| *i).collect();
+                (!copying.is_empty()).then_some((m.target(*d)?, copying))
+            })
+            .collect()
+    }
+
+    /// A segment was copied: from now on the replica may be in the in-sync set. False when the session is over.
+    pub(crate) fn begin_join(&mut self, target: &Target, segment: SegmentIndex) -> bool {
+        let slot = self.session_mut(target).and_then(|m| m.slots.get_mut(&segment));
+        match slot {
+            Some(slot) if slot.sync == SlotState::Copying => {
+                (slot.sync, slot.committed) = (SlotState::Joining, ReplicaState::InSync);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether the commit that puts the replica in is still wanted.
+    pub(crate) fn is_joining(&self, target: &Target, segment: SegmentIndex) -> bool {
+        self.in_state(segment, SlotState::Joining).contains(target)
+    }
+
+    /// The commit was made.
+    pub(crate) fn joined(&mut self, target: &Target, segment: SegmentIndex) {
+        if let Some(slot) = self.session_mut(target).and_then(|m| m.slots.get_mut(&segment))
+            && slot.sync == SlotState::Joining
+        {
+            slot.sync = SlotState::InSync;
+        }
+    }
+
+    /// Changes the progress of a member's resync.
+    pub(crate) fn progress(&mut self, disk: DiskId, change: impl FnOnce(&mut ResyncProgress)) {
+        if let Some(member) = self.members.get_mut(&disk) {
+            change(member.progress.get_or_insert_default());
+        }
+    }
+
+    /// Whether this is the member's session now.
+    pub(crate) fn is_current(&self, target: &Target) -> bool {
+        self.members.get(&target.disk).and_then(|m| m.target(target.disk)).as_ref() == Some(target)
+    }
+
+    /// What a waiting request waits for.
+    pub(crate) fn obstacle(&self) -> String {
+        let away: Vec<String> = self
+            .members
+            .iter()
+            .filter_map(|(d, m)| match &m.link {
+                Link::Detached(reason) => Some(format!("disk {d} on node {}: {reason}", m.node)),
+                Link::Attached(_) => None,
+            })
+            .collect();
+        if away.is_empty() { "replicas are being brought back".into() } else { away.join("; ") }
+    }
+
+    /// For people and metrics.
+    pub(crate) fn status(&self) -> Vec<ReplicaStatus> {
+        self.members
+            .iter()
+            .map(|(disk, m)| {
+                let in_sync = m.slots.values().filter(|s| s.sync == SlotState::InSync).count();
+                let state = match &m.link {
+                    Link::Detached(reason) => MemberState::Out(reason.clone()),
+                    Link::Attached(_) if in_sync == m.slots.len() => MemberState::InSync,
+                    Link::Attached(_) => MemberState::Syncing,
+                };
+                ReplicaStatus {
+                    disk: *disk,
+                    node: m.node,
+                    state,
+                    segments_in_sync: in_sync as u32,
+                    segments: m.slots.len() as u32,
+                    resync: m.progress,
+                }
+            })
+            .collect()
+    }
+
+    fn slots(&self, segment: SegmentIndex) -> impl Iterator<Item = (Option<Target>, &Slot)> {
+        self.members
+            .iter()
+            .filter_map(move |(disk, m)| m.slots.get(&segment).map(|slot| (m.target(*disk), slot)))
+    }
+
+    fn targets_where(&self, segment: SegmentIndex, wanted: impl Fn(&Slot) -> bool) -> Vec<Target> {
+        self.slots(segment).filter(|(_, slot)| wanted(slot)).filter_map(|(target, _)| target).collect()
+    }
+
+    fn session_mut(&mut self, target: &Target) -> Option<&mut Member> {
+        self.members.get_mut(&target.disk).filter(|m| m.target(target.disk).as_ref() == Some(target))
+    }
+}
+
+impl Slot {
+    fn equal(&self) -> bool {
+        matches!(self.sync, SlotState::InSync | SlotState::Joining)
+    }
+}
+
+impl Member {
+    fn target(&self, disk: DiskId) -> Option<Target> {
+        match self.link {
+            Link::Attached(session) => Some(Target { disk, node: self.node, session }),
+            Link::Detached(_) => None,
+        }
+    }
+
+    fn detach(&mut self, reason: &str) {
+        self.link = Link::Detached(reason.to_owned());
+        self.slots.values_mut().for_each(|s| s.sync = SlotState::Stale);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Access, CleanState, Durability, ReplicaConfig, SegmentConfig};
+    use crate::ids::{ByteSize, Generation, SEGMENT_SIZE, VolumeId};
+    use crate::replica::protocol::BootEpoch;
+    use uuid::Uuid;
+
+    const SEGMENT: SegmentIndex = SegmentIndex(0);
+
+    fn disk(n: u128) -> DiskId {
+        DiskId(Uuid::from_u128(n))
+    }
+
+    fn session(number: u64) -> Session {
+        Session { boot: BootEpoch(1), number }
+    }
+
+    fn config(min_in_sync: u8, states: [ReplicaState; 3]) -> VolumeConfig {
+        let replica = |(i, state)| ReplicaConfig {
+            disk: disk(i as u128 + 1),
+            node: NodeId::new(Uuid::from_u128(i as u128 + 1)),
+            state,
+        };
+        VolumeConfig {
+            id: VolumeId::default(),
+            size: ByteSize(SEGMENT_SIZE),
+            generation: Generation(1),
+            min_in_sync,
+            durability: Durability::WriteBack,
+            clean: CleanState::Clean,
+            segments: vec![SegmentConfig {
+                index: SEGMENT,
+                replicas: states.into_iter().enumerate().map(replica).collect(),
+            }],
+            access: Access::Internal,
+        }
+    }
+
+    fn open(min_in_sync: u8) -> MemberTable {
+        let mut table = MemberTable::new(&config(min_in_sync, [ReplicaState::InSync; 3]));
+        for n in 1..4 {
+            assert!(!table.ready_to_open());
+            table.attached(disk(n), session(n as u64), true);
+        }
+        assert!(table.ready_to_open() && table.must_reopen());
+        table.opened();
+        assert!(!table.must_reopen());
+        table
+    }
+
+    #[test]
+    fn a_write_is_complete_only_when_all_in_sync_have_it() {
+        let table = open(2);
+        let all = table.write_targets(SEGMENT);
+        assert!(!table.write_complete(SEGMENT, &all[..2]));
+        assert!(table.write_complete(SEGMENT, &all));
+    }
+
+    #[test]
+    fn a_lost_member_holds_up_writes_until_raft_has_taken_it_out() {
+        let mut table = open(2);
+        let all = table.write_targets(SEGMENT);
+        assert!(table.lose(disk(3), session(3), "gone"));
+        assert!(!table.lose(disk(3), session(3), "gone"), "said once");
+        assert!(!table.write_complete(SEGMENT, &all), "an old session's acknowledgement does not count");
+        assert_eq!(table.to_take_out()[0].0, disk(3));
+        use ReplicaState::{InSync, OutOfSync};
+        table.taken_out(disk(3), &config(2, [InSync, InSync, OutOfSync]));
+        assert!(table.write_complete(SEGMENT, &all[..2]));
+    }
+
+    #[test]
+    fn a_member_that_came_back_before_the_commit_is_not_trusted() {
+        let mut table = open(1);
+        table.lose(disk(3), session(3), "restarted");
+        table.attached(disk(3), session(9), false);
+        let all = table.write_targets(SEGMENT);
+        assert_eq!(all.len(), 3, "it gets new writes");
+        assert!(!table.write_complete(SEGMENT, &all), "and yet Raft holds it as in sync and it is not equal");
+        assert_eq!(table.to_take_out().len(), 1);
+        assert!(table.begin_join(&all[2], SEGMENT));
+        assert!(table.to_take_out().is_empty());
+        assert!(table.write_complete(SEGMENT, &all));
+    }
+
+    #[test]
+    fn a_member_whose_joining_has_begun_may_not_be_left_out() {
+        use ReplicaState::{InSync, OutOfSync};
+        let mut table = MemberTable::new(&config(1, [InSync, InSync, OutOfSync]));
+        table.attached(disk(1), session(1), true);
+        table.attached(disk(2), session(2), true);
+        assert!(table.ready_to_open());
+        table.opened();
+        table.attached(disk(3), session(3), false);
+        let all = table.write_targets(SEGMENT);
+        assert!(table.write_complete(SEGMENT, &all[..2]));
+        assert!(table.begin_join(&all[2], SEGMENT));
+        assert!(!table.write_complete(SEGMENT, &all[..2]));
+        table.lose(disk(3), session(3), "gone again");
+        assert!(!table.write_complete(SEGMENT, &all[..2]), "Raft may hold it as in sync by now");
+        assert_eq!(table.to_take_out().len(), 1);
+    }
+
+    #[test]
+    fn below_the_minimum_nothing_completes() {
+        use ReplicaState::{InSync, OutOfSync};
+        let mut table = open(2);
+        for n in [2, 3] {
+            table.lose(disk(n), session(n as u64), "gone");
+        }
+        table.taken_out(disk(3), &config(2, [InSync, InSync, OutOfSync]));
+        table.taken_out(disk(2), &config(2, [InSync, OutOfSync, OutOfSync]));
+        let all = table.write_targets(SEGMENT);
+        assert_eq!(all.len(), 1);
+        assert!(!table.write_complete(SEGMENT, &all));
+        assert!(!table.flush_complete(&all, &[]));
+    }
+
+    #[test]
+    fn a_flush_asks_only_members_that_have_something_to_flush() {
+        let mut table = open(2);
+        let targets = table.flush_targets();
+        assert_eq!(targets.len(), 3, "what a member had before its session is not known to be durable");
+        for (target, written) in &targets {
+            table.note_flushed(target, *written);
+        }
+        assert!(table.flush_targets().is_empty());
+        assert!(table.flush_complete(&[], &table.flushed_members()));
+        table.note_written(&targets[1].0);
+        assert_eq!(table.flush_targets().len(), 1);
+        assert!(!table.flush_complete(&[], &table.flushed_members()));
+    }
+
+    #[test]
+    fn an_older_configuration_does_not_bring_a_member_back() {
+        use ReplicaState::{InSync, OutOfSync};
+        let mut table = open(2);
+        table.lose(disk(3), session(3), "gone");
+        table.taken_out(disk(3), &config(2, [InSync, InSync, OutOfSync]));
+        table.configure(&config(2, [InSync; 3]));
+        assert!(table.to_take_out().is_empty());
+        assert!(table.write_complete(SEGMENT, &table.write_targets(SEGMENT)));
+    }
+
+    #[test]
+    fn readers_are_local_first_and_in_sync_only() {
+        let mut table = open(1);
+        let third = NodeId::new(Uuid::from_u128(3));
+        assert_eq!(table.readers(SEGMENT, third)[0].disk, disk(3));
+        table.lose(disk(3), session(3), "gone");
+        table.attached(disk(3), session(4), false);
+        assert!(table.readers(SEGMENT, third).iter().all(|t| t.disk != disk(3)));
+    }
+}

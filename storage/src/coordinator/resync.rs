@@ -1,0 +1,287 @@
+//! Bringing replicas back while I/O goes on.
+//!
+//! A replica that can be reached again gets a new session, and with it all writes that start from then on. What it missed
+//! is found by comparing versions with a replica in sync, and copied under range locks, in both directions of difference: blocks
+//! that only the returning replica has go, too. When nothing differs any more its disk is flushed and a Raft commit puts the
+//! replica in. New, empty replicas come in on the same path.
+
+use super::copy::FixError;
+use super::members::{SlotState, Target};
+use super::open::{Attached, COMPARE_BLOCKS};
+use super::ranges::Mode;
+use super::{Coordinator, Phase, diff, geometry};
+use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT, DiskId, SegmentIndex};
+use crate::transport::PeerChange;
+use futures_util::StreamExt;
+use futures_util::future::join;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::Instant;
+
+/// Blocks copied under one lock: a guest's write to them waits for that long.
+const BATCH: u32 = 64;
+/// Longest pause between attempts to reach a replica.
+const MAX_PAUSE: Duration = Duration::from_secs(2);
+
+/// When to try a member again.
+struct Backoff {
+    pause: Duration,
+    at: Instant,
+}
+
+/// Why a resync stopped.
+enum Stopped {
+    /// The session is over; it starts anew with the next.
+    SessionEnded,
+    /// The source was lost or cannot be read; try again after a pause.
+    Source,
+}
+
+impl Coordinator {
+    /// Attaches members that are away and starts their resync, for as long as the volume is open.
+    pub(super) async fn run_resync(self: Arc<Self>) {
+        let mut backoff: BTreeMap<DiskId, Backoff> = BTreeMap::new();
+        let mut peers = self.rim.transport.subscribe();
+        let mut phase = self.phase.subscribe();
+        loop {
+            // The sender lives as long as self does.
+            let _ = phase.wait_for(|p| *p == Phase::Open).await;
+            let now = Instant::now();
+            let away = self.table.lock().detached();
+            let due: Vec<_> =
+                away.into_iter().filter(|(disk, _)| backoff.get(disk).is_none_or(|b| b.at <= now)).collect();
+            for (disk, node) in due {
+                let pause =
+                    backoff.get(&disk).map_or(self.rim.timing.retry, |b| (b.pause * 2).min(MAX_PAUSE));
+                backoff.insert(disk, Backoff { pause, at: now + pause });
+                let this = self.clone();
+                self.spawn(async move {
+                    if let Attached::Session { target, .. } = this.attach(disk, node).await {
+                        this.bring_back(target).await;
+                    }
+                });
+            }
+            tokio::select! {
+                biased;
+                event = peers.recv() => match event {
+                    Ok(PeerChange::Up(node)) => {
+                        let table = self.table.lock();
+                        backoff.retain(|disk, _| table.node_of(*disk) != Some(node));
+                    }
+                    Ok(PeerChange::Down(_)) | Err(RecvError::Lagged(_)) => {}
+                    Err(RecvError::Closed) => tokio::time::sleep(self.rim.timing.retry).await,
+                },
+                () = tokio::time::sleep(self.rim.timing.retry) => {}
+            }
+        }
+    }
+
+    /// Runs the session of a member that was away, from its start until it is in sync or lost.
+    async fn bring_back(self: &Arc<Self>, target: Target) {
+        // A volume that is being opened again attaches its members itself.
+        let attached = {
+            let mut table = self.table.lock();
+            let attached = *self.phase.borrow() == Phase::Open
+                && table.detached().iter().any(|(disk, _)| *disk == target.disk);
+            if attached {
+                table.attached(target.disk, target.session, false);
+                table.progress(target.disk, |p| *p = Default::default());
+            }
+            attached
+        };
+        if !attached {
+            return;
+        }
+        self.change(|_| ());
+        tracing::info!(volume = %self.id, disk = %target.disk, node = %target.node, "replica is back: resync");
+        self.follow(target).await;
+    }
+
+    /// Copies the member's segments until none is left, and again when its replica set grows, while the session lasts.
+    async fn follow(self: &Arc<Self>, target: Target) {
+        let mut changes = self.changed.subscribe();
+        loop {
+            changes.borrow_and_update();
+            if !self.table.lock().is_current(&target) {
+                return;
+            }
+            let copying = self.table.lock().to_copy();
+            let segments =
+                copying.into_iter().find(|(t, _)| *t == target).map(|(_, s)| s).unwrap_or_default();
+            let mut pause = false;
+            for segment in segments {
+                match self.resync(target, segment).await {
+                    Ok(()) => self.join(target, segment).await,
+                    Err(Stopped::SessionEnded) => return,
+                    Err(Stopped::Source) => pause = true,
+                }
+            }
+            if pause {
+                tokio::time::sleep(self.rim.timing.retry).await;
+            } else if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Makes one segment's replica equal to those in sync.
+    async fn resync(self: &Arc<Self>, target: Target, segment: SegmentIndex) -> Result<(), Stopped> {
+        let end = geometry::segment_blocks(self.size, segment);
+        // Writes that began before the session are not sent to the member: they must have ended before anything is compared.
+        drop(self.ranges.lock(volume_range(segment, 0..end), Mode::Copy).await);
+        let mut block = 0;
+        while block < end {
+            let blocks = COMPARE_BLOCKS.min(end - block);
+            let differing = self.compare(target, segment, block..block + blocks).await?;
+            let count: u64 = differing.iter().map(|f| u64::from(f.blocks)).sum();
+            self.table.lock().progress(target.disk, |p| {
+                p.blocks_compared += u64::from(blocks);
+                p.blocks_left += count;
+            });
+            let work = batches(&differing).into_iter().map(|(range, found)| async move {
+                let copied = self.copy_batch(target, segment, range).await;
+                self.table
+                    .lock()
+                    .progress(target.disk, |p| p.blocks_left = p.blocks_left.saturating_sub(found));
+                copied
+            });
+            let mut results = futures_util::stream::iter(work).buffer_unordered(2);
+            while let Some(result) = results.next().await {
+                result?;
+            }
+            block += blocks;
+        }
+        Ok(())
+    }
+
+    /// Compares once more with the range locked and copies what differs.
+    async fn copy_batch(
+        self: &Arc<Self>,
+        target: Target,
+        segment: SegmentIndex,
+        range: Range<u32>,
+    ) -> Result<(), Stopped> {
+        let started = Instant::now();
+        let bytes = {
+            let _range = self.ranges.lock(volume_range(segment, range.clone()), Mode::Copy).await;
+            let source = self.source(segment)?;
+            let fixes = self.compare_with(source, target, segment, range).await?;
+            let blocks: u64 = fixes.iter().map(|f| u64::from(f.blocks)).sum();
+            match self.apply_fixes(segment, &[source, target], fixes).await {
+                Ok(()) => {}
+                Err(FixError::Damaged(fix)) => {
+                    tracing::error!(volume = %self.id, %segment, block = fix.block, "the source of a resync is damaged");
+                    // Some other replica may have it intact: have it read, which repairs.
+                    drop(self.read_blocks(segment, fix.block, fix.blocks).await);
+                    return Err(Stopped::Source);
+                }
+                Err(FixError::Lost) => return Err(self.stopped(target)),
+            }
+            self.table.lock().progress(target.disk, |p| p.blocks_copied += blocks);
+            self.metrics.resynced_blocks.inc_by(blocks);
+            blocks * BLOCK_SIZE
+        };
+        // Pacing: outside of the lock, and split between the two batches that are under way.
+        let due = Duration::from_secs_f64(2.0 * bytes as f64 / self.rim.timing.resync_rate.max(1) as f64);
+        tokio::time::sleep_until(started + due).await;
+        Ok(())
+    }
+
+    async fn compare(
+        self: &Arc<Self>,
+        target: Target,
+        segment: SegmentIndex,
+        range: Range<u32>,
+    ) -> Result<Vec<diff::Fix>, Stopped> {
+        let source = self.source(segment)?;
+        self.compare_with(source, target, segment, range).await
+    }
+
+    async fn compare_with(
+        self: &Arc<Self>,
+        source: Target,
+        target: Target,
+        segment: SegmentIndex,
+        range: Range<u32>,
+    ) -> Result<Vec<diff::Fix>, Stopped> {
+        let blocks = range.end - range.start;
+        let (right, theirs) = join(
+            self.versions(source, segment, range.start, blocks),
+            self.versions(target, segment, range.start, blocks),
+        )
+        .await;
+        let theirs = theirs.map_err(|error| {
+            self.lose(&target, error.reason());
+            Stopped::SessionEnded
+        })?;
+        let right = right.map_err(|error| {
+            self.lose(&source, error.reason());
+            Stopped::Source
+        })?;
+        Ok(diff::resync(right, theirs))
+    }
+
+    /// A segment is equal: makes it durable and has Raft put it in.
+    async fn join(self: &Arc<Self>, target: Target, segment: SegmentIndex) {
+        // From here on flushes of the guest include the replica; what they covered before is covered by this one.
+        if !self.change(|table| table.begin_join(&target, segment)) {
+            return;
+        }
+        let written = self.table.lock().written(&target);
+        if self.flush_replica(target, written).await {
+            self.put_in(target, segment).await;
+        }
+    }
+
+    fn source(&self, segment: SegmentIndex) -> Result<Target, Stopped> {
+        let table = self.table.lock();
+        let mut sources = table.in_state(segment, SlotState::InSync);
+        sources.sort_by_key(|t| t.node != self.rim.node);
+        sources.first().copied().ok_or(Stopped::Source)
+    }
+
+    fn stopped(&self, target: Target) -> Stopped {
+        if self.table.lock().is_current(&target) { Stopped::Source } else { Stopped::SessionEnded }
+    }
+}
+
+/// The blocks of a segment, within the volume.
+fn volume_range(segment: SegmentIndex, blocks: Range<u32>) -> Range<u64> {
+    let start = u64::from(segment.0) * u64::from(BLOCKS_PER_SEGMENT);
+    start + u64::from(blocks.start)..start + u64::from(blocks.end)
+}
+
+/// Ranges of at most a batch that cover all fixes, each with the number of differing blocks in it.
+fn batches(fixes: &[diff::Fix]) -> Vec<(Range<u32>, u64)> {
+    let mut batches: BTreeMap<u32, (Range<u32>, u64)> = BTreeMap::new();
+    for fix in fixes {
+        for block in fix.block..fix.block + fix.blocks {
+            let (range, count) = batches.entry(block / BATCH).or_insert((block..block, 0));
+            range.end = block + 1;
+            *count += 1;
+        }
+    }
+    batches.into_values().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::Version;
+
+    #[test]
+    fn batches_are_small_and_leave_nothing_out() {
+        let fix = |block, blocks| diff::Fix {
+            block,
+            blocks,
+            version: Version::default(),
+            sources: vec![0],
+            targets: vec![1],
+        };
+        let found = batches(&[fix(3, 2), fix(60, 10), fix(1000, 1)]);
+        assert_eq!(found, vec![(3..64, 6), (64..70, 6), (1000..1001, 1)]);
+    }
+}

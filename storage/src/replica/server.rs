@@ -1,0 +1,199 @@
+//! Serves coordinators' requests on this node's disks, those of this node's own coordinators included.
+//!
+//! Fencing happens here: a replica keeps the highest generation that it was attached with, durably, and serves requests of
+//! its current session only. A new session starts when all requests of the old one have ended; whatever of the old one comes
+//! later is refused. Sessions live in memory: after a restart nobody is attached, so a coordinator learns of it by its next request.
+
+use super::protocol::{
+    AckWhen, BootEpoch, ReplicaAddress, ReplicaError, ReplicaOp, ReplicaOutcome, ReplicaReply,
+    ReplicaRequest, Session,
+};
+use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT, DiskId, Generation, SegmentKey, VolumeId};
+use crate::store::{DiskStore, ReplicaWrite, StoreError, WriteContent};
+use netfabric::NodeId;
+use parking_lot::{Mutex, RwLock};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// The coordinator that a replica is attached to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Attachment {
+    coordinator: NodeId,
+    generation: Generation,
+    session: Session,
+}
+
+/// The door of one replica: requests of the session hold it shared, a new attachment takes it exclusively.
+type Gate = Arc<tokio::sync::RwLock<Option<Attachment>>>;
+
+/// The replica server of a node.
+pub(crate) struct ReplicaServer {
+    node: NodeId,
+    boot: BootEpoch,
+    disks: RwLock<BTreeMap<DiskId, Arc<dyn DiskStore>>>,
+    gates: Mutex<BTreeMap<(VolumeId, DiskId), Gate>>,
+}
+
+impl ReplicaServer {
+    pub(crate) fn new(node: NodeId, boot: BootEpoch) -> Self {
+        Self { node, boot, disks: RwLock::default(), gates: Mutex::default() }
+    }
+
+    /// Adds a disk, or replaces its store; sessions with it end.
+    pub(crate) fn add_disk(&self, disk: DiskId, store: Arc<dyn DiskStore>) {
+        self.gates.lock().retain(|(_, d), _| *d != disk);
+        self.disks.write().insert(disk, store);
+    }
+
+    /// Takes a disk away.
+    pub(crate) fn remove_disk(&self, disk: DiskId) {
+        self.disks.write().remove(&disk);
+        self.gates.lock().retain(|(_, d), _| *d != disk);
+    }
+
+    /// The disks.
+    pub(crate) fn disks(&self) -> Vec<(DiskId, Arc<dyn DiskStore>)> {
+        self.disks.read().iter().map(|(d, s)| (*d, s.clone())).collect()
+    }
+
+    /// Removes what all disks hold of a volume.
+    pub(crate) async fn delete_volume(&self, volume: VolumeId) -> Result<(), StoreError> {
+        let mut result = Ok(());
+        for (disk, store) in self.disks() {
+            let gate = self.gate(volume, disk);
+            let mut attachment = gate.write().await;
+            *attachment = None;
+            result = store.delete_volume(volume).await.and(result);
+            self.gates.lock().remove(&(volume, disk));
+        }
+        result
+    }
+
+    /// Serves one request of a node (this one included).
+    pub(crate) async fn handle(&self, from: NodeId, request: ReplicaRequest) -> ReplicaReply {
+        ReplicaReply { boot: self.boot, result: self.serve(from, request).await }
+    }
+
+    async fn serve(&self, from: NodeId, request: ReplicaRequest) -> Result<ReplicaOutcome, ReplicaError> {
+        let disk = request.op.disk();
+        let store = self.disks.read().get(&disk).cloned().ok_or(ReplicaError::NoSuchDisk)?;
+        let caller =
+            Attachment { coordinator: from, generation: request.generation, session: request.session };
+        if let ReplicaOp::Attach { .. } = request.op {
+            let gate = self.gate(request.volume, disk);
+            return attach(&gate, store.as_ref(), request.volume, caller).await;
+        }
+        let known = self.gates.lock().get(&(request.volume, disk)).cloned();
+        let gate = known.ok_or(ReplicaError::NotAttached)?;
+        let attachment = gate.read().await;
+        match *attachment {
+            Some(current) if current == caller => {}
+            Some(current) if current.generation > caller.generation => {
+                return Err(ReplicaError::Fenced { current: current.generation });
+            }
+            Some(current)
+                if current.generation == caller.generation && current.coordinator != caller.coordinator =>
+            {
+                return Err(ReplicaError::NotCoordinator);
+            }
+            _ => return Err(ReplicaError::NotAttached),
+        }
+        let key =
+            |at: &ReplicaAddress| SegmentKey { volume: request.volume, segment: at.segment, layer: at.layer };
+        match request.op {
+            ReplicaOp::Attach { .. } => Err(ReplicaError::Invalid("attach".into())),
+            ReplicaOp::Write { at, write, ack } => {
+                check_write(&write, from != self.node)?;
+                store.write(key(&at), write).await?;
+                if ack == AckWhen::Durable {
+                    store.flush().await?;
+                }
+                Ok(ReplicaOutcome::Done)
+            }
+            ReplicaOp::Read { at, block, blocks } => {
+                check_range(block, blocks)?;
+                if u64::from(blocks) * BLOCK_SIZE > crate::ids::MAX_TRANSFER {
+                    return Err(ReplicaError::Invalid(format!("a read of {blocks} blocks is too long")));
+                }
+                Ok(ReplicaOutcome::Data(store.read(key(&at), block, blocks).await?))
+            }
+            ReplicaOp::Versions { at, block, blocks } => {
+                check_range(block, blocks)?;
+                Ok(ReplicaOutcome::Versions(store.versions(key(&at), block..block + blocks).await?))
+            }
+            ReplicaOp::Flush { .. } => {
+                store.flush().await?;
+                Ok(ReplicaOutcome::Done)
+            }
+        }
+    }
+
+    fn gate(&self, volume: VolumeId, disk: DiskId) -> Gate {
+        self.gates.lock().entry((volume, disk)).or_default().clone()
+    }
+}
+
+async fn attach(
+    gate: &Gate,
+    store: &dyn DiskStore,
+    volume: VolumeId,
+    caller: Attachment,
+) -> Result<ReplicaOutcome, ReplicaError> {
+    let mut attachment = gate.write().await;
+    let previous = store.generation(volume).await?;
+    if caller.generation < previous {
+        return Err(ReplicaError::Fenced { current: previous });
+    }
+    if let Some(current) = *attachment
+        && current.generation == caller.generation
+    {
+        if current.coordinator != caller.coordinator {
+            return Err(ReplicaError::NotCoordinator);
+        }
+        if caller.session < current.session {
+            return Err(ReplicaError::NotAttached);
+        }
+    }
+    if caller.generation > previous {
+        store.set_generation(volume, caller.generation).await?;
+    }
+    *attachment = Some(caller);
+    Ok(ReplicaOutcome::Attached { previous })
+}
+
+fn check_range(block: u32, blocks: u32) -> Result<(), ReplicaError> {
+    match block.checked_add(blocks) {
+        Some(end) if end <= BLOCKS_PER_SEGMENT && blocks > 0 => Ok(()),
+        _ => Err(ReplicaError::Invalid(format!("blocks {block}+{blocks} are outside of a segment"))),
+    }
+}
+
+/// What came over the network is checked against its checksums, too: what is stored must be what was sent.
+fn check_write(write: &ReplicaWrite, remote: bool) -> Result<(), ReplicaError> {
+    match &write.content {
+        WriteContent::Zeroes { blocks } => check_range(write.block, *blocks),
+        WriteContent::Data { data, crcs } => {
+            if data.len() as u64 != crcs.len() as u64 * BLOCK_SIZE {
+                return Err(ReplicaError::Invalid("data and checksums do not agree in length".into()));
+            }
+            check_range(write.block, u32::try_from(crcs.len()).unwrap_or(u32::MAX))?;
+            let bad = |(block, crc): (&[u8], &u32)| crc32c::crc32c(block) != *crc;
+            if remote && data.chunks_exact(BLOCK_SIZE as usize).zip(crcs).any(bad) {
+                return Err(ReplicaError::Invalid("data do not match their checksums".into()));
+            }
+            Ok(())
+        }
+    }
+}
+
+impl From<StoreError> for ReplicaError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Io(text) => Self::Failed(text),
+            StoreError::Corrupt(text) => Self::Failed(format!("damaged store: {text}")),
+            StoreError::Checksum { block } => Self::Checksum { block },
+            StoreError::Full => Self::Full,
+            StoreError::Invalid(text) => Self::Invalid(text),
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! Replica messages as bytes: a postcard header (versioned by the RPC layer) and the data, raw.
+
+use super::protocol::{
+    AckWhen, BootEpoch, ReplicaAddress, ReplicaError, ReplicaOp, ReplicaOutcome, ReplicaReply,
+    ReplicaRequest, Session,
+};
+use crate::ids::{DiskId, Generation, Version, VolumeId};
+use crate::store::{BlockVersion, ReadReply, ReplicaWrite, WriteContent};
+use bytes::Bytes;
+use netfabric::rpc::{DecodeError, EncodeError, Request, Response};
+use serde::{Deserialize, Serialize};
+
+/// Method number of all replica requests.
+pub(crate) const METHOD: u16 = 0x0201;
+
+#[derive(Serialize, Deserialize)]
+struct RequestHeader {
+    volume: VolumeId,
+    generation: Generation,
+    session: Session,
+    op: Op,
+}
+
+/// Append only: the order is the wire format.
+#[derive(Serialize, Deserialize)]
+enum Op {
+    Attach { disk: DiskId },
+    WriteData { at: ReplicaAddress, block: u32, version: Version, crcs: Vec<u32>, ack: AckWhen },
+    WriteZeroes { at: ReplicaAddress, block: u32, version: Version, blocks: u32, ack: AckWhen },
+    Read { at: ReplicaAddress, block: u32, blocks: u32 },
+    Versions { at: ReplicaAddress, block: u32, blocks: u32 },
+    Flush { disk: DiskId },
+}
+
+#[derive(Serialize, Deserialize)]
+struct ReplyHeader {
+    boot: BootEpoch,
+    result: Result<Outcome, ReplicaError>,
+}
+
+/// Append only: the order is the wire format.
+#[derive(Serialize, Deserialize)]
+enum Outcome {
+    Attached { previous: Generation },
+    Done,
+    Data { crcs: Vec<u32> },
+    Versions(Vec<BlockVersion>),
+}
+
+pub(crate) fn encode_request(request: ReplicaRequest) -> Result<Request, EncodeError> {
+    let mut bulk = Bytes::new();
+    let op = match request.op {
+        ReplicaOp::Attach { disk } => Op::Attach { disk },
+        ReplicaOp::Write { at, write, ack } => match write.content {
+            WriteContent::Data { data, crcs } => {
+                bulk = data;
+                Op::WriteData { at, block: write.block, version: write.version, crcs, ack }
+            }
+            WriteContent::Zeroes { blocks } => {
+                Op::WriteZeroes { at, block: write.block, version: write.version, blocks, ack }
+            }
+        },
+        ReplicaOp::Read { at, block, blocks } => Op::Read { at, block, blocks },
+        ReplicaOp::Versions { at, block, blocks } => Op::Versions { at, block, blocks },
+        ReplicaOp::Flush { disk } => Op::Flush { disk },
+    };
+    let header = RequestHeader {
+        volume: request.volume,
+        generation: request.generation,
+        session: request.session,
+        op,
+    };
+    Ok(Request::new(METHOD, &header)?.with_bulk(bulk))
+}
+
+pub(crate) fn decode_request(request: &Request) -> Result<ReplicaRequest, DecodeError> {
+    let header: RequestHeader = request.decode()?;
+    let op = match header.op {
+        Op::Attach { disk } => ReplicaOp::Attach { disk },
+        Op::WriteData { at, block, version, crcs, ack } => {
+            let content = WriteContent::Data { data: request.bulk.clone(), crcs };
+            ReplicaOp::Write { at, write: ReplicaWrite { block, version, content }, ack }
+        }
+        Op::WriteZeroes { at, block, version, blocks, ack } => {
+            let content = WriteContent::Zeroes { blocks };
+            ReplicaOp::Write { at, write: ReplicaWrite { block, version, content }, ack }
+        }
+        Op::Read { at, block, blocks } => ReplicaOp::Read { at, block, blocks },
+        Op::Versions { at, block, blocks } => ReplicaOp::Versions { at, block, blocks },
+        Op::Flush { disk } => ReplicaOp::Flush { disk },
+    };
+    Ok(ReplicaRequest { volume: header.volume, generation: header.generation, session: header.session, op })
+}
+
+pub(crate) fn encode_reply(reply: ReplicaReply) -> Result<Response, EncodeError> {
+    let mut bulk = Bytes::new();
+    let result = reply.result.map(|outcome| match outcome {
+        ReplicaOutcome::Attached { previous } => Outcome::Attached { previous },
+        ReplicaOutcome::Done => Outcome::Done,
+        ReplicaOutcome::Data(read) => {
+            bulk = read.data;
+            Outcome::Data { crcs: read.crcs }
+        }
+        ReplicaOutcome::Versions(versions) => Outcome::Versions(versions),
+    });
+    Ok(Response::new(&ReplyHeader { boot: reply.boot, result })?.with_bulk(bulk))
+}
+
+pub(crate) fn decode_reply(response: &Response) -> Result<ReplicaReply, DecodeError> {
+    let header: ReplyHeader = response.decode()?;
+    let result = header.result.map(|outcome| match outcome {
+        Outcome::Attached { previous } => ReplicaOutcome::Attached { previous },
+        Outcome::Done => ReplicaOutcome::Done,
+        Outcome::Data { crcs } => ReplicaOutcome::Data(ReadReply { data: response.bulk.clone(), crcs }),
+        Outcome::Versions(versions) => ReplicaOutcome::Versions(versions),
+    });
+    Ok(ReplicaReply { boot: header.boot, result })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{LayerId, SegmentIndex};
+    use proptest::prelude::*;
+
+    fn at() -> impl Strategy<Value = ReplicaAddress> {
+        (any::<u128>(), any::<u32>()).prop_map(|(d, s)| ReplicaAddress {
+            disk: DiskId(uuid::Uuid::from_u128(d)),
+            segment: SegmentIndex(s),
+            layer: LayerId(0),
+        })
+    }
+
+    fn op() -> impl Strategy<Value = ReplicaOp> {
+        let ack = prop_oneof![Just(AckWhen::Logged), Just(AckWhen::Durable)];
+        let content = prop_oneof![
+            (proptest::collection::vec(any::<u8>(), 0..300), proptest::collection::vec(any::<u32>(), 0..9))
+                .prop_map(|(data, crcs)| WriteContent::Data { data: data.into(), crcs }),
+            any::<u32>().prop_map(|blocks| WriteContent::Zeroes { blocks }),
+        ];
+        let write = (any::<u32>(), any::<u64>(), any::<u64>(), content).prop_map(|(block, g, s, content)| {
+            ReplicaWrite { block, version: Version { generation: g, sequence: s }, content }
+        });
+        prop_oneof![
+            at().prop_map(|a| ReplicaOp::Attach { disk: a.disk }),
+            at().prop_map(|a| ReplicaOp::Flush { disk: a.disk }),
+            (at(), write, ack).prop_map(|(at, write, ack)| ReplicaOp::Write { at, write, ack }),
+            (at(), any::<u32>(), any::<u32>()).prop_map(|(at, block, blocks)| ReplicaOp::Read {
+                at,
+                block,
+                blocks
+            }),
+            (at(), any::<u32>(), any::<u32>()).prop_map(|(at, block, blocks)| ReplicaOp::Versions {
+                at,
+                block,
+                blocks
+            }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn requests_survive_the_wire(op in op(), generation: u64, boot: u64, number: u64, volume: u128) {
+            let request = ReplicaRequest {
+                volume: VolumeId(uuid::Uuid::from_u128(volume)),
+                generation: Generation(generation),
+                session: Session { boot: BootEpoch(boot), number },
+                op,
+            };
+            let wire = encode_request(request.clone()).unwrap();
+            prop_assert_eq!(decode_request(&wire).unwrap(), request);
+        }
+
+        #[test]
+        fn garbage_is_an_error_not_a_panic(header: Vec<u8>, bulk: Vec<u8>) {
+            let request = Request { method: METHOD, header: header.clone().into(), bulk: bulk.clone().into() };
+            let _ = decode_request(&request);
+            let _ = decode_reply(&Response { header: header.into(), bulk: bulk.into() });
+        }
+
+        #[test]
+        fn replies_survive_the_wire(boot: u64, blocks in proptest::collection::vec((any::<u32>(), any::<u64>(), any::<u32>()), 0..50), data: Vec<u8>) {
+            let versions = blocks.iter().map(|(block, s, crc)| BlockVersion {
+                block: *block, version: Version { generation: 1, sequence: *s }, crc: *crc }).collect();
+            for result in [
+                Ok(ReplicaOutcome::Versions(versions)),
+                Ok(ReplicaOutcome::Data(ReadReply { data: data.clone().into(), crcs: vec![1, 2] })),
+                Ok(ReplicaOutcome::Attached { previous: Generation(boot) }),
+                Err(ReplicaError::Fenced { current: Generation(7) }),
+            ] {
+                let reply = ReplicaReply { boot: BootEpoch(boot), result };
+                prop_assert_eq!(decode_reply(&encode_reply(reply.clone()).unwrap()).unwrap(), reply);
+            }
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! The storage of one node: converges disks, coordinators and targets to the configuration given by the control plane.
+
+use crate::config::{Access, DiskConfig, StorageConfig, VolumeConfig};
+use crate::control::ControlPlane;
+use crate::coordinator::{Coordinator, Rim, Timing, VolumeDevice};
+use crate::device::{BlockDevice, BlockError, BlockOp};
+use crate::ids::{BLOCK_SIZE, DiskId, VolumeId};
+use crate::lease::Lease;
+use crate::mesh::ReplicaHandler;
+use crate::metrics::Metrics;
+use crate::replica::server::ReplicaServer;
+use crate::status::{DiskHealth, DiskStatus, DiskUsage, StorageStatus};
+use crate::store::{DiskStore, StoreError};
+use crate::transport::Transport;
+use bytes::Bytes;
+use futures_util::future::{BoxFuture, join_all};
+use netfabric::NodeId;
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use thiserror::Error;
+use tokio::sync::oneshot;
+
+/// Opens the store of a disk.
+pub type StoreOpener =
+    Arc<dyn Fn(DiskConfig) -> BoxFuture<'static, Result<Arc<dyn DiskStore>, StoreError>> + Send + Sync>;
+
+/// A running target: something that offers a volume to a guest, until it is dropped.
+pub type RunningTarget = Box<dyn Send>;
+
+/// Starts a target for a volume on a socket.
+pub type TargetStarter =
+    Arc<dyn Fn(VolumeId, PathBuf, Arc<dyn BlockDevice>) -> Result<RunningTarget, String> + Send + Sync>;
+
+/// What storage needs to start.
+#[derive(Clone)]
+pub struct StorageOptions {
+    /// This node.
+    pub node: NodeId,
+    /// Where this process keeps what is its own (the boot epoch).
+    pub state_dir: PathBuf,
+    /// Deadlines and pacing.
+    pub timing: Timing,
+    /// How disks are opened.
+    pub open_store: StoreOpener,
+    /// How volumes are offered to VMs.
+    pub start_target: TargetStarter,
+}
+
+/// Why storage did not do what it was asked.
+#[derive(Debug, Error)]
+pub enum StorageError {
+    /// The state directory cannot be used.
+    #[error("state directory")]
+    State(#[from] std::io::Error),
+    /// Metrics cannot be set up.
+    #[error("metrics")]
+    Metrics(#[from] prometheus::Error),
+    /// Parts of a configuration could not be applied; all others were.
+    #[error("not applied: {}", .0.join("; "))]
+    Apply(Vec<String>),
+    /// The volume is not open here.
+    #[error("volume {0} is not open on this node")]
+    NotOpen(VolumeId),
+    /// A request to a volume failed.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// A disk failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+struct OpenVolume {
+    coordinator: Arc<Coordinator>,
+    access: Access,
+    target: Option<RunningTarget>,
+}
+
+struct Shared {
+    options: StorageOptions,
+    rim: Rim,
+    metrics: Metrics,
+    disks: Mutex<BTreeMap<DiskId, OpenDisk>>,
+    volumes: Mutex<BTreeMap<VolumeId, OpenVolume>>,
+    /// One configuration at a time.
+    applying: tokio::sync::Mutex<()>,
+}
+
+struct OpenDisk {
+    path: PathBuf,
+    /// Why it could not be opened, when it could not.
+    store: Result<Arc<dyn DiskStore>, String>,
+}
+
+/// The storage of this node. Cheap to clone; all clones are the same.
+#[derive(Clone)]
+pub struct Storage {
+    shared: Arc<Shared>,
+}
+
+impl fmt::Debug for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Storage").field("node", &self.shared.rim.node).finish_non_exhaustive()
+    }
+}
+
+impl Storage {
+    /// Starts with no disks and no volumes, on the current tokio runtime.
+    pub async fn start(
+        options: StorageOptions,
+        transport: Arc<dyn Transport>,
+        control: Arc<dyn ControlPlane>,
+    ) -> Result<Self, StorageError> {
+        let boot = crate::boot::next(&options.state_dir)?;
+        let replicas = Arc::new(ReplicaServer::new(options.node, boot));
+        let rim = Rim {
+            node: options.node,
+            boot,
+            replicas,
+            transport,
+            control,
+            lease: Arc::new(Lease::new()),
+            timing: options.timing,
+        };
+        let metrics = Metrics::new()?;
+        tracing::info!(node = %options.node, boot = boot.0, "storage starts");
+        let shared = Shared {
+            options,
+            rim,
+            metrics,
+            disks: Mutex::default(),
+            volumes: Mutex::default(),
+            applying: tokio::sync::Mutex::default(),
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// The replica server, to be given to the Storage mesh.
+    pub fn rpc_handler(&self) -> Arc<dyn netfabric::rpc::Handler> {
+        Arc::new(ReplicaHandler(self.shared.rim.replicas.clone()))
+    }
+
+    /// Converges to the configuration: opens and drops disks, opens, reconfigures and closes volumes. Idempotent. Opening goes on
+    /// after the return (see [`Self::status`]); closing is complete. What failed is named in the error and tried again next time.
+    pub async fn apply(&self, config: StorageConfig) -> Result<(), StorageError> {
+        let _one_at_a_time = self.shared.applying.lock().await;
+        let mut failures = self.apply_disks(&config.disks).await;
+        let gone: Vec<OpenVolume> = {
+            let mut volumes = self.shared.volumes.lock();
+            let stays = |id: &VolumeId, open: &OpenVolume| {
+                config.volumes.iter().any(|v| {
+                    v.id == *id && v.generation == open.coordinator.generation() && v.access == open.access
+                })
+            };
+            let ids: Vec<VolumeId> =
+                volumes.iter().filter(|(id, open)| !stays(id, open)).map(|(id, _)| *id).collect();
+            ids.into_iter().filter_map(|id| volumes.remove(&id)).collect()
+        };
+        join_all(gone.into_iter().map(|volume| async move {
+            // The target first: its guest must not see requests fail that are only cut short.
+            drop(volume.target);
+            volume.coordinator.close().await;
+        }))
+        .await;
+        for volume in &config.volumes {
+            if let Err(error) = self.apply_volume(volume) {
+                failures.push(format!("volume {}: {error}", volume.id));
+            }
+        }
+        if failures.is_empty() { Ok(()) } else { Err(StorageError::Apply(failures)) }
+    }
+
+    async fn apply_disks(&self, wanted: &[DiskConfig]) -> Vec<String> {
+        let mut failures = Vec::new();
+        let current: Vec<(DiskId, PathBuf, bool)> =
+            self.shared.disks.lock().iter().map(|(id, d)| (*id, d.path.clone(), d.store.is_ok())).collect();
+        for (id, path, _) in &current {
+            if !wanted.iter().any(|w| w.id == *id && w.path == *path) {
+                self.shared.rim.replicas.remove_disk(*id);
+                self.shared.disks.lock().remove(id);
+            }
+        }
+        for disk in wanted {
+            if current.iter().any(|(id, path, open)| *id == disk.id && *path == disk.path && *open) {
+                continue;
+            }
+            let store = (self.shared.options.open_store)(disk.clone()).await.map_err(|e| e.to_string());
+            match &store {
+                Ok(store) => self.shared.rim.replicas.add_disk(disk.id, store.clone()),
+                Err(error) => {
+                    tracing::error!(disk = %disk.id, path = %disk.path.display(), error, "disk cannot be opened");
+                    failures.push(format!("disk {}: {error}", disk.id));
+                }
+            }
+            self.shared.disks.lock().insert(disk.id, OpenDisk { path: disk.path.clone(), store });
+        }
+        failures
+    }
+
+    fn apply_volume(&self, config: &VolumeConfig) -> Result<(), String> {
+        check(config)?;
+        let mut volumes = self.shared.volumes.lock();
+        let open = match volumes.get_mut(&config.id) {
+            Some(open) => {
+                open.coordinator.configure(config);
+                open
+            }
+            None => {
+                let metrics = self.shared.metrics.volume(config.id);
+                let coordinator = Coordinator::start(config, self.shared.rim.clone(), metrics);
+                let open = OpenVolume { coordinator, access: config.access.clone(), target: None };
+                volumes.entry(config.id).or_insert(open)
+            }
+        };
+        if let (Access::VhostUser { socket }, None) = (&config.access, &open.target) {
+            let device = Arc::new(VolumeDevice(open.coordinator.clone()));
+            open.target = Some((self.shared.options.start_target)(config.id, socket.clone(), device)?);
+        }
+        Ok(())
+    }
+
+    /// Lets volumes serve for this long from now on. Zero ends it at once: requests wait, they do not fail.
+    pub fn renew_lease(&self, valid_for: Duration) {
+        self.shared.rim.lease.renew(valid_for);
+    }
+
+    /// The state of all open volumes and disks.
+    pub fn status(&self) -> StorageStatus {
+        let volumes = self.shared.volumes.lock().values().map(|open| open.coordinator.status()).collect();
+        let disks = self.shared.disks.lock();
+        let disks = disks.iter().map(|(id, disk)| match &disk.store {
+            Ok(store) => DiskStatus { id: *id, usage: store.usage(), health: store.health() },
+            Err(error) => {
+                DiskStatus { id: *id, usage: DiskUsage::default(), health: DiskHealth::Failed(error.clone()) }
+            }
+        });
+        StorageStatus { volumes, disks: disks.collect() }
+    }
+
+    /// The open volume as a block device.
+    pub fn device(&self, volume: VolumeId) -> Result<Arc<dyn BlockDevice>, StorageError> {
+        let volumes = self.shared.volumes.lock();
+        let open = volumes.get(&volume).ok_or(StorageError::NotOpen(volume))?;
+        Ok(Arc::new(VolumeDevice(open.coordinator.clone())))
+    }
+
+    /// Reads from an open volume.
+    pub async fn read(&self, volume: VolumeId, offset: u64, len: u64) -> Result<Bytes, StorageError> {
+        self.request(volume, BlockOp::Read { offset, len }).await
+    }
+
+    /// Writes to an open volume.
+    pub async fn write(&self, volume: VolumeId, offset: u64, data: Bytes) -> Result<(), StorageError> {
+        self.request(volume, BlockOp::Write { offset, data }).await.map(drop)
+    }
+
+    /// Makes an open volume's completed writes durable.
+    pub async fn flush(&self, volume: VolumeId) -> Result<(), StorageError> {
+        self.request(volume, BlockOp::Flush).await.map(drop)
+    }
+
+    async fn request(&self, volume: VolumeId, op: BlockOp) -> Result<Bytes, StorageError> {
+        let device = self.device(volume)?;
+        let (sender, receiver) = oneshot::channel();
+        let done = move |result| {
+            // A caller that is gone needs no answer.
+            let _ = sender.send(result);
+        };
+        device.submit(op, Box::new(done));
+        Ok(receiver.await.unwrap_or(Err(BlockError::Closed))?)
+    }
+
+    /// Removes what the disks of this node hold of a volume that no longer exists. Idempotent.
+    pub async fn delete_volume(&self, volume: VolumeId) -> Result<(), StorageError> {
+        Ok(self.shared.rim.replicas.delete_volume(volume).await?)
+    }
+
+    /// Metrics.
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
+    }
+
+    /// Closes all volumes, clean where possible.
+    pub async fn shutdown(&self) {
+        let disks = self.shared.disks.lock().iter().map(|(id, d)| (*id, d.path.clone())).collect::<Vec<_>>();
+        let disks = disks.into_iter().map(|(id, path)| DiskConfig { id, path }).collect();
+        if let Err(error) = self.apply(StorageConfig { disks, volumes: Vec::new() }).await {
+            tracing::warn!(%error, "while closing volumes");
+        }
+    }
+}
+
+/// What comes from outside is checked before arithmetic is done with it.
+fn check(config: &VolumeConfig) -> Result<(), String> {
+    let size = config.size.0;
+    if size == 0 || !size.is_multiple_of(BLOCK_SIZE) {
+        return Err(format!("the size {size} is not a positive multiple of {BLOCK_SIZE}"));
+    }
+    let segments = size.div_ceil(crate::ids::SEGMENT_SIZE);
+    let complete = config.segments.len() as u64 == segments
+        && config
+            .segments
+            .iter()
+            .zip(0..)
+            .all(|(segment, i)| segment.index.0 == i && !segment.replicas.is_empty());
+    if complete { Ok(()) } else { Err(format!("{segments} segments with replicas are needed, by index")) }
+}
