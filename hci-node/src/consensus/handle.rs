@@ -398,6 +398,35 @@ impl<S: StateMachine> Consensus<S> {
         }
     }
 
+    /// Ends without a word, as kill -9 would.
+    #[cfg(test)]
+    pub(super) fn kill(&self) {
+        if let Some(runtime) = self.inner.runtime.lock().take() {
+            runtime.shutdown_background();
+        }
+    }
+
+    /// Makes a snapshot and purges the whole log behind it.
+    #[cfg(test)]
+    pub(super) async fn compact(&self) {
+        let raft = &self.inner.raft;
+        let applied = self.status().applied_index;
+        raft.trigger().snapshot().await.unwrap();
+        let covered = |m: &openraft::RaftMetrics<_>| m.snapshot.is_some_and(|id| id.index >= applied);
+        raft.wait(Some(PATIENCE)).metrics(covered, "snapshot").await.unwrap();
+        raft.trigger().purge_log(applied).await.unwrap();
+        let purged = |m: &openraft::RaftMetrics<_>| m.purged.is_some_and(|id| id.index >= applied);
+        raft.wait(Some(PATIENCE)).metrics(purged, "purge").await.unwrap();
+    }
+
+    /// Proposes under an id of the caller's, to play a retry.
+    #[cfg(test)]
+    pub(super) async fn propose_as(&self, id: RequestId, command: &S::Command) -> S::Output {
+        let proposal = Proposal { id, command: Opaque(codec::encode(command).unwrap()) };
+        let Reply(reply) = self.inner.server.propose(proposal).await.unwrap();
+        codec::decode(&reply.0).unwrap()
+    }
+
     /// Carries an operation out at the leader, here or there, until it works, is refused, or patience ends.
     async fn at_leader<F, Fut>(
         &self,
@@ -411,18 +440,25 @@ impl<S: StateMachine> Consensus<S> {
         Fut: Future<Output = Result<Response, RpcError>> + Send,
     {
         let begun = Instant::now();
+        let mut leadership = self.inner.leadership.clone();
         loop {
             let left = patience.saturating_sub(begun.elapsed());
             let attempt = attempt.min(left);
-            let outcome = match self.leadership().leader {
-                None => Err(CallError::Unreachable("no leader is known".to_owned())),
-                Some(leader) if leader == self.inner.node => {
-                    let answered = tokio::time::timeout(attempt, here(self.inner.server.clone())).await;
-                    answered
-                        .map_err(|_| CallError::Timeout)
-                        .and_then(|answer| answer.map_err(CallError::Remote))
+            let now = *leadership.borrow_and_update();
+            let tried = async {
+                match now.leader {
+                    None => Err(CallError::Unreachable("no leader is known".to_owned())),
+                    Some(leader) if leader == self.inner.node => {
+                        let answered = tokio::time::timeout(attempt, here(self.inner.server.clone())).await;
+                        answered.map_err(|_| CallError::Timeout)?.map_err(CallError::Remote)
+                    }
+                    Some(leader) => self.inner.mesh.call(leader, request.clone(), attempt).await,
                 }
-                Some(leader) => self.inner.mesh.call(leader, request.clone(), attempt).await,
+            };
+            let outcome = tokio::select! {
+                outcome = tried => outcome,
+                // A leader that died silently would otherwise be waited for until the attempt times out.
+                _ = leadership.wait_for(|l| *l != now) => Err(CallError::Reset("the leader changed".to_owned())),
             };
             let error = match outcome {
                 Ok(response) => return Ok(response),

@@ -98,7 +98,7 @@ impl SnapshotStore {
         }
         let number = current.number + 1;
         // What a crash left of an unfinished one.
-        self.remove_chunks(number)?;
+        self.remove_chunks_except(current.number)?;
         let mut chunks = 0;
         for group in snapshot.snapshot.chunks(BATCH_CHUNKS * MAX_VALUE) {
             let mut batch = Batch::default();
@@ -117,16 +117,16 @@ impl SnapshotStore {
         batch.put(MANIFEST_KEY, &manifest);
         self.store.apply(batch)?;
         self.store.commit_durable()?;
-        self.remove_chunks(current.number)?;
+        self.remove_chunks_except(number)?;
         *current = Current { number, snapshot: Some(snapshot) };
         Ok(())
     }
 
-    fn remove_chunks(&self, number: u64) -> Result<(), MetaError> {
-        let prefix = [CHUNK_PREFIX, &number.to_be_bytes()].concat();
+    fn remove_chunks_except(&self, number: u64) -> Result<(), MetaError> {
+        let kept = [CHUNK_PREFIX, &number.to_be_bytes()].concat();
         let mut batch = Batch::default();
-        for (key, _) in self.store.scan(&prefix)? {
-            batch.remove(&key);
+        for (key, _) in self.store.scan(CHUNK_PREFIX)?.iter().filter(|(key, _)| !key.starts_with(&kept)) {
+            batch.remove(key);
         }
         self.store.apply(batch)
     }

@@ -51,6 +51,9 @@ pub enum MetaError {
         /// What the system said.
         source: io::Error,
     },
+    /// Another process has it open.
+    #[error("the metadata store {0} is in use by another process")]
+    Locked(PathBuf),
     /// The directory was written by something else.
     #[error("{0} holds files but is not a metadata store of this version")]
     Foreign(PathBuf),
@@ -123,11 +126,17 @@ pub struct MetaStore {
     db: sled::Db,
     data: Arc<File>,
     dir: Arc<Path>,
+    /// Last, so that it is released when sled has closed its files.
+    _lock: Arc<File>,
 }
 
 impl MetaStore {
     /// Opens the store in `dir`, made if needed, and verifies all of it.
     pub fn open(dir: &Path) -> Result<Self, MetaError> {
+        Self::open_locked(dir, lock(dir)?)
+    }
+
+    fn open_locked(dir: &Path, lock: Arc<File>) -> Result<Self, MetaError> {
         prepare(dir)?;
         let opened = catch_unwind(AssertUnwindSafe(|| {
             let db = sled::Config::new()
@@ -137,7 +146,7 @@ impl MetaStore {
                 .open()?;
             let data_path = dir.join(DATA_FILE);
             let data = File::open(&data_path).map_err(io_error(&data_path))?;
-            let store = Self { db, data: Arc::new(data), dir: dir.into() };
+            let store = Self { db, data: Arc::new(data), dir: dir.into(), _lock: lock };
             store.verify()?;
             Ok(store)
         }));
@@ -146,14 +155,15 @@ impl MetaStore {
 
     /// Opens the store in `dir`; if it is damaged, moves it aside and opens an empty one.
     pub fn open_or_set_aside(dir: &Path) -> Result<(Self, Option<SetAside>), MetaError> {
-        let reason = match Self::open(dir) {
+        let lock = lock(dir)?;
+        let reason = match Self::open_locked(dir, lock.clone()) {
             Ok(store) => return Ok((store, None)),
             Err(error) if error.is_damage() => error,
             Err(error) => return Err(error),
         };
         let path = set_aside(dir)?;
         tracing::error!(%reason, set_aside = %path.display(), "metadata store is damaged and will be rebuilt");
-        Ok((Self::open(dir)?, Some(SetAside { path, reason })))
+        Ok((Self::open_locked(dir, lock)?, Some(SetAside { path, reason })))
     }
 
     /// The value of a key.
@@ -194,6 +204,22 @@ impl MetaStore {
             unseal(&key, &sealed)?;
         }
         Ok(())
+    }
+}
+
+/// Makes sure that no other process has the store open. sled would report that like damage, and a store in use would be
+/// set aside. The lock stands beside the directory, which may be moved.
+fn lock(dir: &Path) -> Result<Arc<File>, MetaError> {
+    if let Some(parent) = dir.parent() {
+        fs::create_dir_all(parent).map_err(io_error(parent))?;
+    }
+    let path = dir.with_extension("lock");
+    let file =
+        File::options().create(true).write(true).truncate(false).open(&path).map_err(io_error(&path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Arc::new(file)),
+        Err(fs::TryLockError::WouldBlock) => Err(MetaError::Locked(dir.to_owned())),
+        Err(fs::TryLockError::Error(source)) => Err(io_error(&path)(source)),
     }
 }
 

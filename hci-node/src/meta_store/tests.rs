@@ -19,6 +19,7 @@ fn batches_are_kept_over_a_reopen() {
     batch.remove(b"a/1");
     store.apply(batch).unwrap();
     store.commit_durable().unwrap();
+    assert!(matches!(MetaStore::open_or_set_aside(&path), Err(MetaError::Locked(_))));
     drop(store);
     let store = MetaStore::open(&path).unwrap();
     assert_eq!(store.get(b"a/1").unwrap(), None);

@@ -11,7 +11,7 @@ fn open(dir: &Path) -> Result<(Journal, Vec<Vec<u8>>), WalError> {
 }
 
 fn groups() -> impl Strategy<Value = Groups> {
-    let record = prop::collection::vec(any::<u8>(), 0..40);
+    let record = prop::collection::vec(any::<u8>(), 0..24);
     prop::collection::vec(prop::collection::vec(record, 0..4), 1..6)
 }
 
@@ -29,7 +29,7 @@ fn write(dir: &Path, groups: &Groups) -> (PathBuf, Vec<u64>) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(8))]
 
     #[test]
     fn a_crash_at_any_byte_keeps_every_acknowledged_group(groups in groups()) {
