@@ -29,8 +29,6 @@ use crate::meta_store::{MetaError, MetaStore};
 
 /// Threads of Raft's own runtime.
 const RAFT_THREADS: usize = 2;
-/// How long an operation is tried, elections included.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a change of membership is tried; a new learner has to catch up.
 const MEMBERSHIP_PATIENCE: Duration = Duration::from_secs(90);
 /// Pause before an operation is tried again.
@@ -45,16 +43,20 @@ const KEEP_BEHIND_SNAPSHOT: u64 = 1024;
 const MAX_PAYLOAD_ENTRIES: u64 = 512;
 /// How long a snapshot may take to be sent and installed.
 const INSTALL_SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a leader that ends waits for another to take over.
+const HAND_OVER_DEADLINE: Duration = Duration::from_secs(1);
 /// How long [`Consensus::shutdown`] waits for Raft's tasks.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Raft's clock. Losing the leader costs about `election.1` plus a time within `election`.
+/// Raft's clock. Losing the leader without a word costs about `election.1` plus a time within `election`.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
     /// Between two heartbeats.
     pub heartbeat: Duration,
     /// Shortest and longest time after which a silent leader is given up.
     pub election: (Duration, Duration),
+    /// How long a proposal or a read is tried, elections included.
+    pub patience: Duration,
 }
 
 impl Default for Timing {
@@ -62,6 +64,7 @@ impl Default for Timing {
         Self {
             heartbeat: Duration::from_millis(150),
             election: (Duration::from_millis(500), Duration::from_millis(1000)),
+            patience: Duration::from_secs(10),
         }
     }
 }
@@ -198,6 +201,7 @@ struct Inner<S: StateMachine> {
     /// Taken by shutdown. A runtime must not be dropped inside another.
     runtime: Mutex<Option<Runtime>>,
     handle: tokio::runtime::Handle,
+    patience: Duration,
 }
 
 impl<S: StateMachine> Drop for Inner<S> {
@@ -230,6 +234,7 @@ impl<S: StateMachine> Consensus<S> {
             .map_err(StartError::Runtime)?;
         let handle = runtime.handle().clone();
         let callers = tokio::runtime::Handle::current();
+        let patience = options.timing.patience;
         let started = handle.spawn(start(options, initial, callers));
         let outcome = started.await.unwrap_or_else(|error| Err(StartError::Raft(error.to_string())));
         match outcome {
@@ -237,7 +242,7 @@ impl<S: StateMachine> Consensus<S> {
                 let Parts { mesh, raft, server, state, leadership } = parts;
                 let runtime = Mutex::new(Some(runtime));
                 let node = mesh.node();
-                let inner = Inner { node, mesh, raft, server, state, leadership, runtime, handle };
+                let inner = Inner { node, mesh, raft, server, state, leadership, runtime, handle, patience };
                 Ok(Self { inner: Arc::new(inner) })
             }
             Err(error) => {
@@ -268,7 +273,7 @@ impl<S: StateMachine> Consensus<S> {
         let proposal = Proposal { id: RequestId::random(), command: Opaque(codec::encode(command)?) };
         let request = protocol::bulk_request(protocol::PROPOSE, &proposal)?;
         let reply = self
-            .at_leader(PATIENCE, ATTEMPT, request, |server| {
+            .at_leader(self.inner.patience, ATTEMPT, request, |server| {
                 let proposal = proposal.clone();
                 async move {
                     let Reply(reply) = server.propose(proposal).await?;
@@ -283,12 +288,12 @@ impl<S: StateMachine> Consensus<S> {
     pub async fn read_barrier(&self) -> Result<(), ConsensusError> {
         let request = Request { method: protocol::READ_INDEX, ..Request::default() };
         let answer = self
-            .at_leader(PATIENCE, ATTEMPT, request, |server| async move {
+            .at_leader(self.inner.patience, ATTEMPT, request, |server| async move {
                 Ok(Response::new(&server.read_index().await?)?)
             })
             .await?;
         let index: u64 = answer.decode()?;
-        let wait = self.inner.raft.wait(Some(PATIENCE));
+        let wait = self.inner.raft.wait(Some(self.inner.patience));
         wait.applied_index_at_least(Some(index), "read barrier")
             .await
             .map(|_| ())
@@ -382,8 +387,42 @@ impl<S: StateMachine> Consensus<S> {
         &self.inner.mesh
     }
 
-    /// Ends this node's part: everything acknowledged is on disk already.
+    /// Waits until Raft stops for good on this node, because of a failed disk or of a command that it does not know; tells
+    /// why. The process must then end: a restart replays what is on disk.
+    pub async fn failure(&self) -> String {
+        let mut metrics = self.inner.raft.metrics();
+        loop {
+            if let Err(error) = &metrics.borrow_watched().running_state {
+                return error.to_string();
+            }
+            if metrics.changed().await.is_err() {
+                return "Raft has ended".to_owned();
+            }
+        }
+    }
+
+    /// If this node leads, lets the voter that is furthest ahead take over, so that nobody has to wait for an election.
+    async fn hand_over(&self) {
+        let metrics = self.inner.raft.metrics().borrow_watched().clone();
+        let voters: Vec<RaftId> = metrics.membership_config.voter_ids().collect();
+        // Known at the leader only.
+        let followers = metrics.replication.unwrap_or_default();
+        let candidates =
+            followers.iter().filter(|(id, _)| **id != RaftId(self.inner.node) && voters.contains(id));
+        let Some((successor, _)) = candidates.max_by_key(|(_, matched)| **matched) else { return };
+        if self.inner.raft.trigger().transfer_leader(*successor).await.is_err() {
+            return;
+        }
+        let mut leadership = self.inner.leadership.clone();
+        let handed_over = leadership.wait_for(|l| l.leader.is_some_and(|leader| leader != self.inner.node));
+        if tokio::time::timeout(HAND_OVER_DEADLINE, handed_over).await.is_err() {
+            tracing::warn!(successor = %successor, "nobody took over leadership in time");
+        }
+    }
+
+    /// Ends this node's part; a leader hands over first. Everything acknowledged is on disk already.
     pub async fn shutdown(&self) {
+        self.hand_over().await;
         let inner = self.inner.clone();
         let stop = self.inner.handle.spawn(async move {
             // Fails only if it ended before.
@@ -413,10 +452,10 @@ impl<S: StateMachine> Consensus<S> {
         let applied = self.status().applied_index;
         raft.trigger().snapshot().await.unwrap();
         let covered = |m: &openraft::RaftMetrics<_>| m.snapshot.is_some_and(|id| id.index >= applied);
-        raft.wait(Some(PATIENCE)).metrics(covered, "snapshot").await.unwrap();
+        raft.wait(Some(self.inner.patience)).metrics(covered, "snapshot").await.unwrap();
         raft.trigger().purge_log(applied).await.unwrap();
         let purged = |m: &openraft::RaftMetrics<_>| m.purged.is_some_and(|id| id.index >= applied);
-        raft.wait(Some(PATIENCE)).metrics(purged, "purge").await.unwrap();
+        raft.wait(Some(self.inner.patience)).metrics(purged, "purge").await.unwrap();
     }
 
     /// Proposes under an id of the caller's, to play a retry.

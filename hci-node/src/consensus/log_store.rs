@@ -432,3 +432,126 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         self.submit_and_wait(Record::Purge(upto)).await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::consensus::types::{Opaque, Proposal, RequestId};
+    use openraft::EntryPayload;
+    use openraft::alias::{CommittedLeaderIdOf, LeaderIdOf};
+    use openraft::vote::RaftLeaderId;
+    use proptest::prelude::*;
+
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Vote(u8),
+        Append(u8),
+        Truncate(u8),
+        Purge(u8),
+        Commit,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            any::<u8>().prop_map(Step::Vote),
+            (1..5_u8).prop_map(Step::Append),
+            any::<u8>().prop_map(Step::Truncate),
+            any::<u8>().prop_map(Step::Purge),
+            Just(Step::Commit),
+        ]
+    }
+
+    fn leader(term: u64) -> LeaderIdOf<TypeConfig> {
+        LeaderIdOf::<TypeConfig>::new(term, 7.into())
+    }
+
+    fn log_id(index: u64) -> LogId {
+        let leader: CommittedLeaderIdOf<TypeConfig> = leader(1).to_committed();
+        LogId::new(leader, index)
+    }
+
+    /// What Raft may ask of a log in this state.
+    fn records(image: &Image, step: Step) -> Vec<Record> {
+        let first = image.positions.purged.map_or(0, |id| id.index + 1);
+        let next = image.last().map_or(0, |id| id.index + 1);
+        let pick = |by: u8| (next > first).then(|| log_id(first + u64::from(by) % (next - first)));
+        let entry = |index| {
+            let command = Opaque(vec![index as u8; index as usize % 50].into());
+            let payload = EntryPayload::Normal(Proposal { id: RequestId::random(), command });
+            Entry { log_id: log_id(index), payload }
+        };
+        match step {
+            Step::Vote(term) => vec![Record::Vote(Vote { leader_id: leader(term.into()), committed: true })],
+            Step::Append(count) => {
+                (next..next + u64::from(count)).map(|i| Record::Append(entry(i))).collect()
+            }
+            Step::Truncate(by) => {
+                pick(by).map(|kept| Record::TruncateAfter(Some(kept))).into_iter().collect()
+            }
+            Step::Purge(by) => pick(by).map(Record::Purge).into_iter().collect(),
+            Step::Commit => vec![Record::Committed(image.last())],
+        }
+    }
+
+    /// Opens the log; waits for the writer of a predecessor to end.
+    fn open(dir: &Path) -> LogStore {
+        loop {
+            match LogStore::open(dir) {
+                Err(LogError::Wal(WalError::Locked(_))) => std::thread::sleep(Duration::from_millis(1)),
+                opened => return opened.unwrap(),
+            }
+        }
+    }
+
+    fn content(store: &LogStore) -> (Positions, Vec<u8>) {
+        let image = store.shared.image.read();
+        let entries: Vec<&Entry> = image.entries.values().collect();
+        (image.positions.clone(), postcard::to_stdvec(&entries).unwrap())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn a_reopened_log_is_what_it_was(steps in prop::collection::vec(step(), 0..40)) {
+            let dir = tempfile::tempdir().unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            let store = open(dir.path());
+            for step in steps {
+                let records = records(&store.shared.image.read(), step);
+                runtime.block_on(store.submit(records, Done::Nobody)).unwrap();
+            }
+            let before = content(&store);
+            drop(store);
+            let store = open(dir.path());
+            prop_assert_eq!(content(&store), before);
+            prop_assert!(store.shared.image.read().check().is_ok());
+        }
+    }
+
+    #[test]
+    fn purged_segments_are_removed_and_what_is_left_suffices() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let files = || std::fs::read_dir(dir.path()).unwrap().count();
+        let store = open(dir.path());
+        let vote = Vote { leader_id: leader(3), committed: true };
+        runtime.block_on(store.submit_and_wait(Record::Vote(vote))).unwrap();
+        let count = 4 * SEGMENT_BYTES / (1 << 20);
+        for index in 0..count {
+            let command = Opaque(vec![0; 1 << 20].into());
+            let payload = EntryPayload::Normal(Proposal { id: RequestId::random(), command });
+            runtime
+                .block_on(store.submit_and_wait(Record::Append(Entry { log_id: log_id(index), payload })))
+                .unwrap();
+        }
+        let before = files();
+        runtime.block_on(store.submit_and_wait(Record::Purge(log_id(count - 2)))).unwrap();
+        assert!(before >= 5 && files() <= 3, "{before} files, then {}", files());
+        let content_before = content(&store);
+        drop(store);
+        let store = open(dir.path());
+        assert_eq!(content(&store), content_before);
+        assert_eq!(store.shared.image.read().positions.vote, Some(vote));
+    }
+}

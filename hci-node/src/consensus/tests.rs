@@ -74,6 +74,7 @@ struct Node {
     identity: Identity,
     dir: TempDir,
     address: SocketAddr,
+    patience: Duration,
     running: Option<Consensus<Counters>>,
 }
 
@@ -83,7 +84,8 @@ impl Node {
         let cert = ca.issue_node(NodeId::random(), &key.csr("n").unwrap(), &[]).unwrap();
         let identity = Identity::new(&key, &cert, ca.cert_pem()).unwrap();
         let address = "127.0.0.1:0".parse().unwrap();
-        let mut node = Self { identity, dir: tempfile::tempdir().unwrap(), address, running: None };
+        let dir = tempfile::tempdir().unwrap();
+        let mut node = Self { identity, dir, address, patience: LONG, running: None };
         node.start().await;
         node.address = node.consensus().mesh().local_addr();
         node
@@ -124,6 +126,7 @@ impl Node {
             timing: Timing {
                 heartbeat: Duration::from_millis(50),
                 election: (Duration::from_millis(250), Duration::from_millis(500)),
+                patience: self.patience,
             },
             recovery_deadline: LONG,
         };
@@ -359,10 +362,24 @@ async fn garbage_and_strangers_are_refused_and_other_methods_are_passed_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_ends_in_order_hands_over() {
+    let mut nodes = cluster(3).await;
+    nodes[0].add("n", 1).await;
+    let (leaving, term) = (leader(&nodes).await, nodes[0].consensus().leadership().term);
+    nodes[leaving].stop().await;
+    let next = leader(&nodes).await;
+    assert_ne!(next, leaving);
+    // One election, at once: nobody had to give the old leader up.
+    assert_eq!(nodes[next].consensus().leadership().term, term + 1);
+    assert_eq!(nodes[next].add("n", 1).await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_a_majority_nothing_is_acknowledged() {
     let mut nodes = cluster(3).await;
-    nodes[1].kill();
-    nodes[2].kill();
+    nodes.iter_mut().for_each(Node::kill);
+    nodes[0].patience = Duration::from_millis(1500);
+    nodes[0].start().await;
     let outcome = nodes[0].consensus().propose(&Add("n".to_owned(), 1)).await;
     assert!(matches!(outcome, Err(ConsensusError::Unavailable(_))), "{outcome:?}");
     assert!(nodes[0].consensus().read_barrier().await.is_err());
