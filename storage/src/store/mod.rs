@@ -13,6 +13,8 @@
 //! - A block of zeroes keeps the version of the write that made it, but needs no room for data. Only where nothing was ever
 //!   stored may zeroes be left out altogether.
 
+pub mod plain;
+
 use crate::ids::{Generation, SegmentKey, Version, VolumeId};
 use crate::status::{DiskHealth, DiskUsage};
 use bytes::Bytes;
