@@ -1,0 +1,160 @@
+//! Where a node keeps its files: one place for the names that the processes of a node share.
+//!
+//! The state directory survives a reboot; the run directory need not. Both are given on the command line, so that
+//! several nodes can run on one machine.
+
+use std::path::{Path, PathBuf};
+
+use crate::state::{ContentHash, DiskId, PortId, VmId, VolumeId};
+
+/// The two directories of a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodePaths {
+    state: PathBuf,
+    run: PathBuf,
+}
+
+impl NodePaths {
+    /// Where a node keeps its files unless told otherwise.
+    pub const DEFAULT_STATE: &'static str = "/var/lib/hci";
+    /// Where a node keeps its sockets unless told otherwise.
+    pub const DEFAULT_RUN: &'static str = "/run/hci";
+
+    /// The paths under these two directories.
+    pub fn new(state: impl Into<PathBuf>, run: impl Into<PathBuf>) -> Self {
+        Self { state: state.into(), run: run.into() }
+    }
+
+    /// What survives a reboot.
+    pub fn state(&self) -> &Path {
+        &self.state
+    }
+
+    /// Sockets and records of running processes.
+    pub fn run(&self) -> &Path {
+        &self.run
+    }
+
+    /// The node's key and certificates.
+    pub fn identity(&self) -> PathBuf {
+        self.state.join("identity")
+    }
+
+    /// What the data process keeps besides the disks.
+    pub fn data(&self) -> PathBuf {
+        self.state.join("data")
+    }
+
+    /// Where the disks of the pool are mounted.
+    pub fn disks(&self) -> PathBuf {
+        self.state.join("disks")
+    }
+
+    /// Where one disk of the pool is mounted.
+    pub fn disk(&self, disk: DiskId) -> PathBuf {
+        self.disks().join(disk.to_string())
+    }
+
+    /// Kernels and initramfs of all images.
+    pub fn boot_files(&self) -> PathBuf {
+        self.state.join("images")
+    }
+
+    /// One kernel or initramfs, named by its content.
+    pub fn boot_file(&self, hash: ContentHash) -> PathBuf {
+        self.boot_files().join(hash.to_string())
+    }
+
+    /// Socket on which the data process serves the control process.
+    pub fn data_socket(&self) -> PathBuf {
+        self.run.join("data.sock")
+    }
+
+    /// Socket on which the control process serves the data process.
+    pub fn control_socket(&self) -> PathBuf {
+        self.run.join("control.sock")
+    }
+
+    /// Where the vhost-user-blk sockets are.
+    pub fn block_sockets(&self) -> PathBuf {
+        self.run.join("blk")
+    }
+
+    /// The vhost-user-blk socket of a volume.
+    pub fn block_socket(&self, volume: VolumeId) -> PathBuf {
+        self.block_sockets().join(format!("{volume}.sock"))
+    }
+
+    /// Where the vhost-user-net sockets are.
+    pub fn port_sockets(&self) -> PathBuf {
+        self.run.join("net")
+    }
+
+    /// The vhost-user-net socket of a port.
+    pub fn port_socket(&self, port: PortId) -> PathBuf {
+        self.port_sockets().join(format!("{port}.sock"))
+    }
+
+    /// Where the records of requests in flight are, which outlive a restart of the data process.
+    pub fn inflight(&self) -> PathBuf {
+        self.run.join("inflight")
+    }
+
+    /// Where the directories of VMs are.
+    pub fn vms(&self) -> PathBuf {
+        self.run.join("vm")
+    }
+
+    /// The files of one VM's process.
+    pub fn vm(&self, vm: VmId) -> VmPaths {
+        VmPaths { dir: self.vms().join(vm.to_string()) }
+    }
+}
+
+/// The files of one VM's process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmPaths {
+    dir: PathBuf,
+}
+
+impl VmPaths {
+    /// The paths in this directory.
+    pub fn in_dir(dir: impl Into<PathBuf>) -> Self {
+        Self { dir: dir.into() }
+    }
+
+    /// The directory, which belongs to the user that the VMM runs as.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What the VMM is to run.
+    pub fn config(&self) -> PathBuf {
+        self.dir.join("vmm.json")
+    }
+
+    /// Socket on which the VMM takes orders.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("vmm.sock")
+    }
+
+    /// Socket of the guest's serial console.
+    pub fn console(&self) -> PathBuf {
+        self.dir.join("console.sock")
+    }
+
+    /// What the VMM logs.
+    pub fn log(&self) -> PathBuf {
+        self.dir.join("vmm.log")
+    }
+
+    /// Who runs it; locked for as long as the process lives.
+    pub fn pid(&self) -> PathBuf {
+        self.dir.join("vmm.pid")
+    }
+
+    /// How the last run ended.
+    pub fn exit(&self) -> PathBuf {
+        self.dir.join("exit.json")
+    }
+}
