@@ -6,11 +6,17 @@
 //! | [`consensus`] | the replicated state machine: Raft, its log, snapshots and membership |
 //! | [`meta_store`] | small durable tables, a careful wrapper around sled |
 //! | [`api`] | the HTTP API: resources, problems, server |
+//! | [`vmm_role`] | `hci vmm run`: the process around one guest |
+//! | [`paths`] | where a node keeps its files |
 //! | [`cli`] | the command line: parses, calls the API of a node, prints |
 
 pub mod api;
 pub mod cli;
 pub mod consensus;
+pub mod exposition;
+pub mod files;
 pub mod meta_store;
+pub mod paths;
 pub mod pinned_tls;
 pub mod state;
+pub mod vmm_role;

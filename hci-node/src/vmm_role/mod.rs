@@ -1,0 +1,243 @@
+//! The VMM role: `hci vmm run --config vmm.json`.
+//!
+//! One process for each running VM, around [`vmm::Vm`]. The control process starts it and may go away: the VMM has a
+//! session of its own, is found again by its files ([`record`]) and takes orders on `vmm.sock` ([`protocol`]). A guest
+//! that resets itself gets a new machine in the same process. When the guest has ended, the process records how, and
+//! exits with a code that says the same.
+//!
+//! Threads: those of the `vmm` crate, the main thread that waits for the guest's end, and one that serves the socket.
+
+pub mod protocol;
+pub mod record;
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use futures_util::future::BoxFuture;
+use netfabric::rpc::{Caller, ErrorCode, Handler, Request, Response, RpcError, serve_unix};
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+use vmm::{ExitReason, Vm, VmHandle};
+
+use self::{
+    protocol::{GuestState, Kill, PowerButton, Reset, Status, VmmCall, VmmStatus},
+    record::{Ended, ExitRecord, RunFile, RunLock},
+};
+use crate::paths::VmPaths;
+
+/// A guest that resets itself over and over does so this often at most.
+const RESET_PAUSE: Duration = Duration::from_secs(1);
+
+/// `hci vmm run`
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// What to run, as the control process wrote it; sockets and records are made beside it.
+    #[arg(long)]
+    pub config: PathBuf,
+    /// User to run as, when started by root.
+    #[arg(long)]
+    pub user: Option<String>,
+}
+
+/// Exit codes: how the guest ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Code {
+    GuestShutdown = 0,
+    Failed = 1,
+    Killed = 20,
+}
+
+/// Runs a VM until its guest has ended.
+pub fn run(args: &Args) -> ExitCode {
+    match prepare(args) {
+        Ok((paths, run, lock)) => {
+            let ended = run_to_the_end(&paths, &run);
+            let code = match &ended {
+                Ended::GuestShutdown => Code::GuestShutdown,
+                Ended::Killed | Ended::LeaseLapsed => Code::Killed,
+                Ended::Crashed(_) => Code::Failed,
+            };
+            tracing::info!(vm = %run.vm, epoch = run.epoch.0, ?ended, "the guest has ended");
+            let record = ExitRecord { epoch: run.epoch, ended };
+            if let Err(error) = record::write_exit_record(&paths, &record) {
+                tracing::error!(%error, "cannot record how the guest ended");
+            }
+            // Whoever sees the lock free must find the record.
+            drop(lock);
+            ExitCode::from(code as u8)
+        }
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::from(Code::Failed as u8)
+        }
+    }
+}
+
+/// Becomes an unprivileged process with a session of its own that holds the VM's directory.
+fn prepare(args: &Args) -> anyhow::Result<(VmPaths, RunFile, RunLock)> {
+    // Fails only when this process leads a session already, which is what is wanted.
+    let _ = nix::unistd::setsid();
+    if let Some(user) = &args.user {
+        drop_privileges(user)?;
+    }
+    let dir =
+        args.config.parent().filter(|dir| dir.is_absolute()).context("--config needs an absolute path")?;
+    let paths = VmPaths::in_dir(dir);
+    let lock = RunLock::take(&paths).with_context(|| format!("cannot take {}", dir.display()))?;
+    let run: RunFile = read_config(&args.config)?;
+    Ok((paths, run, lock))
+}
+
+fn read_config(path: &Path) -> anyhow::Result<RunFile> {
+    let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("{} makes no sense", path.display()))
+}
+
+/// Gives up root for good. The supplementary groups are those of the user: `kvm` among them.
+fn drop_privileges(name: &str) -> anyhow::Result<()> {
+    use nix::unistd::{User, geteuid, initgroups, setgid, setuid};
+    if !geteuid().is_root() {
+        return Ok(());
+    }
+    let user = User::from_name(name)?.with_context(|| format!("there is no user {name}"))?;
+    let c_name = std::ffi::CString::new(name)?;
+    initgroups(&c_name, user.gid).context("cannot set the groups")?;
+    setgid(user.gid).context("cannot set the group")?;
+    setuid(user.uid).with_context(|| format!("cannot become {name}"))?;
+    anyhow::ensure!(setuid(nix::unistd::Uid::from_raw(0)).is_err(), "the process could become root again");
+    Ok(())
+}
+
+/// What the socket's server shares with the main thread.
+struct Machine {
+    run: RunFile,
+    now: Mutex<Now>,
+}
+
+#[derive(Default)]
+struct Now {
+    handle: Option<VmHandle>,
+    resets: u32,
+    /// An order to end that came while there was no guest.
+    kill: bool,
+}
+
+fn run_to_the_end(paths: &VmPaths, run: &RunFile) -> Ended {
+    let machine = Arc::new(Machine { run: run.clone(), now: Mutex::default() });
+    let shutdown = CancellationToken::new();
+    let server = match serve_orders(paths, machine.clone(), shutdown.clone()) {
+        Ok(server) => server,
+        Err(error) => return Ended::Crashed(format!("cannot serve orders: {error}")),
+    };
+    let ended = run_guests(&machine);
+    shutdown.cancel();
+    if server.join().is_err() {
+        tracing::error!("the thread that takes orders panicked");
+    }
+    ended
+}
+
+/// Runs guest after guest until one ends for another reason than a reset.
+fn run_guests(machine: &Machine) -> Ended {
+    loop {
+        let started = Instant::now();
+        let vm = match Vm::start(machine.run.config.clone()) {
+            Ok(vm) => vm,
+            Err(error) => return Ended::Crashed(error_chain(&error)),
+        };
+        {
+            let mut now = machine.now.lock();
+            if now.kill {
+                vm.handle().kill();
+            }
+            now.handle = Some(vm.handle());
+        }
+        let reason = vm.wait();
+        let mut now = machine.now.lock();
+        now.handle = None;
+        match reason {
+            ExitReason::Shutdown => return Ended::GuestShutdown,
+            ExitReason::Killed => return Ended::Killed,
+            ExitReason::Crashed(why) => return Ended::Crashed(why),
+            ExitReason::Reset if now.kill => return Ended::Killed,
+            ExitReason::Reset => {
+                now.resets += 1;
+                drop(now);
+                tracing::info!(vm = %machine.run.vm, "the guest resets itself");
+                std::thread::sleep(RESET_PAUSE.saturating_sub(started.elapsed()));
+            }
+        }
+    }
+}
+
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+fn serve_orders(
+    paths: &VmPaths,
+    machine: Arc<Machine>,
+    shutdown: CancellationToken,
+) -> std::io::Result<std::thread::JoinHandle<()>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let socket = paths.socket();
+    std::thread::Builder::new().name("orders".to_owned()).spawn(move || {
+        let served = runtime.block_on(serve_unix(&socket, Arc::new(Orders(machine.clone())), shutdown));
+        if let Err(error) = served {
+            // The guest goes on; the control process can still see and kill it through its files.
+            tracing::error!(%error, "orders cannot be taken");
+        }
+    })
+}
+
+struct Orders(Arc<Machine>);
+
+impl Orders {
+    fn dispatch(&self, request: &Request) -> Result<Response, RpcError> {
+        let mut now = self.0.now.lock();
+        let starting = || RpcError::new(ErrorCode::Unavailable, "the guest is just being made");
+        match request.method {
+            Status::METHOD => Ok(Response::new(&VmmStatus {
+                vm: self.0.run.vm,
+                epoch: self.0.run.epoch,
+                guest: if now.handle.is_some() { GuestState::Running } else { GuestState::Starting },
+                resets: now.resets,
+            })?),
+            PowerButton::METHOD => {
+                now.handle.as_ref().ok_or_else(starting)?.power_button();
+                Ok(Response::new(&())?)
+            }
+            Reset::METHOD => {
+                now.handle.as_ref().ok_or_else(starting)?.reset();
+                Ok(Response::new(&())?)
+            }
+            Kill::METHOD => {
+                now.kill = true;
+                if let Some(handle) = &now.handle {
+                    handle.kill();
+                }
+                Ok(Response::new(&())?)
+            }
+            other => Err(RpcError::unknown_method(other)),
+        }
+    }
+}
+
+impl Handler for Orders {
+    fn handle(&self, _from: Caller, request: Request) -> BoxFuture<'static, Result<Response, RpcError>> {
+        let answer = self.dispatch(&request);
+        Box::pin(async move { answer })
+    }
+}
