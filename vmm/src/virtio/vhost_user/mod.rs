@@ -19,4 +19,7 @@ pub(crate) mod net;
 pub(crate) mod session;
 pub(crate) mod worker;
 
+#[cfg(test)]
+mod tests;
+
 pub use session::SessionError;
