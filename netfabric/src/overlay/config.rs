@@ -114,9 +114,12 @@ pub enum OverlayError {
         /// The value given.
         mtu: u16,
     },
-    /// The overlay was shut down.
-    #[error("the overlay has been shut down")]
-    Stopped,
+    /// Somebody else takes the transport's datagrams.
+    #[error("the transport's datagrams are taken already")]
+    TransportTaken,
+    /// The counters cannot be made.
+    #[error("cannot make metrics: {0}")]
+    Metrics(String),
     /// A port's socket cannot be made.
     #[error("cannot listen on {path}")]
     Listen {
