@@ -33,8 +33,9 @@ const GROUP_BYTES: usize = 4 << 20;
 const SEGMENT_BYTES: u64 = 8 << 20;
 /// How long the committed position may stay unwritten.
 const COMMITTED_DELAY: Duration = Duration::from_millis(200);
-/// Bytes of entries sent to a follower at a time; with postcard's overhead far below the limit of a call.
-const READ_BYTES: usize = 4 << 20;
+/// Bytes of entries sent to a follower at a time; one may exceed it. Small enough to cross a slow link and reach a slow
+/// disk within the deadline, and far below the limit of a call.
+const READ_BYTES: usize = 1 << 20;
 /// Version of the records; the first byte of each.
 const RECORD_VERSION: u8 = 1;
 

@@ -26,6 +26,10 @@ use super::types::{RaftId, RaftNode, TypeConfig};
 /// How long one piece of a snapshot may take; the last one includes the installation.
 const PIECE_DEADLINE: Duration = Duration::from_secs(60);
 
+/// How long entries may take to reach a follower's disk. openraft would allow one heartbeat interval, which a disk that
+/// is busy with guests' writes can exceed; heartbeats themselves wait for no disk.
+const APPEND_DEADLINE: Duration = Duration::from_secs(1);
+
 /// Makes clients.
 #[derive(Clone, Debug)]
 pub(super) struct Network {
@@ -96,8 +100,12 @@ impl RaftNetworkV2<TypeConfig> for Client {
         rpc: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<TypeConfig>, RPCError<TypeConfig>> {
+        let deadline = match rpc.entries.is_empty() {
+            true => option.hard_ttl(),
+            false => option.hard_ttl().max(APPEND_DEADLINE),
+        };
         let request = protocol::bulk_request(protocol::APPEND, &rpc);
-        self.call(RPCTypes::AppendEntries, request, option.hard_ttl()).await
+        self.call(RPCTypes::AppendEntries, request, deadline).await
     }
 
     async fn vote(

@@ -35,6 +35,8 @@ pub(super) const READ_INDEX: u16 = 0x0107;
 /// A change of membership on its way to the leader. Header: [`MembershipChange`].
 pub(super) const CHANGE_MEMBERSHIP: u16 = 0x0108;
 
+/// Largest command. One that does not fit into a message would be accepted and could never be replicated.
+pub(super) const MAX_COMMAND: usize = 1 << 20;
 /// Bytes of a snapshot in one call.
 pub(super) const PIECE: usize = 4 << 20;
 /// Largest snapshot that is taken from a peer.

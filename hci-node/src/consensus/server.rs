@@ -19,7 +19,7 @@ use super::StateMachine;
 use super::machine::Machine;
 use super::membership::choose_voters;
 use super::protocol::{
-    self, MAX_SNAPSHOT, MembershipChange, PIECE, SnapshotPart, SnapshotPiece, SnapshotPull,
+    self, MAX_COMMAND, MAX_SNAPSHOT, MembershipChange, PIECE, SnapshotPart, SnapshotPiece, SnapshotPull,
 };
 use super::snapshot::SnapshotStore;
 use super::types::{Proposal, RaftId, RaftNode, Reply, Snapshot, TypeConfig};
@@ -118,6 +118,11 @@ impl<S: StateMachine> Server<S> {
 
     /// Puts a proposal into the log, if this node leads.
     pub(super) async fn propose(&self, proposal: Proposal) -> Result<Reply, RpcError> {
+        let size = proposal.command.0.len();
+        if size > MAX_COMMAND {
+            let reason = format!("a command of {size} bytes, the limit is {MAX_COMMAND}");
+            return Err(RpcError::new(ErrorCode::Refused, reason));
+        }
         let written = self.raft()?.client_write(proposal).await.map_err(unavailable)?;
         Ok(written.data)
     }

@@ -337,6 +337,8 @@ async fn garbage_and_strangers_are_refused_and_other_methods_are_passed_on() {
             other => panic!("{method:#x}: {other:?}"),
         }
     }
+    let too_large = nodes[1].consensus().propose(&Add("x".repeat(protocol::MAX_COMMAND), 1)).await;
+    assert!(matches!(too_large, Err(ConsensusError::Refused(_))), "{too_large:?}");
     let other = Request { method: 0x0200, bulk: vec![1].into(), ..Request::default() };
     assert_eq!(nodes[1].consensus().mesh().call(to, other, LONG).await.unwrap().bulk, vec![1]);
 

@@ -22,6 +22,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Largest value; sled becomes slow and wasteful above.
 pub const MAX_VALUE: usize = 64 << 10;
@@ -37,6 +38,9 @@ const CRC_SIZE: usize = 4;
 const CACHE_BYTES: u64 = 64 << 20;
 /// sled's housekeeping, which also collects garbage, runs this often.
 const FLUSH_EVERY_MS: u64 = 500;
+/// How long a predecessor in this process may take to close its files.
+const PREDECESSOR_DEADLINE: Duration = Duration::from_secs(5);
+const PREDECESSOR_POLL: Duration = Duration::from_millis(10);
 /// Names tried for a store that is set aside.
 const MAX_SET_ASIDE: u32 = 1000;
 
@@ -77,7 +81,15 @@ impl MetaError {
 
 impl From<sled::Error> for MetaError {
     fn from(error: sled::Error) -> Self {
-        Self::Damaged(error.to_string())
+        match error {
+            // No file descriptors, no space, a failing disk: the content may be sound, and rebuilding would not help.
+            sled::Error::Io(source)
+                if !matches!(source.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData) =>
+            {
+                Self::Io { path: PathBuf::from(DATA_FILE), source }
+            }
+            other => Self::Damaged(other.to_string()),
+        }
     }
 }
 
@@ -139,11 +151,7 @@ impl MetaStore {
     fn open_locked(dir: &Path, lock: Arc<File>) -> Result<Self, MetaError> {
         prepare(dir)?;
         let opened = catch_unwind(AssertUnwindSafe(|| {
-            let db = sled::Config::new()
-                .path(dir)
-                .cache_capacity(CACHE_BYTES)
-                .flush_every_ms(Some(FLUSH_EVERY_MS))
-                .open()?;
+            let db = open_sled(dir)?;
             let data_path = dir.join(DATA_FILE);
             let data = File::open(&data_path).map_err(io_error(&data_path))?;
             let store = Self { db, data: Arc::new(data), dir: dir.into(), _lock: lock };
@@ -204,6 +212,24 @@ impl MetaStore {
             unseal(&key, &sealed)?;
         }
         Ok(())
+    }
+}
+
+/// Opens the database. It can be in use only by a predecessor in this process, whose threads end a moment after the last
+/// handle is dropped: other processes are kept out by our own lock.
+fn open_sled(dir: &Path) -> Result<sled::Db, MetaError> {
+    let config =
+        sled::Config::new().path(dir).cache_capacity(CACHE_BYTES).flush_every_ms(Some(FLUSH_EVERY_MS));
+    let begun = Instant::now();
+    loop {
+        match config.open() {
+            Err(sled::Error::Io(error))
+                if begun.elapsed() < PREDECESSOR_DEADLINE && error.to_string().contains("acquire lock") =>
+            {
+                std::thread::sleep(PREDECESSOR_POLL);
+            }
+            opened => return Ok(opened?),
+        }
     }
 }
 
