@@ -28,7 +28,7 @@ pub(super) const TRASH_DIR: &str = "trash";
 /// Data put into files under one hold of the gate.
 const APPLY_BATCH: u64 = 1 << 20;
 /// A log file of this size is ended by an applier pass, so that the next pass can reclaim it.
-const RECLAIM_BYTES: u64 = 1 << 20;
+const RECLAIM_BYTES: u64 = if cfg!(test) { 8 << 10 } else { 1 << 20 };
 /// How old the figure for free room may be.
 const SPACE_MAX_AGE: Duration = Duration::from_millis(100);
 /// How much may be appended on one figure for free room.

@@ -17,8 +17,8 @@ use std::sync::Arc;
 
 /// Directory of the log files.
 pub(super) const LOG_DIR: &str = "log";
-/// A file of at least this size is followed by a new one.
-const ROTATE_BYTES: u64 = 16 << 20;
+/// A file of at least this size is followed by a new one (small in tests, which shall see many).
+const ROTATE_BYTES: u64 = if cfg!(test) { 32 << 10 } else { 16 << 20 };
 
 /// Path of a log file.
 pub(super) fn path(number: u64) -> PathBuf {

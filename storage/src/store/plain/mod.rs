@@ -28,6 +28,10 @@ mod media;
 mod overlay;
 mod recover;
 mod segment;
+#[cfg(test)]
+mod sim;
+#[cfg(test)]
+mod tests;
 
 pub use recover::OpenError;
 
