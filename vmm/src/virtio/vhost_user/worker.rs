@@ -338,7 +338,9 @@ impl Worker {
     }
 
     fn drop_session(&mut self, error: &SessionError) {
-        tracing::warn!(device = self.shared.id, %error, "backend lost; the queues wait for it");
+        if !self.shared.quitting.load(Ordering::SeqCst) {
+            tracing::warn!(device = self.shared.id, %error, "backend lost; the queues wait for it");
+        }
         self.close();
     }
 
