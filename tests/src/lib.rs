@@ -5,6 +5,10 @@
 //! |---|---|
 //! | [`guest`] | the image that test VMs boot |
 //! | [`demo`] | the run in the lab: from the ISO to a lost server and back |
+//! | [`netclient`] | raw frames at a port of the overlay, without a VM |
+//! | [`overlay_node`] | the overlay of one node, without the rest of it |
 
 pub mod demo;
 pub mod guest;
+pub mod netclient;
+pub mod overlay_node;
