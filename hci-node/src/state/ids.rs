@@ -2,6 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
+pub use netfabric::NodeId;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -40,10 +41,6 @@ macro_rules! typed_id {
 typed_id!(
     /// A cluster.
     ClusterId
-);
-typed_id!(
-    /// A member of the cluster.
-    NodeId
 );
 typed_id!(
     /// A physical disk given to the pool.
