@@ -6,6 +6,8 @@
 //! | [`consensus`] | the replicated state machine: Raft, its log, snapshots and membership |
 //! | [`meta_store`] | small durable tables, a careful wrapper around sled |
 //! | [`api`] | the HTTP API: resources, problems, server |
+//! | [`reconcile`] | makes what runs on this node match the state: volumes, ports, VMs, disks |
+//! | [`data`] | `hci data run`: storage and overlay of this node in a process of its own |
 //! | [`vmm_role`] | `hci vmm run`: the process around one guest |
 //! | [`paths`] | where a node keeps its files |
 //! | [`cli`] | the command line: parses, calls the API of a node, prints |
@@ -13,10 +15,12 @@
 pub mod api;
 pub mod cli;
 pub mod consensus;
+pub mod data;
 pub mod exposition;
 pub mod files;
 pub mod meta_store;
 pub mod paths;
 pub mod pinned_tls;
+pub mod reconcile;
 pub mod state;
 pub mod vmm_role;

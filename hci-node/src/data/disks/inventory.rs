@@ -1,0 +1,105 @@
+//! The block devices of this machine and what they are used for, from `/sys/block` and `/proc`.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use storage::ids::DiskId;
+
+use super::signature::{Content, LOOK_BYTES};
+use crate::data::protocol::{DiskUsage, LocalDisk};
+
+/// Sectors in `/sys/block/*/size` are always this large.
+const SYSFS_SECTOR: u64 = 512;
+/// Names of block devices that are no disks.
+const NOT_DISKS: &[&str] = &["loop", "ram", "zram", "dm-", "sr", "fd", "md", "nbd"];
+
+/// Lists the disks of this machine, in the order of their names. What cannot be read is shown as in use.
+pub fn list() -> io::Result<Vec<LocalDisk>> {
+    let mut names: Vec<String> = fs::read_dir("/sys/block")?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| !NOT_DISKS.iter().any(|prefix| name.starts_with(prefix)))
+        .collect();
+    names.sort();
+    Ok(names.iter().filter_map(|name| describe(name)).collect())
+}
+
+fn describe(name: &str) -> Option<LocalDisk> {
+    let sys = Path::new("/sys/block").join(name);
+    let size_bytes = text(&sys.join("size")).parse::<u64>().ok()? * SYSFS_SECTOR;
+    if size_bytes == 0 {
+        return None;
+    }
+    let path = PathBuf::from("/dev").join(name);
+    let serial = [sys.join("device/serial"), sys.join("serial")]
+        .iter()
+        .map(|file| text(file))
+        .find(|serial| !serial.is_empty())
+        .unwrap_or_default();
+    Some(LocalDisk { usage: usage(&path), path, size_bytes, model: text(&sys.join("device/model")), serial })
+}
+
+fn text(path: &Path) -> String {
+    fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default()
+}
+
+/// What a block device is used for.
+pub fn usage(device: &Path) -> DiskUsage {
+    let content = match content(device) {
+        Ok(content) => content,
+        Err(error) => return DiskUsage::InUse(format!("it cannot be read: {error}")),
+    };
+    if let Content::Ext(uuid) = content
+        && is_pool_label(device)
+    {
+        return DiskUsage::Pool(DiskId(uuid));
+    }
+    match (claim(device), content.describe()) {
+        (Err(error), _) => DiskUsage::InUse(error.to_string()),
+        (Ok(_), None) => DiskUsage::Blank,
+        (Ok(_), Some(holds)) => DiskUsage::Holds(holds),
+    }
+}
+
+/// What the first bytes of a device say.
+pub fn content(device: &Path) -> io::Result<Content> {
+    let mut start = Vec::with_capacity(LOOK_BYTES);
+    File::open(device)?.take(LOOK_BYTES as u64).read_to_end(&mut start)?;
+    Ok(Content::of(&start))
+}
+
+/// Opens a device for writing such that nobody else has it: not mounted, no partition of it mounted, no swap, in no
+/// RAID or LVM group. While the file is open nobody can mount it either.
+pub fn claim(device: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_EXCL | libc::O_CLOEXEC)
+        .open(device)
+        .map_err(|error| {
+            if error.raw_os_error() == Some(libc::EBUSY) {
+                io::Error::new(error.kind(), "it is in use: mounted, swap, or part of a RAID or LVM group")
+            } else {
+                error
+            }
+        })
+}
+
+/// First characters of the label that file systems of pool disks have.
+pub const POOL_LABEL: &str = "hci-";
+/// Where the label is in an ext superblock, from the start of the device.
+const EXT_LABEL: usize = 1024 + 0x78;
+
+fn is_pool_label(device: &Path) -> bool {
+    let mut start = [0; EXT_LABEL + 16];
+    let read = File::open(device).and_then(|mut file| file.read_exact(&mut start));
+    read.is_ok() && start[EXT_LABEL..].starts_with(POOL_LABEL.as_bytes())
+}
+
+/// The device that holds this disk of the pool, if it is in this machine.
+pub fn find(disk: DiskId) -> io::Result<Option<PathBuf>> {
+    Ok(list()?.into_iter().find(|local| local.usage == DiskUsage::Pool(disk)).map(|local| local.path))
+}

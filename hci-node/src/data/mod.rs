@@ -1,0 +1,176 @@
+//! The data role: `hci data run`.
+//!
+//! One process for each node that serves guests' disks and networks: the storage crate with its replica server, the
+//! overlay switch, and the QUIC meshes for both. It holds no opinion of its own: the control process tells it over
+//! `data.sock` what to do, declaratively and whole, and renews the lease under which it serves. It may be killed at
+//! any time: VMMs reconnect to its sockets, and the control process configures the next instance at once.
+//!
+//! | start reading at | it is |
+//! |---|---|
+//! | [`protocol`] | what control and data process say to each other |
+//! | `engine` | the running data plane: meshes, storage, overlay, lease |
+//! | `frames` | the overlay and its mesh, on a thread of their own |
+//! | `backends` | what storage is built on here: stores on disks, vhost-user-blk targets |
+//! | `server` | serves `data.sock` |
+//! | `uplink` | calls `control.sock`: storage's commits |
+//! | [`client`] | the other side of `data.sock`, for the control process and for tests |
+//! | [`disks`] | physical disks: inventory, preparing, finding them again |
+//!
+//! Threads: a multi-threaded tokio runtime for storage and calls, a single-threaded one for frames, and what stores,
+//! targets and ports start for themselves.
+
+mod backends;
+pub mod client;
+pub mod disks;
+mod engine;
+mod frames;
+pub mod metrics;
+pub mod protocol;
+mod server;
+mod uplink;
+
+#[cfg(test)]
+mod tests;
+
+use std::{net::SocketAddr, os::unix::fs::PermissionsExt, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use netfabric::{pki::Identity, rpc::serve_unix};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+pub use engine::EngineOptions;
+
+use self::{engine::Engine, protocol::DataInstance, server::Server, uplink::Uplink};
+use crate::paths::NodePaths;
+
+/// How often a node that is in no cluster looks whether it is now.
+const IDENTITY_POLL: Duration = Duration::from_millis(200);
+/// Group whose members may connect to the guests' sockets: the user that VMMs run as is in it.
+pub const VMM_GROUP: &str = "hci-vmm";
+
+/// `hci data run`
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// Directory for what survives a reboot.
+    #[arg(long, default_value = NodePaths::DEFAULT_STATE)]
+    pub state: PathBuf,
+    /// Directory for sockets.
+    #[arg(long, default_value = NodePaths::DEFAULT_RUN)]
+    pub run: PathBuf,
+    /// UDP address of the storage mesh.
+    #[arg(long, default_value = "0.0.0.0:7401")]
+    pub listen_storage: SocketAddr,
+    /// UDP address of the frames mesh.
+    #[arg(long, default_value = "0.0.0.0:7402")]
+    pub listen_frames: SocketAddr,
+    /// MTU of the links between nodes; read from the interface unless given.
+    #[arg(long)]
+    pub link_mtu: Option<u16>,
+}
+
+/// Runs the data process until SIGTERM.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("data")
+        .build()
+        .context("cannot start the runtime")?;
+    let options = EngineOptions {
+        paths: NodePaths::new(args.state, args.run),
+        listen_storage: args.listen_storage,
+        listen_frames: args.listen_frames,
+        link_mtu: args.link_mtu,
+    };
+    let served = runtime.block_on(async {
+        let shutdown = CancellationToken::new();
+        let mut term = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
+        let stop = shutdown.clone();
+        let watch_signals = tokio::spawn(async move {
+            tokio::select! { _ = term.recv() => {}, _ = interrupt.recv() => {} }
+            stop.cancel();
+        });
+        let served = serve(options, shutdown).await;
+        watch_signals.abort();
+        served
+    });
+    // A read that hangs in a broken disk must not keep the process from ending.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    served
+}
+
+/// Serves `data.sock` until `shutdown`; the data plane starts as soon as the node has an identity.
+pub async fn serve(options: EngineOptions, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let paths = &options.paths;
+    make_directories(paths)?;
+    let instance = DataInstance::random();
+    let server = Server::new(instance, paths.clone());
+    let socket = paths.data_socket();
+    let uplink = Uplink::new(paths.control_socket());
+
+    let engine = async {
+        let identity = wait_for_identity(paths).await?;
+        let node = identity.node();
+        let engine = Engine::start(instance, identity, &options, uplink.clone()).await?;
+        tracing::info!(%node, ?instance, "the data plane is up");
+        server.ready(engine.clone());
+        uplink.hello(instance).await;
+        engine.run(shutdown.clone()).await;
+        anyhow::Ok(())
+    };
+    let sockets = async { Ok(serve_unix(&socket, Arc::new(server.clone()), shutdown.clone()).await?) };
+    let ended: anyhow::Result<()> = tokio::select! {
+        ended = engine => ended,
+        ended = sockets => ended,
+        () = shutdown.cancelled() => Ok(()),
+    };
+    shutdown.cancel();
+    ended
+}
+
+async fn wait_for_identity(paths: &NodePaths) -> anyhow::Result<Identity> {
+    let mut told = false;
+    loop {
+        match Identity::load(&paths.identity()) {
+            Ok(Some(identity)) => return Ok(identity),
+            Ok(None) if told => {}
+            Ok(None) => {
+                told = true;
+                tracing::info!("this node is in no cluster yet: waiting");
+            }
+            Err(error) => return Err(error).context("the node's identity cannot be used"),
+        }
+        tokio::time::sleep(IDENTITY_POLL).await;
+    }
+}
+
+/// Guests' sockets are made in directories that pass their group on, so that the unprivileged VMMs may connect.
+fn make_directories(paths: &NodePaths) -> anyhow::Result<()> {
+    let group = vmm_group();
+    for dir in
+        [paths.state().to_owned(), paths.run().to_owned(), paths.data(), paths.disks(), paths.inflight()]
+    {
+        std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    }
+    for dir in [paths.block_sockets(), paths.port_sockets()] {
+        std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        if let Some(group) = group {
+            nix::unistd::chown(&dir, None, Some(group))
+                .with_context(|| format!("cannot give {} to the group {VMM_GROUP}", dir.display()))?;
+            std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o2750))
+                .with_context(|| format!("cannot set the permissions of {}", dir.display()))?;
+        }
+    }
+    // Sockets get the permissions that the umask leaves: connecting needs the right to write.
+    nix::sys::stat::umask(nix::sys::stat::Mode::S_IRWXO);
+    Ok(())
+}
+
+/// The group of the VMMs' user, when this process may give sockets to it.
+fn vmm_group() -> Option<nix::unistd::Gid> {
+    if !nix::unistd::geteuid().is_root() {
+        return None;
+    }
+    nix::unistd::Group::from_name(VMM_GROUP).ok().flatten().map(|group| group.gid)
+}

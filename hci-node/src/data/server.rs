@@ -1,0 +1,180 @@
+//! Serves `data.sock`: decodes calls, hands them to the [`Engine`], encodes answers.
+
+use std::{
+    collections::BTreeSet,
+    future::Future,
+    sync::{Arc, OnceLock},
+};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use netfabric::rpc::{Caller, ErrorCode, Handler, MAX_BULK, Request, Response, RpcError, codec};
+use storage::status::StorageStatus;
+
+use super::{
+    disks::{inventory, prepare},
+    engine::Engine,
+    protocol::{
+        Apply, CopyVolume, DataCall, DataConfig, DataInstance, DeleteVolume, FormatDisk, FormattedDisk,
+        LeaseState, ListDisks, LocalDisk, Metrics, Observed, Readiness, RenewLease, Status, VolumeFlush,
+        VolumeRead, VolumeWrite,
+    },
+};
+use crate::{paths::NodePaths, state};
+
+/// The handler of `data.sock`. It is there before the node has an identity; the engine comes later.
+#[derive(Clone)]
+pub(crate) struct Server {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    instance: DataInstance,
+    paths: NodePaths,
+    engine: OnceLock<Arc<Engine>>,
+    /// Disks are prepared one after the other: two calls must not race for one device.
+    preparing: tokio::sync::Mutex<()>,
+}
+
+impl Server {
+    pub(crate) fn new(instance: DataInstance, paths: NodePaths) -> Self {
+        let shared =
+            Shared { instance, paths, engine: OnceLock::new(), preparing: tokio::sync::Mutex::default() };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// From now on calls reach this engine. Only the first call counts.
+    pub(crate) fn ready(&self, engine: Arc<Engine>) {
+        if self.shared.engine.set(engine).is_err() {
+            tracing::warn!("the data engine was started twice");
+        }
+    }
+
+    fn engine(&self) -> Result<Arc<Engine>, RpcError> {
+        let unjoined = || RpcError::new(ErrorCode::Unavailable, "this node is in no cluster yet");
+        self.shared.engine.get().cloned().ok_or_else(unjoined)
+    }
+
+    fn observed(&self) -> Observed {
+        match self.shared.engine.get() {
+            Some(engine) => engine.observed(),
+            None => Observed {
+                instance: self.shared.instance,
+                revision: None,
+                lease: LeaseState::Lapsed,
+                readiness: Readiness::Unjoined,
+                storage: StorageStatus::default(),
+            },
+        }
+    }
+
+    async fn dispatch(self, request: Request) -> Result<Response, RpcError> {
+        match request.method {
+            Apply::METHOD => answer(&request, |call: Apply| self.apply(call, request.bulk.clone())).await,
+            RenewLease::METHOD => {
+                answer(&request, async |call: RenewLease| {
+                    self.engine()?.renew_lease(call.until);
+                    Ok(())
+                })
+                .await
+            }
+            Status::METHOD => answer(&request, async |_: Status| Ok(self.observed())).await,
+            Metrics::METHOD => answer(&request, async |_: Metrics| Ok(self.engine()?.metrics())).await,
+            VolumeRead::METHOD => self.read(request.decode()?).await,
+            VolumeWrite::METHOD => {
+                answer(&request, async |call: VolumeWrite| {
+                    self.engine()?.write(call.volume, call.offset, request.bulk.clone()).await
+                })
+                .await
+            }
+            VolumeFlush::METHOD => {
+                answer(&request, async |call: VolumeFlush| self.engine()?.flush(call.volume).await).await
+            }
+            CopyVolume::METHOD => {
+                answer(&request, async |call: CopyVolume| self.engine()?.copy(call).await).await
+            }
+            FormatDisk::METHOD => answer(&request, |call: FormatDisk| self.format(call)).await,
+            ListDisks::METHOD => answer(&request, |_: ListDisks| list_disks()).await,
+            DeleteVolume::METHOD => {
+                answer(&request, async |call: DeleteVolume| self.engine()?.delete(call.volume).await).await
+            }
+            other => Err(RpcError::unknown_method(other)),
+        }
+    }
+
+    async fn apply(&self, call: Apply, bulk: Bytes) -> Result<Observed, RpcError> {
+        if call.instance != self.shared.instance {
+            return Err(RpcError::new(ErrorCode::Refused, "the data process has been restarted"));
+        }
+        let config: DataConfig = codec::decode(&bulk)?;
+        let engine = self.engine()?;
+        engine.apply(config).await?;
+        Ok(engine.observed())
+    }
+
+    async fn read(&self, call: VolumeRead) -> Result<Response, RpcError> {
+        if call.length as usize > MAX_BULK {
+            return Err(RpcError::new(ErrorCode::Malformed, format!("more than {MAX_BULK} bytes at once")));
+        }
+        let data = self.engine()?.read(call.volume, call.offset, u64::from(call.length)).await?;
+        Ok(Response::new(&())?.with_bulk(data))
+    }
+
+    async fn format(&self, call: FormatDisk) -> Result<FormattedDisk, RpcError> {
+        let _one_at_a_time = self.shared.preparing.lock().await;
+        let mount_point = self.shared.paths.disk(state::DiskId(call.disk.0));
+        blocking(move || prepare::prepare(call.disk, &call.path, call.wipe, &mount_point))
+            .await?
+            .map_err(|error| RpcError::new(ErrorCode::Refused, chain(&error)))
+    }
+}
+
+impl Handler for Server {
+    fn handle(&self, from: Caller, request: Request) -> BoxFuture<'static, Result<Response, RpcError>> {
+        let server = self.clone();
+        Box::pin(async move {
+            match from {
+                Caller::Local => server.dispatch(request).await,
+                Caller::Node(_) => Err(RpcError::new(ErrorCode::Refused, "only local processes may call")),
+            }
+        })
+    }
+}
+
+async fn answer<C, F>(request: &Request, serve: impl FnOnce(C) -> F) -> Result<Response, RpcError>
+where
+    C: DataCall,
+    F: Future<Output = Result<C::Reply, RpcError>>,
+{
+    let reply = serve(request.decode()?).await?;
+    Ok(Response::new(&reply)?)
+}
+
+async fn list_disks() -> Result<Vec<LocalDisk>, RpcError> {
+    let disks = blocking(inventory::list).await?;
+    disks.map_err(|error| RpcError::new(ErrorCode::Internal, format!("cannot list the disks: {error}")))
+}
+
+/// Runs what blocks on a thread where it may.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, RpcError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| RpcError::new(ErrorCode::Internal, format!("the work was not finished: {error}")))
+}
+
+/// An error with all its causes on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut said = BTreeSet::from([text.clone()]);
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if said.insert(cause_text.clone()) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}

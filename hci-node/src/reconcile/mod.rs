@@ -1,0 +1,155 @@
+//! The reconciler: every node makes what runs on it match its copy of the cluster state.
+//!
+//! It looks (cluster state, data process, VMs' directories), plans ([`plan`], pure), does what was planned
+//! (`actions`), and looks again when something has changed. No step depends on a message that is sent once, so a crash
+//! of any process at any point is repaired by the next look.
+//!
+//! | start reading at | it is |
+//! |---|---|
+//! | [`plan`] | what has to be done: pure |
+//! | [`observed`] | what the planner looks at besides the state |
+//! | `executor` | the loop, and the lease's standing |
+//! | `actions` | how each thing is done |
+//! | [`link`] | the link to the data process: configuration and lease |
+//! | [`commits`] | serves `control.sock`: storage's commits |
+//! | [`vm_process`] | VMM processes: started, found again, ended |
+//! | [`boot_files`] | kernels and initramfs on this node |
+//! | [`console`] | guests' consoles on any node |
+//! | [`peers`] | what reconcilers of different nodes ask each other |
+//! | [`cluster`] | what is needed of the rest of the control process |
+//!
+//! **Self-fencing.** Guests run only under the node's lease. When it runs out, the data process lets I/O wait and
+//! silences the ports, and VMMs are killed; that takes milliseconds, and the leader waits two seconds longer before it
+//! starts them elsewhere. When the lease is back, nothing is started before the local copy of the state is as recent
+//! as the lease.
+
+mod actions;
+pub mod boot_files;
+pub mod cluster;
+pub mod commits;
+pub mod console;
+mod executor;
+pub mod link;
+pub mod observed;
+pub mod peers;
+pub mod plan;
+mod report;
+pub mod vm_process;
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use netfabric::rpc::{Handler, ServeError, serve_unix};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::{
+    actions::Tools,
+    cluster::{Cluster, Lease},
+    commits::{CommitHandler, CommitServer},
+    console::{Console, ConsoleError},
+    executor::{Executor, Shown},
+    peers::PeerHandler,
+};
+use crate::{
+    data::client::DataClient,
+    paths::NodePaths,
+    state::{ContentHash, NodeId, VmId, report::LocalReport},
+};
+
+/// Greetings of data processes that wait to be noticed.
+const GREETINGS: usize = 8;
+
+/// What a reconciler needs.
+pub struct Options {
+    /// This node.
+    pub me: NodeId,
+    /// Its paths.
+    pub paths: NodePaths,
+    /// The cluster.
+    pub cluster: Arc<dyn Cluster>,
+    /// This node's lease, each time that it was renewed.
+    pub lease: watch::Receiver<Lease>,
+    /// How long a lease holds at most: one that a predecessor of this process had is over by then.
+    pub node_lease: Duration,
+}
+
+/// The running reconciler of a node. Cheap to clone.
+#[derive(Clone)]
+pub struct Reconciler {
+    me: NodeId,
+    paths: NodePaths,
+    cluster: Arc<dyn Cluster>,
+    data: DataClient,
+    shown: Arc<Mutex<Shown>>,
+    peers: PeerHandler,
+    tasks: TaskTracker,
+}
+
+impl Reconciler {
+    /// Starts it on the current runtime, and serves `control.sock`, until `shutdown`.
+    pub fn start(options: Options, shutdown: CancellationToken) -> Self {
+        let Options { me, paths, cluster, lease, node_lease } = options;
+        let data = DataClient::new(paths.data_socket());
+        let tasks = TaskTracker::new();
+        let (started_in, started) = mpsc::channel(GREETINGS);
+        let commits = Arc::new(CommitServer::new(cluster.clone(), paths.clone(), started_in));
+        let link = link::start(data.clone(), lease.clone(), started, shutdown.clone(), &tasks);
+        let tools = Tools {
+            me,
+            paths: paths.clone(),
+            cluster: cluster.clone(),
+            data: data.clone(),
+            vm_ended: Arc::new(Notify::new()),
+        };
+        let shown = Arc::new(Mutex::new(Shown::default()));
+        tasks.spawn(Executor::new(tools, lease, node_lease, link, shown.clone()).run(shutdown.clone()));
+        let socket = paths.control_socket();
+        tasks.spawn(async move {
+            let served: Result<(), ServeError> =
+                serve_unix(&socket, Arc::new(CommitHandler(commits)), shutdown).await;
+            if let Err(error) = served {
+                tracing::error!(%error, "the data process cannot be served");
+            }
+        });
+        tasks.close();
+        let peers = PeerHandler::new(paths.clone());
+        Self { me, paths, cluster, data, shown, peers, tasks }
+    }
+
+    /// What this node sees, for the renewal of its lease.
+    pub fn report(&self) -> LocalReport {
+        self.shown.lock().report.clone()
+    }
+
+    /// The boot files that this node holds, for the same.
+    pub fn boot_files(&self) -> Vec<ContentHash> {
+        self.shown.lock().boot_files.clone()
+    }
+
+    /// Calls to the data process of this node.
+    pub fn data(&self) -> &DataClient {
+        &self.data
+    }
+
+    /// Serves [`peers::METHODS`] on the control mesh.
+    pub fn peer_handler(&self) -> Arc<dyn Handler> {
+        Arc::new(self.peers.clone())
+    }
+
+    /// Attaches to the console of a VM that runs on `node`.
+    pub async fn attach_console(&self, node: NodeId, vm: VmId) -> Result<Box<dyn Console>, ConsoleError> {
+        console::attach(self.cluster.clone(), &self.paths, self.me, node, vm).await
+    }
+
+    /// The last output of a VM that runs on `node`.
+    pub async fn console_log(&self, node: NodeId, vm: VmId) -> Result<Bytes, ConsoleError> {
+        console::log(self.cluster.clone(), &self.paths, self.me, node, vm).await
+    }
+
+    /// Returns when everything has ended after the shutdown. VMMs go on.
+    pub async fn stopped(&self) {
+        self.tasks.wait().await;
+    }
+}

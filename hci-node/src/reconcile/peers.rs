@@ -1,0 +1,192 @@
+//! What reconcilers of different nodes ask each other over the control mesh: boot files, and guests' consoles.
+//!
+//! A call is one request and one answer, so a console that is attached from another node is a session: its reads wait
+//! for output, up to [`CONSOLE_WAIT`], and a session that nobody reads from ends by itself.
+
+use std::{ops::RangeInclusive, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use netfabric::rpc::{CallError, Caller, ErrorCode, Handler, Request, Response, RpcError};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use uuid::Uuid;
+
+use super::{boot_files, cluster::Cluster, console::Sessions};
+use crate::{
+    paths::NodePaths,
+    state::{ContentHash, NodeId, VmId},
+};
+
+/// The methods that [`PeerHandler`] serves. The control process sends these calls to it.
+pub const METHODS: RangeInclusive<u16> = 0x0400..=0x04ff;
+/// How long a read of a console waits for output.
+pub const CONSOLE_WAIT: Duration = Duration::from_secs(5);
+/// Deadline of a call: longer than any wait in it.
+const DEADLINE: Duration = Duration::from_secs(15);
+
+/// A call between reconcilers.
+pub trait PeerCall: Serialize + DeserializeOwned + Send + Sync {
+    /// Its number.
+    const METHOD: u16;
+    /// What it answers besides bulk data.
+    type Reply: Serialize + DeserializeOwned + Send;
+}
+
+/// Asks for a piece of a boot file, which comes as bulk data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReadBootFile {
+    /// Which file.
+    pub file: ContentHash,
+    /// Where the piece starts.
+    pub offset: u64,
+    /// How much at most.
+    pub length: u32,
+}
+
+/// Asks whether a node holds a boot file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HasBootFile {
+    /// Which file.
+    pub file: ContentHash,
+}
+
+/// Attaches to the console of a VM that runs on the called node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenConsole {
+    /// The VM.
+    pub vm: VmId,
+}
+
+/// Name of an attached console.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ConsoleId(pub Uuid);
+
+/// Waits for output, which comes as bulk data; none came in time when that is empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReadConsole {
+    /// Which.
+    pub console: ConsoleId,
+}
+
+/// Types the bulk data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WriteConsole {
+    /// Which.
+    pub console: ConsoleId,
+}
+
+/// Detaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloseConsole {
+    /// Which.
+    pub console: ConsoleId,
+}
+
+/// Whether a console goes on after a read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ConsoleFlow {
+    /// It does.
+    Open,
+    /// The VM is gone.
+    Ended,
+}
+
+/// Whether a node holds a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Holding {
+    /// It does, all of it.
+    Complete,
+    /// It does not (yet).
+    Missing,
+}
+
+macro_rules! peer_calls {
+    ($($method:literal $call:ty => $reply:ty;)*) => {
+        $(impl PeerCall for $call {
+            const METHOD: u16 = $method;
+            type Reply = $reply;
+        })*
+    };
+}
+
+peer_calls! {
+    0x0401 ReadBootFile => ();
+    0x0402 HasBootFile => Holding;
+    0x0411 OpenConsole => ConsoleId;
+    0x0412 ReadConsole => ConsoleFlow;
+    0x0413 WriteConsole => ();
+    0x0414 CloseConsole => ();
+}
+
+/// Calls the reconciler of another node.
+pub async fn call<C: PeerCall>(
+    cluster: &dyn Cluster,
+    node: NodeId,
+    call: &C,
+    bulk: Bytes,
+) -> Result<(C::Reply, Bytes), CallError> {
+    let request = Request::new(C::METHOD, call)?.with_bulk(bulk);
+    let response = cluster.call_node(node, request, DEADLINE).await?;
+    Ok((response.decode()?, response.bulk))
+}
+
+/// Serves [`METHODS`] to other nodes.
+#[derive(Clone)]
+pub struct PeerHandler {
+    paths: NodePaths,
+    consoles: Arc<Sessions>,
+}
+
+impl PeerHandler {
+    /// A handler for the node with these paths.
+    pub fn new(paths: NodePaths) -> Self {
+        Self { consoles: Arc::new(Sessions::new(paths.clone())), paths }
+    }
+
+    async fn dispatch(self, request: Request) -> Result<Response, RpcError> {
+        match request.method {
+            ReadBootFile::METHOD => {
+                let ReadBootFile { file, offset, length } = request.decode()?;
+                let read = move || boot_files::read(&self.paths, file, offset, length);
+                let piece = tokio::task::spawn_blocking(read).await.map_err(internal)?.map_err(internal)?;
+                let missing = || RpcError::new(ErrorCode::NotFound, format!("there is no file {file} here"));
+                Ok(Response::new(&())?.with_bulk(piece.ok_or_else(missing)?))
+            }
+            HasBootFile::METHOD => {
+                let HasBootFile { file } = request.decode()?;
+                let there = self.paths.boot_file(file).exists();
+                Ok(Response::new(&if there { Holding::Complete } else { Holding::Missing })?)
+            }
+            OpenConsole::METHOD => {
+                let OpenConsole { vm } = request.decode()?;
+                Ok(Response::new(&self.consoles.open(vm).await?)?)
+            }
+            ReadConsole::METHOD => {
+                let ReadConsole { console } = request.decode()?;
+                let (flow, output) = self.consoles.read(console).await?;
+                Ok(Response::new(&flow)?.with_bulk(output))
+            }
+            WriteConsole::METHOD => {
+                let WriteConsole { console } = request.decode()?;
+                self.consoles.write(console, &request.bulk).await?;
+                Ok(Response::new(&())?)
+            }
+            CloseConsole::METHOD => {
+                let CloseConsole { console } = request.decode()?;
+                self.consoles.close(console);
+                Ok(Response::new(&())?)
+            }
+            other => Err(RpcError::unknown_method(other)),
+        }
+    }
+}
+
+fn internal(error: impl std::fmt::Display) -> RpcError {
+    RpcError::new(ErrorCode::Internal, error.to_string())
+}
+
+impl Handler for PeerHandler {
+    fn handle(&self, _from: Caller, request: Request) -> BoxFuture<'static, Result<Response, RpcError>> {
+        Box::pin(self.clone().dispatch(request))
+    }
+}

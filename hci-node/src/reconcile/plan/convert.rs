@@ -1,0 +1,88 @@
+//! From the cluster state's types to those of the libraries, which know nothing of the cluster.
+
+use netfabric::overlay;
+use storage::{config, ids};
+
+use crate::state::{
+    Cleanliness, DiskId, Generation, MacAddr, PortId, Replica, ReplicaState, Volume, VolumeId,
+};
+
+impl From<DiskId> for ids::DiskId {
+    fn from(id: DiskId) -> Self {
+        Self(id.0)
+    }
+}
+
+impl From<ids::DiskId> for DiskId {
+    fn from(id: ids::DiskId) -> Self {
+        Self(id.0)
+    }
+}
+
+impl From<VolumeId> for ids::VolumeId {
+    fn from(id: VolumeId) -> Self {
+        Self(id.0)
+    }
+}
+
+impl From<ids::VolumeId> for VolumeId {
+    fn from(id: ids::VolumeId) -> Self {
+        Self(id.0)
+    }
+}
+
+impl From<Generation> for ids::Generation {
+    fn from(generation: Generation) -> Self {
+        Self(generation.0)
+    }
+}
+
+impl From<ids::Generation> for Generation {
+    fn from(generation: ids::Generation) -> Self {
+        Self(generation.0)
+    }
+}
+
+impl From<PortId> for overlay::PortId {
+    fn from(id: PortId) -> Self {
+        Self::new(id.0)
+    }
+}
+
+impl From<MacAddr> for overlay::MacAddr {
+    fn from(mac: MacAddr) -> Self {
+        Self::new(mac.0)
+    }
+}
+
+/// A volume as its coordinator is told.
+pub fn volume_config(volume: &Volume, access: config::Access) -> config::VolumeConfig {
+    let segments = volume.segments.iter().zip(0..).map(|(segment, index)| config::SegmentConfig {
+        index: ids::SegmentIndex(index),
+        replicas: segment.replicas.iter().map(replica_config).collect(),
+    });
+    config::VolumeConfig {
+        id: volume.id.into(),
+        size: ids::ByteSize(volume.size_bytes),
+        generation: volume.generation.into(),
+        min_in_sync: volume.min_in_sync,
+        durability: config::Durability::WriteBack,
+        clean: match volume.cleanliness {
+            Cleanliness::Clean => config::CleanState::Clean,
+            Cleanliness::Unclean => config::CleanState::Unclean,
+        },
+        segments: segments.collect(),
+        access,
+    }
+}
+
+fn replica_config(replica: &Replica) -> config::ReplicaConfig {
+    config::ReplicaConfig {
+        disk: replica.disk.into(),
+        node: replica.node,
+        state: match replica.state {
+            ReplicaState::InSync => config::ReplicaState::InSync,
+            ReplicaState::OutOfSync => config::ReplicaState::OutOfSync,
+        },
+    }
+}

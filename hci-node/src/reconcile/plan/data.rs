@@ -1,0 +1,224 @@
+//! Plans what the data process does, and what has to be committed for it.
+//!
+//! The rule that carries safety: **a data process serves a generation only when no other one can have served it.** Its
+//! predecessor, killed a moment ago, may have had writes under way that the new one knows nothing of. So after a
+//! restart every volume that was being written to is opened anew, with a higher generation, before it is served.
+
+use netfabric::overlay::{ForwardEntry, NetworkConfig, OverlayConfig, PortConfig, Vni};
+use storage::{
+    config::{Access, DiskConfig, StorageConfig},
+    status::{DiskHealth, VolumeState},
+};
+
+use super::{Action, View, convert, lost_nodes};
+use crate::{
+    data::protocol::{DataConfig, PeerConfig},
+    reconcile::observed::DataView,
+    state::{
+        Cleanliness, Disk, DiskState, Network, Port, PortId, Vm, Volume, VolumeFill, VolumeId, VolumeUse,
+    },
+};
+
+/// Plans the configuration, and all actions about volumes and disks. None while there is no data process.
+pub fn plan(view: View<'_>, actions: &mut Vec<Action>) -> Option<DataConfig> {
+    let data = view.observed.data.as_ref()?;
+    plan_disks(view, data, actions);
+    let mut volumes = Vec::new();
+    for volume in view.state.volumes_on(view.me) {
+        let access = match view.state.volume_use(volume) {
+            VolumeUse::Guest(_) => Access::VhostUser { socket: view.paths.block_socket(volume.id) },
+            VolumeUse::Internal => Access::Internal,
+            VolumeUse::Nothing => {
+                plan_close(volume, data, actions);
+                continue;
+            }
+        };
+        if may_serve(volume, data) {
+            volumes.push(convert::volume_config(volume, access));
+        } else {
+            actions.push(open(view, volume));
+        }
+        if let VolumeFill::CopyOf(source) = volume.fill {
+            plan_fill(view, data, volume, source, actions);
+        }
+    }
+    plan_purges(view, data, actions);
+    Some(DataConfig {
+        revision: view.state.revision,
+        peers: peers(view),
+        storage: StorageConfig { disks: disks(view), volumes },
+        overlay: overlay(view),
+    })
+}
+
+fn open(view: View<'_>, volume: &Volume) -> Action {
+    Action::OpenVolume {
+        volume: volume.id,
+        expected: volume.generation,
+        unreachable: lost_nodes(view.state).into_iter().filter(|node| *node != view.me).collect(),
+    }
+}
+
+/// What the data process says about a volume: generation and state.
+fn status(data: &DataView, volume: VolumeId) -> Option<(crate::state::Generation, &VolumeState)> {
+    let volumes = &data.status.storage.volumes;
+    let found = volumes.iter().find(|status| VolumeId::from(status.id) == volume)?;
+    Some((found.generation.into(), &found.state))
+}
+
+/// Whether this instance of the data process may serve the volume's present generation.
+fn may_serve(volume: &Volume, data: &DataView) -> bool {
+    if data.grants.get(&volume.id) == Some(&volume.generation) {
+        return true;
+    }
+    match status(data, volume.id) {
+        // It serves it already.
+        Some((generation, state)) if generation == volume.generation => {
+            !matches!(state, VolumeState::Fenced | VolumeState::Closed)
+        }
+        // It was raised while this instance had an older one: nobody else had it.
+        Some((generation, _)) if generation < volume.generation => true,
+        // Every coordinator marks the volume as unclean before it serves.
+        _ => volume.cleanliness == Cleanliness::Clean,
+    }
+}
+
+/// Whether the volume is open in its present generation, and configured as the state says now.
+pub fn is_open(volume: &Volume, data: &DataView) -> bool {
+    status(data, volume.id) == Some((volume.generation, &VolumeState::Open))
+}
+
+fn plan_close(volume: &Volume, data: &DataView, actions: &mut Vec<Action>) {
+    let configured = data.applied.as_ref().is_none_or(|config| {
+        config.storage.volumes.iter().any(|present| VolumeId::from(present.id) == volume.id)
+    });
+    let closing = matches!(status(data, volume.id), Some((_, state)) if *state != VolumeState::Closed);
+    // While the data process closes it, it tells the cluster itself that all replicas are equal.
+    if !configured && !closing {
+        actions.push(Action::CloseVolume {
+            volume: volume.id,
+            generation: volume.generation,
+            cleanliness: volume.cleanliness,
+        });
+    }
+}
+
+fn plan_fill(view: View<'_>, data: &DataView, volume: &Volume, source: VolumeId, actions: &mut Vec<Action>) {
+    // The leader opens the source beside the volume when nobody else copies from it.
+    let Some(source) = view.state.volumes.get(&source) else { return };
+    if is_open(volume, data) && is_open(source, data) {
+        actions.push(Action::FillVolume {
+            volume: volume.id,
+            generation: volume.generation,
+            source: source.id,
+            size_bytes: source.size_bytes,
+        });
+    }
+}
+
+fn my_disks<'a>(view: View<'a>) -> impl Iterator<Item = &'a Disk> {
+    view.state.disks.values().filter(move |disk| disk.node == view.me)
+}
+
+fn disks(view: View<'_>) -> Vec<DiskConfig> {
+    let prepared = my_disks(view).filter_map(|disk| disk.store.as_ref().map(|store| (disk.id, store)));
+    prepared.map(|(id, store)| DiskConfig { id: id.into(), path: store.into() }).collect()
+}
+
+fn plan_disks(view: View<'_>, data: &DataView, actions: &mut Vec<Action>) {
+    for disk in my_disks(view) {
+        let health = data.status.storage.disks.iter().find(|status| status.id == disk.id.into());
+        match (&disk.state, health.map(|status| &status.health)) {
+            (DiskState::Preparing, _) => actions.push(Action::PrepareDisk {
+                disk: disk.id,
+                path: disk.path.clone().into(),
+                wipe: disk.wipe,
+            }),
+            (DiskState::Ready, Some(DiskHealth::Failed(reason))) => {
+                actions.push(Action::ReportDisk { disk: disk.id, failed: Some(reason.clone()) });
+            }
+            (DiskState::Failed { .. }, Some(DiskHealth::Ok | DiskHealth::Full)) => {
+                actions.push(Action::ReportDisk { disk: disk.id, failed: None });
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Removes what is left of deleted volumes, from those disks that work.
+fn plan_purges(view: View<'_>, data: &DataView, actions: &mut Vec<Action>) {
+    for (volume, disks) in &view.state.purge {
+        let works = |disk: &Disk| {
+            let found = data.status.storage.disks.iter().find(|status| status.id == disk.id.into());
+            found.is_some_and(|status| !matches!(status.health, DiskHealth::Failed(_)))
+        };
+        let mine: Vec<_> = my_disks(view)
+            .filter(|disk| disks.contains(&disk.id) && works(disk))
+            .map(|disk| disk.id)
+            .collect();
+        // Still open here: the configuration that is planned now closes it first.
+        let open = matches!(status(data, *volume), Some((_, state)) if *state != VolumeState::Closed);
+        if !mine.is_empty() && !open {
+            actions.push(Action::PurgeVolume { volume: *volume, disks: mine });
+        }
+    }
+}
+
+fn peers(view: View<'_>) -> Vec<PeerConfig> {
+    let others = view.state.nodes.values().filter(|node| node.id != view.me);
+    others
+        .map(|node| PeerConfig {
+            node: node.id,
+            storage: node.addresses.storage,
+            frames: node.addresses.frames,
+        })
+        .collect()
+}
+
+fn overlay(view: View<'_>) -> OverlayConfig {
+    let state = view.state;
+    let port_of = |id: &PortId| state.ports.get(id);
+    let mut config = OverlayConfig::default();
+    for vm in state.vms_on(view.me) {
+        config
+            .ports
+            .extend(vm.ports.iter().filter_map(port_of).filter_map(|port| port_config(view, vm, port)));
+    }
+    for network in state.networks.values() {
+        let Ok(vni) = Vni::try_from(network.vni.0) else { continue };
+        if config.ports.iter().any(|port| port.vni == vni) {
+            config.networks.push(network_config(network, vni));
+            config.forwarding.extend(state.ports_of(network.id).filter_map(|port| forward(view, port, vni)));
+        }
+    }
+    config
+}
+
+fn port_config(view: View<'_>, vm: &Vm, port: &Port) -> Option<PortConfig> {
+    let network = view.state.networks.get(&port.network)?;
+    Some(PortConfig {
+        id: port.id.into(),
+        vni: Vni::try_from(network.vni.0).ok()?,
+        mac: port.mac.into(),
+        ip: port.ip,
+        hostname: vm.name.clone(),
+        socket: view.paths.port_socket(port.id),
+    })
+}
+
+fn network_config(network: &Network, vni: Vni) -> NetworkConfig {
+    NetworkConfig {
+        vni,
+        subnet: network.subnet,
+        gateway: network.gateway,
+        mtu: network.mtu,
+        dns: network.dns.clone(),
+        domain: network.domain.clone(),
+    }
+}
+
+/// Where the VM of a port runs, unless that is here or nowhere.
+fn forward(view: View<'_>, port: &Port, vni: Vni) -> Option<ForwardEntry> {
+    let node = view.state.vms.get(&port.vm)?.assignment?.node;
+    (node != view.me).then(|| ForwardEntry { vni, mac: port.mac.into(), ip: port.ip, node })
+}

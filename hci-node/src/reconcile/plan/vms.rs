@@ -1,0 +1,200 @@
+//! Plans what happens to VMs.
+//!
+//! A VM runs at most once in a run epoch, and on the node that it is assigned to only. What runs here without being
+//! meant to is killed at once. A run that has ended is told to the cluster until the cluster has taken note; only then
+//! are its records removed.
+
+use std::time::Duration;
+
+use storage::config::Access;
+use vmm::{DiskConfig, NicConfig, VmConfig};
+
+use super::{Action, View, data};
+use crate::{
+    reconcile::observed::{DataView, Observed, Run, RunPhase},
+    state::{
+        Assignment, DesiredRun, ImagePart, RunEpoch, StopMode, Vm, VmExit, VmId, VolumeId,
+        report::{VmReport, VmRunState},
+    },
+    vmm_role::record::Ended,
+};
+
+/// How long a guest may take to shut itself down after its power button was pressed.
+pub const SHUTDOWN_GRACE: Duration = Duration::from_secs(60);
+/// Most queues of a disk; more bring nothing with one data process thread for each.
+const MAX_DISK_QUEUES: u16 = 4;
+/// How long a starting VMM waits for its sockets. They are there before it is started.
+const BACKEND_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Kills everything that runs: the lease is gone.
+pub fn kill_all(observed: &Observed) -> Vec<Action> {
+    let alive = observed.runs.iter().filter(|(_, run)| matches!(run.phase, RunPhase::Alive { .. }));
+    alive.map(|(vm, run)| Action::KillVm { vm: *vm, epoch: run.epoch, why: Ended::LeaseLapsed }).collect()
+}
+
+/// Plans all VMs.
+pub fn plan(view: View<'_>, actions: &mut Vec<Action>) {
+    for (vm, run) in &view.observed.runs {
+        actions.extend(plan_run(view, *vm, run));
+    }
+    for vm in view.state.vms_on(view.me) {
+        if let Some(assignment) = vm.assignment
+            && !view.observed.runs.contains_key(&vm.id)
+        {
+            actions.extend(plan_start(view, vm, assignment));
+        }
+    }
+}
+
+/// The VM, if this run of it is the one that is assigned to this node.
+fn assigned<'a>(view: View<'a>, vm: VmId, epoch: RunEpoch) -> Option<&'a Vm> {
+    let vm = view.state.vms.get(&vm)?;
+    let assignment = vm.assignment?;
+    (assignment.node == view.me && assignment.epoch == epoch).then_some(vm)
+}
+
+/// How a run is to be ended, if it is.
+fn stop_mode(vm: &Vm, epoch: RunEpoch) -> Option<StopMode> {
+    match vm.desired {
+        DesiredRun::Stopped(mode) => Some(mode),
+        DesiredRun::Running if vm.restart == Some(epoch) => Some(StopMode::Graceful),
+        DesiredRun::Running => None,
+    }
+}
+
+fn plan_run(view: View<'_>, id: VmId, run: &Run) -> Option<Action> {
+    let epoch = run.epoch;
+    let kill = Action::KillVm { vm: id, epoch, why: Ended::Killed };
+    match (assigned(view, id, epoch), &run.phase) {
+        (None, RunPhase::Alive { .. }) => Some(kill),
+        (None, RunPhase::Ended(_)) => Some(Action::ForgetRun { vm: id, epoch }),
+        (Some(vm), RunPhase::Ended(ended)) => {
+            Some(Action::ReportExit { vm: id, epoch, exit: exit(vm, epoch, ended) })
+        }
+        (Some(vm), RunPhase::Alive { button_pressed }) => match (stop_mode(vm, epoch)?, button_pressed) {
+            (StopMode::Force, _) => Some(kill),
+            (StopMode::Graceful, None) => Some(Action::PressPowerButton { vm: id, epoch }),
+            (StopMode::Graceful, Some(since)) => (*since >= SHUTDOWN_GRACE).then_some(kill),
+        },
+    }
+}
+
+fn exit(vm: &Vm, epoch: RunEpoch, ended: &Ended) -> VmExit {
+    match ended {
+        Ended::GuestShutdown => VmExit::GuestShutdown,
+        Ended::LeaseLapsed => VmExit::NodeLost,
+        Ended::Killed => VmExit::Stopped,
+        // It was to end anyway.
+        Ended::Crashed(_) if stop_mode(vm, epoch).is_some() => VmExit::Stopped,
+        Ended::Crashed(why) => VmExit::Crashed(why.clone()),
+    }
+}
+
+fn plan_start(view: View<'_>, vm: &Vm, assignment: Assignment) -> Option<Action> {
+    let epoch = assignment.epoch;
+    if stop_mode(vm, epoch).is_some() {
+        return Some(Action::ReportExit { vm: vm.id, epoch, exit: VmExit::Stopped });
+    }
+    let config = Box::new(config(view, vm).ok()?);
+    Some(Action::StartVm { vm: vm.id, epoch, config })
+}
+
+/// What a VMM is told, or what is still missing for it.
+fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
+    let data = view.observed.data.as_ref().ok_or("the data process is away")?;
+    let (kernel, initramfs, cmdline) = boot(view, vm)?;
+    let disks =
+        vm.disks.iter().zip(0..).map(|(volume, index): (_, u32)| disk(view, data, vm, *volume, index));
+    let nics = vm.ports.iter().zip(0..).map(|(port, index): (_, u32)| {
+        let applied = data.applied.as_ref().map_or(&[][..], |config| &config.overlay.ports);
+        let port =
+            applied.iter().find(|there| there.id == (*port).into()).ok_or("its network ports are made")?;
+        let networks = data.applied.as_ref().map_or(&[][..], |config| &config.overlay.networks);
+        let mtu = networks.iter().find(|network| network.vni == port.vni).map(|network| network.mtu);
+        let mac = vmm::MacAddr(port.mac.octets());
+        Ok(NicConfig { id: format!("nic{index}"), socket: port.socket.clone(), mac, mtu })
+    });
+    Ok(VmConfig {
+        name: vm.name.clone(),
+        vcpus: vm.vcpus,
+        memory_bytes: vm.memory_bytes,
+        kernel,
+        initramfs,
+        cmdline,
+        disks: disks.collect::<Result<_, String>>()?,
+        nics: nics.collect::<Result<_, String>>()?,
+        console_socket: view.paths.vm(vm.id).console(),
+        backend_timeout_ms: u64::try_from(BACKEND_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
+    })
+}
+
+type Boot = (std::path::PathBuf, Option<std::path::PathBuf>, String);
+
+fn boot(view: View<'_>, vm: &Vm) -> Result<Boot, String> {
+    let image = view.state.images.get(&vm.image).ok_or("its image is gone")?;
+    let file = |part| {
+        let Some(file) = image.boot_file(part) else { return Ok(None) };
+        if view.observed.boot_files.contains(&file.hash) {
+            return Ok(Some(view.paths.boot_file(file.hash)));
+        }
+        Err(format!("the {} of its image is brought here", part.name()))
+    };
+    let kernel = file(ImagePart::Kernel)?.ok_or("its image has no kernel")?;
+    let cmdline = vm.cmdline.clone().unwrap_or_else(|| image.cmdline.clone());
+    Ok((kernel, file(ImagePart::Initramfs)?, cmdline))
+}
+
+fn disk(
+    view: View<'_>,
+    data: &DataView,
+    vm: &Vm,
+    volume: VolumeId,
+    index: u32,
+) -> Result<DiskConfig, String> {
+    let volume = view.state.volumes.get(&volume).ok_or("one of its volumes is gone")?;
+    let applied = data.applied.as_ref().map_or(&[][..], |config| &config.storage.volumes);
+    let socket = applied.iter().find_map(|there| match &there.access {
+        Access::VhostUser { socket }
+            if there.id == volume.id.into() && there.generation == volume.generation.into() =>
+        {
+            Some(socket.clone())
+        }
+        _ => None,
+    });
+    match socket {
+        Some(socket) if data::is_open(volume, data) => Ok(DiskConfig {
+            id: format!("disk{index}"),
+            socket,
+            queues: u16::from(vm.vcpus).clamp(1, MAX_DISK_QUEUES),
+            readonly: false,
+        }),
+        _ => Err(format!("volume {} is opened", volume.name)),
+    }
+}
+
+/// What the VMs here do.
+pub fn reports(view: View<'_>) -> Vec<VmReport> {
+    let mut reports: Vec<_> = view
+        .observed
+        .runs
+        .iter()
+        .map(|(vm, run)| {
+            let stopping = assigned(view, *vm, run.epoch).is_none_or(|vm| stop_mode(vm, run.epoch).is_some());
+            let state = match run.phase {
+                RunPhase::Ended(_) => VmRunState::Exited,
+                RunPhase::Alive { .. } if stopping => VmRunState::Stopping,
+                RunPhase::Alive { .. } => VmRunState::Running,
+            };
+            VmReport { vm: *vm, epoch: run.epoch, state }
+        })
+        .collect();
+    for vm in view.state.vms_on(view.me) {
+        if let Some(assignment) = vm.assignment
+            && !view.observed.runs.contains_key(&vm.id)
+        {
+            let why = config(view, vm).err().unwrap_or_else(|| "its VMM starts".to_owned());
+            reports.push(VmReport { vm: vm.id, epoch: assignment.epoch, state: VmRunState::Waiting(why) });
+        }
+    }
+    reports
+}

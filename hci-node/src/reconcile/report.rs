@@ -1,0 +1,55 @@
+//! What this node tells the leader about its disks, volumes and VMs with each renewal of its lease.
+
+use storage::status::{DiskHealth, ReplicaStatus, StorageStatus, VolumeState};
+
+use super::observed::DataView;
+use crate::state::report::{
+    DiskHealth as ReportedHealth, DiskReport, LocalReport, ProcessState, VmReport, VolumeReport,
+    VolumeRunState,
+};
+
+/// Puts the report together.
+pub(super) fn local_report(data: Option<&DataView>, vms: Vec<VmReport>) -> LocalReport {
+    let Some(data) = data else {
+        return LocalReport { vms, data_process: ProcessState::Away, ..LocalReport::default() };
+    };
+    let storage = &data.status.storage;
+    LocalReport { disks: disks(storage), volumes: volumes(storage), vms, data_process: ProcessState::Up }
+}
+
+fn disks(storage: &StorageStatus) -> Vec<DiskReport> {
+    let disks = storage.disks.iter().map(|disk| DiskReport {
+        disk: disk.id.into(),
+        capacity_bytes: disk.usage.total.0,
+        used_bytes: disk.usage.used.0,
+        health: match &disk.health {
+            DiskHealth::Ok => ReportedHealth::Ok,
+            DiskHealth::Full => ReportedHealth::Full,
+            DiskHealth::Failed(reason) => ReportedHealth::Failed(reason.clone()),
+        },
+    });
+    disks.collect()
+}
+
+fn volumes(storage: &StorageStatus) -> Vec<VolumeReport> {
+    let reported = storage.volumes.iter().filter_map(|volume| {
+        let state = match &volume.state {
+            VolumeState::Opening => VolumeRunState::Opening,
+            VolumeState::Open => VolumeRunState::Open,
+            VolumeState::Waiting(what) => VolumeRunState::Waiting(what.clone()),
+            VolumeState::Fenced => VolumeRunState::Fenced,
+            VolumeState::Closed => return None,
+        };
+        Some(VolumeReport {
+            volume: volume.id.into(),
+            generation: volume.generation.into(),
+            state,
+            resync_blocks_left: volume.replicas.iter().map(blocks_left).sum(),
+        })
+    });
+    reported.collect()
+}
+
+fn blocks_left(replica: &ReplicaStatus) -> u64 {
+    replica.resync.map_or(0, |resync| resync.blocks_left)
+}

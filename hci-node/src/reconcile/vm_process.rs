@@ -1,0 +1,235 @@
+//! VMM processes: starting them, finding them again, ending them.
+//!
+//! The VM's directory tells everything ([`crate::vmm_role::record`]), so that a control process that has just been
+//! started sees the same as the one that started the VMM. No parent's knowledge of its child is needed.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, OpenOptions},
+    io,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    path::PathBuf,
+    process::Stdio,
+    time::{Duration, Instant, SystemTime},
+};
+
+use netfabric::rpc::CallError;
+use nix::unistd::User;
+
+use crate::{
+    files::remove_if_there,
+    paths::{NodePaths, VmPaths},
+    state::{RunEpoch, VmId},
+    vmm_role::{
+        protocol::{self, Kill, PowerButton},
+        record::{self, Ended, ExitRecord, RunFile},
+    },
+};
+
+/// User that VMMs run as, when there is one by that name and the node runs as root.
+const VMM_USER: &str = "hci-vmm";
+/// How long after its run file was written a VMM may take to lock its directory before it counts as vanished.
+const SPAWN_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a VMM may take to end after it was told to, before it gets SIGKILL.
+const KILL_PATIENCE: Duration = Duration::from_secs(2);
+/// How often is looked whether it has.
+const KILL_POLL: Duration = Duration::from_millis(20);
+/// Lines of the log that go into the reason of a crash.
+const LOG_LINES: usize = 3;
+/// Bytes of the log that are looked at for them.
+const LOG_BYTES: usize = 4096;
+
+/// A run, as its directory shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FoundRun {
+    /// Which.
+    pub epoch: RunEpoch,
+    /// How it ended; none while its process is there.
+    pub ended: Option<Ended>,
+}
+
+/// Looks at all VMs' directories. A run that was just started and shows nothing yet counts as alive.
+pub fn scan(paths: &NodePaths) -> io::Result<BTreeMap<VmId, FoundRun>> {
+    let mut runs = BTreeMap::new();
+    let entries = match fs::read_dir(paths.vms()) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(runs),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let Some(vm) = entry?.file_name().to_str().and_then(|name| name.parse::<VmId>().ok()) else {
+            continue;
+        };
+        if let Some(run) = look(&paths.vm(vm))? {
+            runs.insert(vm, run);
+        }
+    }
+    Ok(runs)
+}
+
+fn look(paths: &VmPaths) -> io::Result<Option<FoundRun>> {
+    let Some(run) = record::run_file(paths)? else { return Ok(None) };
+    let epoch = run.epoch;
+    // In this order: a process that ends between the two looks has left its record.
+    let alive = record::running(paths)?.is_some();
+    let ended = match record::exit_record(paths)? {
+        _ if alive => None,
+        Some(record) if record.epoch == epoch => Some(record.ended),
+        _ if age(paths) < SPAWN_PATIENCE && !was_locked(paths) => None,
+        _ => Some(Ended::Crashed(format!("the VMM process vanished; {}", log_tail(paths)))),
+    };
+    Ok(Some(FoundRun { epoch, ended }))
+}
+
+fn age(paths: &VmPaths) -> Duration {
+    let written = fs::metadata(paths.config()).and_then(|meta| meta.modified());
+    written.ok().and_then(|at| SystemTime::now().duration_since(at).ok()).unwrap_or(Duration::MAX)
+}
+
+/// Whether a process of this run has held the directory: it writes the pid file anew, after the run file.
+fn was_locked(paths: &VmPaths) -> bool {
+    let modified = |path: PathBuf| fs::metadata(path).and_then(|meta| meta.modified()).ok();
+    match (modified(paths.pid()), modified(paths.config())) {
+        (Some(pid), Some(config)) => pid >= config,
+        _ => false,
+    }
+}
+
+fn log_tail(paths: &VmPaths) -> String {
+    let log = fs::read(paths.log()).unwrap_or_default();
+    let tail = String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_BYTES)..]).into_owned();
+    let lines: Vec<&str> =
+        tail.lines().rev().filter(|line| !line.trim().is_empty()).take(LOG_LINES).collect();
+    match lines.is_empty() {
+        true => "its log is empty".to_owned(),
+        false => format!("last in its log: {}", lines.into_iter().rev().collect::<Vec<_>>().join(" | ")),
+    }
+}
+
+/// Starts a VMM. It is the child of this process but does not depend on it.
+pub fn start(paths: &NodePaths, run: &RunFile) -> io::Result<tokio::process::Child> {
+    let vm = paths.vm(run.vm);
+    make_directory(paths, &vm)?;
+    // Nothing of an earlier run may be taken for this one's.
+    for stale in [vm.exit(), vm.socket(), vm.console()] {
+        remove_if_there(&stale)?;
+    }
+    record::write_run_file(&vm, run)?;
+    let log = OpenOptions::new().create(true).append(true).mode(0o600).open(vm.log())?;
+    let mut command = tokio::process::Command::new(executable()?);
+    command
+        .args(["vmm", "run", "--config"])
+        .arg(vm.config())
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .current_dir("/")
+        .kill_on_drop(false);
+    if vmm_user().is_some() {
+        command.args(["--user", VMM_USER]);
+    }
+    command.spawn()
+}
+
+/// The executable of this process, also after the file was replaced by an upgrade.
+fn executable() -> io::Result<PathBuf> {
+    let path = fs::read_link("/proc/self/exe")?;
+    Ok(match path.to_str().and_then(|path| path.strip_suffix(" (deleted)")) {
+        Some(replaced) => PathBuf::from(replaced),
+        None => path,
+    })
+}
+
+fn vmm_user() -> Option<User> {
+    if !nix::unistd::geteuid().is_root() {
+        return None;
+    }
+    User::from_name(VMM_USER).ok().flatten()
+}
+
+/// The VM's directory belongs to the VMM. On the way to it and to the boot files everybody may pass, but not look.
+fn make_directory(paths: &NodePaths, vm: &VmPaths) -> io::Result<()> {
+    fs::create_dir_all(vm.dir())?;
+    fs::create_dir_all(paths.boot_files())?;
+    for passage in [paths.state(), paths.run(), &paths.vms(), &paths.boot_files()] {
+        fs::set_permissions(passage, fs::Permissions::from_mode(0o711))?;
+    }
+    fs::set_permissions(vm.dir(), fs::Permissions::from_mode(0o700))?;
+    if let Some(user) = vmm_user() {
+        nix::unistd::chown(vm.dir(), Some(user.uid), Some(user.gid))?;
+        for file in [vm.pid(), vm.log()] {
+            match nix::unistd::chown(&file, Some(user.uid), Some(user.gid)) {
+                Ok(()) | Err(nix::errno::Errno::ENOENT) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Presses the power button.
+pub async fn press_power_button(paths: &VmPaths) -> Result<(), CallError> {
+    protocol::call(&paths.socket(), &PowerButton).await
+}
+
+/// Ends a VMM: by order first when there is time for it, then by SIGKILL. Returns when its directory is free.
+pub async fn kill(paths: &VmPaths, epoch: RunEpoch, why: Ended) -> io::Result<()> {
+    let record = ExitRecord { epoch, ended: why };
+    if record.ended == Ended::Killed
+        && protocol::call(&paths.socket(), &Kill).await.is_ok()
+        && ends_within(paths, KILL_PATIENCE).await?
+    {
+        return record::write_exit_record(paths, &record);
+    }
+    let deadline = Instant::now() + KILL_PATIENCE;
+    loop {
+        match record::running(paths)? {
+            // Recorded before anybody can see it gone and take it for a crash.
+            None => return record::write_exit_record(paths, &record),
+            Some(Some(process)) => record::kill_recorded(process)?,
+            // It has the lock and is about to write its pid.
+            Some(None) => {}
+        }
+        if Instant::now() >= deadline {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the VMM does not end"));
+        }
+        tokio::time::sleep(KILL_POLL).await;
+    }
+}
+
+async fn ends_within(paths: &VmPaths, patience: Duration) -> io::Result<bool> {
+    let deadline = Instant::now() + patience;
+    while record::running(paths)?.is_some() {
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+        tokio::time::sleep(KILL_POLL).await;
+    }
+    Ok(true)
+}
+
+/// Whether the log of an ended run is kept for those who ask why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Log {
+    /// The VM is still there.
+    Keep,
+    /// The VM is gone.
+    Remove,
+}
+
+/// Removes the records of an ended run.
+pub fn forget(paths: &VmPaths, log: Log) -> io::Result<()> {
+    match log {
+        Log::Keep => {
+            // The run file last: without it there is no run.
+            for file in [paths.exit(), paths.socket(), paths.console(), paths.config()] {
+                remove_if_there(&file)?;
+            }
+            Ok(())
+        }
+        Log::Remove => match fs::remove_dir_all(paths.dir()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        },
+    }
+}
