@@ -531,7 +531,7 @@ async fn start<S: StateMachine>(
     callers: tokio::runtime::Handle,
 ) -> Result<Parts<S>, StartError> {
     let log = LogStore::open(&options.log_dir)?;
-    let snapshots = SnapshotStore::open(options.store)?;
+    let snapshots = SnapshotStore::open(options.store, &options.log_dir)?;
     let server = Arc::new(Server::new(snapshots.clone(), options.handler, callers));
     let node = options.identity.node();
     let mesh = Mesh::start(options.identity, options.mesh, Arc::new(Service(server.clone()))).await?;

@@ -5,7 +5,7 @@
 //! | [`Consensus`] | the handle: start, propose, read, watch, membership |
 //! | [`StateMachine`] | what is replicated; the control plane's `ClusterState` implements it |
 //! | `machine` | the state machine behind openraft's interface: apply, snapshot, retries applied once |
-//! | `snapshot` | the latest snapshot, in the metadata store |
+//! | `snapshot` | the latest snapshot, in the metadata store and in a file |
 //! | `log_store` | Raft's log and vote |
 //! | `wal` | the write-ahead journal under it |
 //! | `network`, `server`, `protocol` | Raft's messages over the mesh, out and in |
@@ -31,8 +31,8 @@
 //!
 //! # When files are lost
 //!
-//! A damaged metadata store is set aside (see [`crate::meta_store`]); the snapshot comes from a peer, then the node
-//! goes on with its own log and vote. A damaged journal stops the node with an error: without its log and vote it must
+//! A damaged metadata store is set aside (see [`crate::meta_store`]); the snapshot comes from its second copy beside the
+//! log, or from a peer, then the node goes on with its own log and vote. A damaged journal stops the node with an error: without its log and vote it must
 //! not take part. It has to be removed from the cluster and joined again.
 
 mod handle;

@@ -50,7 +50,8 @@ impl StoreBuilder<TypeConfig, LogStore, Machine<Counters>, TempDir> for Builder 
     async fn build(&self) -> Result<(TempDir, LogStore, Machine<Counters>), StorageError<TypeConfig>> {
         let dir = tempfile::tempdir().unwrap();
         let log = LogStore::open(&dir.path().join("log")).unwrap();
-        let snapshots = SnapshotStore::open(MetaStore::open(&dir.path().join("meta")).unwrap()).unwrap();
+        let store = MetaStore::open(&dir.path().join("meta")).unwrap();
+        let snapshots = SnapshotStore::open(store, &dir.path().join("log")).unwrap();
         let (machine, _) = Machine::open(Counters::default(), snapshots).unwrap();
         Ok((dir, log, machine))
     }
@@ -131,6 +132,12 @@ impl Node {
             recovery_deadline: LONG,
         };
         Consensus::start(options, Counters::default()).await
+    }
+
+    fn scribble_over_store(&self) {
+        let data = self.meta_dir().join("db");
+        let length = std::fs::metadata(&data).unwrap().len();
+        std::fs::write(&data, vec![0xa5; usize::try_from(length).unwrap()]).unwrap();
     }
 
     fn kill(&mut self) {
@@ -246,6 +253,11 @@ async fn a_single_node_restarts_from_its_snapshot_and_log() {
         nodes[0].start().await;
         assert_eq!(nodes[0].read("n").await, 2);
     }
+    // With nobody to ask: the second copy of the snapshot stands in.
+    nodes[0].stop().await;
+    nodes[0].scribble_over_store();
+    nodes[0].start().await;
+    assert_eq!(nodes[0].read("n").await, 2);
     let status = nodes[0].consensus().status();
     assert!(status.purged_index > 0 && status.failure.is_none(), "{status:?}");
 }
@@ -262,9 +274,8 @@ async fn a_damaged_store_is_set_aside_and_reinstalled_from_a_peer() {
     }
     let victim = (leader(&nodes).await + 1) % 3;
     nodes[victim].stop().await;
-    let data = nodes[victim].meta_dir().join("db");
-    let length = std::fs::metadata(&data).unwrap().len();
-    std::fs::write(&data, vec![0xa5; usize::try_from(length).unwrap()]).unwrap();
+    nodes[victim].scribble_over_store();
+    std::fs::remove_file(nodes[victim].dir.path().join("log/snapshot.bin")).unwrap();
     nodes[victim].start().await;
     assert_eq!(nodes[victim].read("n").await, 21);
     assert_eq!(nodes[victim].add("n", 1).await, 22);

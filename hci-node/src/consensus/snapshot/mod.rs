@@ -1,10 +1,14 @@
-//! The latest snapshot of the state machine, in the metadata store.
+//! The latest snapshot of the state machine.
 //!
-//! A snapshot is cut into chunks that fit into a value. A new one is written beside the present one; when it is
-//! durable, one batch switches the manifest and removes the old chunks. The bytes are also kept in memory, to be
-//! sent to peers: the cluster's state is some megabytes.
+//! Its home is the metadata store. A snapshot is cut into chunks that fit into a value. A new one is written beside the
+//! present one; when it is durable, one batch switches the manifest and removes the old chunks. There is a second
+//! copy in a plain file ([`file`]), and the bytes are kept in memory to be sent to peers: the cluster's state is some
+//! megabytes.
+
+mod file;
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::BytesMut;
@@ -16,6 +20,8 @@ use crate::meta_store::{Batch, MAX_VALUE, MetaError, MetaStore};
 
 const MANIFEST_KEY: &[u8] = b"raft/snapshot/manifest";
 const CHUNK_PREFIX: &[u8] = b"raft/snapshot/chunk/";
+/// The second copy, in the directory of the log.
+const COPY_FILE: &str = "snapshot.bin";
 /// Chunks put into one batch.
 const BATCH_CHUNKS: usize = 16;
 
@@ -32,13 +38,10 @@ struct Manifest {
 #[derive(Clone, Debug)]
 pub(super) struct SnapshotStore {
     store: MetaStore,
-    current: Arc<Mutex<Current>>,
-}
-
-#[derive(Debug, Default)]
-struct Current {
-    number: u64,
-    snapshot: Option<Snapshot>,
+    copy: Arc<Path>,
+    current: Arc<Mutex<Option<Snapshot>>>,
+    /// Number of the snapshot in the store. Held while a new one is written.
+    number: Arc<Mutex<u64>>,
 }
 
 fn chunk_key(number: u64, index: u32) -> Vec<u8> {
@@ -46,21 +49,33 @@ fn chunk_key(number: u64, index: u32) -> Vec<u8> {
 }
 
 impl SnapshotStore {
-    /// Reads the latest snapshot, if there is one. A damaged one is as good as none: the log knows whether one is needed,
-    /// see [`super::recovery`].
-    pub(super) fn open(store: MetaStore) -> Result<Self, MetaError> {
-        let current = match Self::read(&store) {
+    /// Reads the latest snapshot, if there is one, from the store or its copy in the directory of the log. A damaged one
+    /// is as good as none: the log knows whether one is needed, see [`super::recovery`].
+    pub(super) fn open(store: MetaStore, log_dir: &Path) -> Result<Self, MetaError> {
+        let copy: PathBuf = log_dir.join(COPY_FILE);
+        let (number, stored) = match Self::read(&store) {
             Err(error) if error.is_damage() => {
                 tracing::error!(%error, "the Raft snapshot in the metadata store is lost");
-                Current::default()
+                (0, None)
             }
-            current => current?,
+            read => read?,
         };
-        Ok(Self { store, current: Arc::new(Mutex::new(current)) })
+        let copied = file::read(&copy).unwrap_or_else(|error| {
+            tracing::error!(%error, "the copy of the Raft snapshot is lost");
+            None
+        });
+        let last = |snapshot: &Option<Snapshot>| snapshot.as_ref().map(|s| s.meta.last_log_id);
+        let newest = if last(&copied) > last(&stored) { copied } else { stored };
+        Ok(Self {
+            store,
+            copy: copy.into(),
+            current: Arc::new(Mutex::new(newest)),
+            number: Arc::new(Mutex::new(number)),
+        })
     }
 
-    fn read(store: &MetaStore) -> Result<Current, MetaError> {
-        let mut current = Current::default();
+    fn read(store: &MetaStore) -> Result<(u64, Option<Snapshot>), MetaError> {
+        let mut current = (0, None);
         if let Some(manifest) = store.get(MANIFEST_KEY)? {
             let damaged = |reason: &str| MetaError::Damaged(format!("Raft snapshot: {reason}"));
             let manifest: Manifest = postcard::from_bytes(&manifest).map_err(|e| damaged(&e.to_string()))?;
@@ -72,15 +87,14 @@ impl SnapshotStore {
             if data.len() as u64 != manifest.length {
                 return Err(damaged("wrong length"));
             }
-            current.number = manifest.number;
-            current.snapshot = Some(Snapshot { meta: manifest.meta, snapshot: data.freeze() });
+            current = (manifest.number, Some(Snapshot { meta: manifest.meta, snapshot: data.freeze() }));
         }
         Ok(current)
     }
 
     /// The latest snapshot.
     pub(super) fn current(&self) -> Option<Snapshot> {
-        self.current.lock().snapshot.clone()
+        self.current.lock().clone()
     }
 
     /// Makes this the latest snapshot, unless a newer one is there. Durable when it returns.
@@ -90,15 +104,17 @@ impl SnapshotStore {
         saved.await.map_err(io::Error::other)?.map_err(io::Error::other)
     }
 
-    pub(super) fn save_blocking(&self, snapshot: Snapshot) -> Result<(), MetaError> {
-        let mut current = self.current.lock();
-        let newest = current.snapshot.as_ref().and_then(|s| s.meta.last_log_id);
+    fn save_blocking(&self, snapshot: Snapshot) -> Result<(), MetaError> {
+        let mut stored = self.number.lock();
+        let newest = self.current.lock().as_ref().and_then(|s| s.meta.last_log_id);
         if newest > snapshot.meta.last_log_id {
             return Ok(());
         }
-        let number = current.number + 1;
+        let copied = file::write(&self.copy, &snapshot);
+        copied.map_err(|source| MetaError::Io { path: self.copy.to_path_buf(), source })?;
+        let number = *stored + 1;
         // What a crash left of an unfinished one.
-        self.remove_chunks_except(current.number)?;
+        self.remove_chunks_except(*stored)?;
         let mut chunks = 0;
         for group in snapshot.snapshot.chunks(BATCH_CHUNKS * MAX_VALUE) {
             let mut batch = Batch::default();
@@ -118,7 +134,8 @@ impl SnapshotStore {
         self.store.apply(batch)?;
         self.store.commit_durable()?;
         self.remove_chunks_except(number)?;
-        *current = Current { number, snapshot: Some(snapshot) };
+        *stored = number;
+        *self.current.lock() = Some(snapshot);
         Ok(())
     }
 
@@ -137,31 +154,47 @@ mod tests {
     use super::*;
     use bytes::Bytes;
 
+    fn snapshot(data: Bytes) -> Snapshot {
+        Snapshot { meta: SnapshotMeta::default(), snapshot: data }
+    }
+
     #[test]
     fn the_latest_snapshot_survives_and_the_old_one_is_gone() {
         let dir = tempfile::tempdir().unwrap();
         let store = MetaStore::open(&dir.path().join("meta")).unwrap();
-        let snapshots = SnapshotStore::open(store.clone()).unwrap();
+        let open = || SnapshotStore::open(store.clone(), dir.path()).unwrap();
+        let copy = dir.path().join(COPY_FILE);
+        let snapshots = open();
         assert!(snapshots.current().is_none());
         for length in [0, 1, MAX_VALUE, 3 * BATCH_CHUNKS * MAX_VALUE + 17] {
             let data: Bytes = (0..length).map(|i| (i / 3) as u8).collect::<Vec<u8>>().into();
-            snapshots
-                .save_blocking(Snapshot { meta: SnapshotMeta::default(), snapshot: data.clone() })
-                .unwrap();
-            let reopened = SnapshotStore::open(store.clone()).unwrap();
-            assert_eq!(reopened.current().unwrap().snapshot, data);
+            snapshots.save_blocking(snapshot(data.clone())).unwrap();
+            std::fs::remove_file(&copy).unwrap();
+            assert_eq!(open().current().unwrap().snapshot, data);
             assert_eq!(store.scan(CHUNK_PREFIX).unwrap().len(), length.div_ceil(MAX_VALUE));
         }
+    }
+
+    #[test]
+    fn one_of_the_two_copies_is_enough() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = MetaStore::open(&dir.path().join("meta")).unwrap();
+        let open = || SnapshotStore::open(store.clone(), dir.path()).unwrap();
+        let copy = dir.path().join(COPY_FILE);
+        open().save_blocking(snapshot(Bytes::from_static(b"data"))).unwrap();
+        std::fs::write(&copy, "garbage").unwrap();
+        assert_eq!(open().current().unwrap().snapshot, b"data"[..]);
+
+        open().save_blocking(snapshot(Bytes::from_static(b"more"))).unwrap();
         let mut batch = Batch::default();
-        let key = store.scan(CHUNK_PREFIX).unwrap().swap_remove(0).0;
-        batch.remove(&key);
+        store.scan(CHUNK_PREFIX).unwrap().iter().for_each(|(key, _)| batch.remove(key));
         store.apply(batch).unwrap();
-        let damaged = SnapshotStore::open(store).unwrap();
-        assert!(damaged.current().is_none());
+        assert_eq!(open().current().unwrap().snapshot, b"more"[..]);
+
+        std::fs::remove_file(&copy).unwrap();
+        assert!(open().current().is_none());
         // The next one takes its place.
-        damaged
-            .save_blocking(Snapshot { meta: SnapshotMeta::default(), snapshot: Bytes::from_static(b"new") })
-            .unwrap();
-        assert_eq!(damaged.current().unwrap().snapshot, b"new"[..]);
+        open().save_blocking(snapshot(Bytes::from_static(b"next"))).unwrap();
+        assert_eq!(open().current().unwrap().snapshot, b"next"[..]);
     }
 }
