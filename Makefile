@@ -18,7 +18,7 @@ setup: ## Install the Debian packages that the build and the lab need
 	@tests/setup $(PACKAGES)
 
 demo: setup release iso ## Three servers from the ISO, a cluster, VMs, a lost server: the product's main job (KEEP=1 leaves the lab up)
-	@$(BIN)/demo --hci $(BIN)/hci --iso $(TARGET)/image/hci.iso --lab target/lab $(if $(KEEP),--keep)
+	@$(BIN)/demo --iso $(TARGET)/image/hci.iso --lab target/lab $(if $(KEEP),--keep)
 
 lab-down: ## End the lab that `make demo KEEP=1` left and free everything
 	@$(BIN)/hci-image lab down --dir target/lab
@@ -51,7 +51,7 @@ e2e-native: release
 
 e2e-lab: release iso
 	@echo "== end to end: three servers in the lab"
-	$(BIN)/demo --hci $(BIN)/hci --iso $(TARGET)/image/hci.iso --lab target/lab --faults
+	$(BIN)/demo --iso $(TARGET)/image/hci.iso --lab target/lab --faults
 
 bench: setup release ## Our storage and overlay beside the raw medium and the bare link
 	@$(BIN)/bench --hci $(BIN)/hci --out target/bench
