@@ -157,7 +157,9 @@ pub enum AnswerError {
     #[error("the answer file is wrong: {0}")]
     Value(String),
     /// No `[[node]]` is for this server.
-    #[error("no [[node]] of the answer file matches this server (serial {serial:?}, MACs {macs}); add one, or a [[node]] without match")]
+    #[error(
+        "no [[node]] of the answer file matches this server (serial {serial:?}, MACs {macs}); add one, or a [[node]] without match"
+    )]
     NoMatch {
         /// The machine's serial number.
         serial: String,
@@ -215,10 +217,10 @@ impl AnswerFile {
                 return wrong(format!("access.ssh_keys has {key:?}, which is not a public key of one line"));
             }
         }
-        if let DiskChoice::Match(choice) = &self.install.disk {
-            if *choice == DiskMatch::default() {
-                return wrong("install.disk is empty: name a path, serial, model or smallest = true".to_owned());
-            }
+        if let DiskChoice::Match(choice) = &self.install.disk
+            && *choice == DiskMatch::default()
+        {
+            return wrong("install.disk is empty: name a path, serial, model or smallest = true".to_owned());
         }
         for node in &self.node {
             check_hostname(&node.hostname)?;
@@ -230,7 +232,10 @@ impl AnswerFile {
                 return wrong("cluster.secret needs at least 16 characters".to_owned());
             }
             if !self.node.iter().any(|node| node.hostname == cluster.founder) {
-                return wrong(format!("cluster.founder is {:?}, but no [[node]] has that hostname", cluster.founder));
+                return wrong(format!(
+                    "cluster.founder is {:?}, but no [[node]] has that hostname",
+                    cluster.founder
+                ));
             }
         }
         Ok(())
@@ -243,7 +248,11 @@ fn check_hostname(name: &str) -> Result<(), AnswerError> {
         && name.chars().all(|each| each.is_ascii_lowercase() || each.is_ascii_digit() || each == '-')
         && !name.starts_with('-')
         && !name.ends_with('-');
-    if good { Ok(()) } else { Err(AnswerError::Value(format!("{name:?} is no name: use a-z, 0-9 and - , at most 63"))) }
+    if good {
+        Ok(())
+    } else {
+        Err(AnswerError::Value(format!("{name:?} is no name: use a-z, 0-9 and - , at most 63")))
+    }
 }
 
 fn check_interfaces(node: &Node) -> Result<(), AnswerError> {
@@ -251,19 +260,22 @@ fn check_interfaces(node: &Node) -> Result<(), AnswerError> {
     for interface in &node.interface {
         let mac = &interface.mac;
         let parts: Vec<_> = mac.split(':').collect();
-        if parts.len() != 6 || parts.iter().any(|part| part.len() != 2 || u8::from_str_radix(part, 16).is_err()) {
+        if parts.len() != 6
+            || parts.iter().any(|part| part.len() != 2 || u8::from_str_radix(part, 16).is_err())
+        {
             return wrong(format!("interface.mac {mac:?} is not of the form 52:54:00:00:00:01"));
         }
         if interface.address.is_some() == interface.dhcp {
             return wrong(format!("interface {mac} needs either an address or dhcp = true"));
         }
-        if let (Some(gateway), Some(net)) = (interface.gateway, interface.address) {
-            if !net.contains(&gateway) {
-                return wrong(format!("interface {mac}: the gateway {gateway} is not in {net}"));
-            }
+        if let (Some(gateway), Some(net)) = (interface.gateway, interface.address)
+            && !net.contains(&gateway)
+        {
+            return wrong(format!("interface {mac}: the gateway {gateway} is not in {net}"));
         }
     }
-    let given = |interface: &Interface| interface.address.map(|net| IpAddr::V4(net.addr())) == Some(node.address);
+    let given =
+        |interface: &Interface| interface.address.map(|net| IpAddr::V4(net.addr())) == Some(node.address);
     if !node.interface.iter().any(|interface| interface.dhcp || given(interface)) {
         return wrong(format!("the address {} is on none of its interfaces", node.address));
     }
@@ -303,7 +315,8 @@ mod tests {
     #[test]
     fn each_server_finds_its_own_table() {
         let answer = AnswerFile::parse(GOOD).unwrap();
-        let machine = |serial: &str, mac: &str| Machine { serial: serial.to_owned(), macs: vec![mac.to_owned()] };
+        let machine =
+            |serial: &str, mac: &str| Machine { serial: serial.to_owned(), macs: vec![mac.to_owned()] };
         assert_eq!(answer.node_for(&machine("x", "52:54:00:00:00:01")).unwrap().hostname, "n1");
         assert_eq!(answer.node_for(&machine("S2", "00:00:00:00:00:09")).unwrap().hostname, "n2");
         let none = answer.node_for(&machine("x", "00:00:00:00:00:09")).unwrap_err().to_string();
@@ -313,14 +326,19 @@ mod tests {
     #[test]
     fn an_unknown_key_is_named_with_its_line() {
         let message = error(&GOOD.replace("hostname = \"n1\"", "hostnme = \"n1\""));
-        assert!(message.contains("hostnme") && message.contains("hostname") && message.contains("line"), "{message}");
+        assert!(
+            message.contains("hostnme") && message.contains("hostname") && message.contains("line"),
+            "{message}"
+        );
     }
 
     #[test]
     fn contradictions_are_explained() {
         assert!(error(&GOOD.replace("disk = \"/dev/vda\"", "")).contains("disk"));
         assert!(error(&GOOD.replace("dhcp = true", "")).contains("either an address or dhcp"));
-        assert!(error(&GOOD.replace("\"10.0.0.1/24\"", "\"10.0.0.9/24\"")).contains("on none of its interfaces"));
+        assert!(
+            error(&GOOD.replace("\"10.0.0.1/24\"", "\"10.0.0.9/24\"")).contains("on none of its interfaces")
+        );
         assert!(error(&GOOD.replace("ssh-ed25519 AAAA admin", "")).contains("public key"));
         let cluster = "[cluster]\nname=\"prod\"\nfounder=\"n9\"\nfounder_address=\"10.0.0.1:7443\"\nsecret=\"0123456789abcdef\"\n";
         assert!(error(&format!("{cluster}{GOOD}")).contains("n9"));

@@ -133,6 +133,8 @@ enum Command {
         /// The shell.
         shell: completion::Shell,
     },
+    /// Install this server; started from the ISO.
+    Install(roles::InstallArgs),
     /// Print the version.
     #[command(after_help = "Examples:\n  hci version\n  hci version -o json")]
     Version,
@@ -166,6 +168,7 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
     match cli.command {
         Command::Completion { shell } => completion::print(shell),
         Command::Version => version(cli.global.output)?,
+        Command::Install(args) => return roles::install(args),
         command => {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -225,7 +228,7 @@ async fn ask(global: Global, command: Command) -> Result<Exit, CliError> {
                 )?,
             }
         }
-        Command::Completion { .. } | Command::Version => {
+        Command::Completion { .. } | Command::Version | Command::Install(_) => {
             return Err(CliError::new(Exit::Usage, "this is not a question to the API"));
         }
     }

@@ -162,7 +162,12 @@ fn lab(dir: &Path, command: LabCommand) -> Result<()> {
         LabCommand::Status => {
             for server in Lab::open(dir)?.nodes() {
                 let power = if server.is_on() { "on" } else { "off" };
-                println!("{}  {power}  https://127.0.0.1:{}  {}", server.name(), server.api_port(), server.ssh_command_line());
+                println!(
+                    "{}  {power}  https://127.0.0.1:{}  {}",
+                    server.name(),
+                    server.api_port(),
+                    server.ssh_command_line()
+                );
             }
         }
         LabCommand::Console { server: number } => {

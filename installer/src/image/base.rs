@@ -124,6 +124,7 @@ pub fn unpack_package(package: &str, tree: &Path) -> Result<()> {
 
 fn module_version(tree: &Path) -> Result<String> {
     let modules = tree.join("lib/modules");
-    let entry = fs::read_dir(&modules)?.next().with_context(|| format!("{} is empty", modules.display()))??;
+    let entry =
+        fs::read_dir(&modules)?.next().with_context(|| format!("{} is empty", modules.display()))??;
     Ok(entry.file_name().to_string_lossy().into_owned())
 }

@@ -105,7 +105,11 @@ fn closure(modules: &Path) -> Result<BTreeSet<String>> {
         .collect();
     let wanted = |module: &str| {
         STORAGE.iter().any(|path| {
-            if path.ends_with('/') { module.starts_with(path) } else { module.starts_with(path) && !module.ends_with('/') }
+            if path.ends_with('/') {
+                module.starts_with(path)
+            } else {
+                module.starts_with(path) && !module.ends_with('/')
+            }
         })
     };
     let mut found = BTreeSet::new();

@@ -17,7 +17,8 @@ use crate::install::layout::BIOS_BOOT_START;
 const GRUB_ISO: &str = include_str!("../../image/grub-iso.cfg");
 const GRUB_DISK: &str = include_str!("../../image/grub-disk.cfg");
 const GRUB_BIOS: &str = "/usr/lib/grub/i386-pc";
-const ISO_MODULES: &str = "biosdisk iso9660 part_gpt part_msdos linux normal configfile serial terminal echo test search";
+const ISO_MODULES: &str =
+    "biosdisk iso9660 part_gpt part_msdos linux normal configfile serial terminal echo test search";
 const DISK_MODULES: &str =
     "biosdisk part_gpt part_msdos fat linux normal configfile serial terminal echo test search loadenv";
 const EFI_SYSTEM: &str = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B";
@@ -109,7 +110,10 @@ fn efi_image(shim: &Path, grub: &Path, out: &Path) -> Result<()> {
     if out.exists() {
         fs::remove_file(out)?;
     }
-    run(Command::new("mkfs.vfat").args(["--invariant", "-i", "48434945", "-n", "HCIEFI", "-C"]).arg(out).arg("8192"))?;
+    run(Command::new("mkfs.vfat")
+        .args(["--invariant", "-i", "48434945", "-n", "HCIEFI", "-C"])
+        .arg(out)
+        .arg("8192"))?;
     run(Command::new("mmd").arg("-i").arg(out).args(["::EFI", "::EFI/BOOT"]))?;
     run(Command::new("mcopy").arg("-m").arg("-i").arg(out).arg(shim).arg("::EFI/BOOT/BOOTX64.EFI"))?;
     run(Command::new("mcopy").arg("-m").arg("-i").arg(out).arg(grub).arg("::EFI/BOOT/grubx64.efi"))?;

@@ -75,7 +75,9 @@ fn write_manifest(image: &Image, hci: &Path, kernel: &base::Kernel, out: &Path) 
         [("hci", hci), ("root", &image.root), ("kernel", &image.kernel), ("initramfs", &image.initramfs)]
     {
         let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(fs::File::open(path).with_context(|| format!("cannot read {}", path.display()))?)?;
+        hasher.update_reader(
+            fs::File::open(path).with_context(|| format!("cannot read {}", path.display()))?,
+        )?;
         lines.push(format!("{name} = {:?}", hasher.finalize().to_hex().as_str()));
     }
     Ok(fs::write(out.join("manifest.toml"), lines.join("\n") + "\n")?)

@@ -18,12 +18,28 @@ const FILES: [(&str, u32, &str); 12] = [
     ("etc/systemd/system/hci-node.service", 0o644, include_str!("../../image/hci-node.service")),
     ("etc/systemd/system/hci-data.service", 0o644, include_str!("../../image/hci-data.service")),
     ("etc/systemd/system/hci-firstboot.service", 0o644, include_str!("../../image/hci-firstboot.service")),
-    ("etc/ssh/sshd_config.d/hci.conf", 0o644, "PermitRootLogin prohibit-password\nPasswordAuthentication no\nUseDNS no\nAuthorizedKeysFile /etc/ssh/authorized_keys\n"),
+    (
+        "etc/ssh/sshd_config.d/hci.conf",
+        0o644,
+        "PermitRootLogin prohibit-password\nPasswordAuthentication no\nUseDNS no\nAuthorizedKeysFile /etc/ssh/authorized_keys\n",
+    ),
     ("etc/modules-load.d/hci.conf", 0o644, "kvm-amd\nkvm-intel\ntun\nqemu_fw_cfg\n"),
     ("etc/udev/rules.d/60-hci-kvm.rules", 0o644, "KERNEL==\"kvm\", GROUP=\"kvm\", MODE=\"0660\"\n"),
-    ("etc/sysctl.d/60-hci.conf", 0o644, "net.core.rmem_max=16777216\nnet.core.wmem_max=16777216\nkernel.panic=10\n"),
-    ("etc/systemd/journald.conf.d/hci.conf", 0o644, "[Journal]\nStorage=volatile\nRuntimeMaxUse=64M\nForwardToConsole=no\n"),
-    ("etc/systemd/system.conf.d/hci.conf", 0o644, "[Manager]\nRuntimeWatchdogSec=0\nDefaultTimeoutStopSec=20s\n"),
+    (
+        "etc/sysctl.d/60-hci.conf",
+        0o644,
+        "net.core.rmem_max=16777216\nnet.core.wmem_max=16777216\nkernel.panic=10\n",
+    ),
+    (
+        "etc/systemd/journald.conf.d/hci.conf",
+        0o644,
+        "[Journal]\nStorage=volatile\nRuntimeMaxUse=64M\nForwardToConsole=no\n",
+    ),
+    (
+        "etc/systemd/system.conf.d/hci.conf",
+        0o644,
+        "[Manager]\nRuntimeWatchdogSec=0\nDefaultTimeoutStopSec=20s\n",
+    ),
     ("etc/fstab", 0o644, "# The root and the data partition are mounted by the initramfs.\n"),
     ("etc/hostname", 0o644, "hci\n"),
 ];
@@ -32,9 +48,15 @@ const FILES: [(&str, u32, &str); 12] = [
 const LINKS: [(&str, &str); 24] = [
     ("etc/systemd/system/multi-user.target.wants/hci-node.service", "/etc/systemd/system/hci-node.service"),
     ("etc/systemd/system/multi-user.target.wants/hci-data.service", "/etc/systemd/system/hci-data.service"),
-    ("etc/systemd/system/multi-user.target.wants/hci-firstboot.service", "/etc/systemd/system/hci-firstboot.service"),
+    (
+        "etc/systemd/system/multi-user.target.wants/hci-firstboot.service",
+        "/etc/systemd/system/hci-firstboot.service",
+    ),
     ("etc/systemd/system/multi-user.target.wants/ssh.service", "/lib/systemd/system/ssh.service"),
-    ("etc/systemd/system/multi-user.target.wants/systemd-networkd.service", "/lib/systemd/system/systemd-networkd.service"),
+    (
+        "etc/systemd/system/multi-user.target.wants/systemd-networkd.service",
+        "/lib/systemd/system/systemd-networkd.service",
+    ),
     ("etc/systemd/system/default.target", "/lib/systemd/system/multi-user.target"),
     ("etc/systemd/system/getty.target", "/dev/null"),
     ("etc/systemd/system/systemd-udev-settle.service", "/dev/null"),
@@ -127,7 +149,8 @@ fn copy_base(base: &Path, out: &mut Builder<impl Write>) -> Result<()> {
     for entry in archive.entries()? {
         let mut entry = entry?;
         let path = entry.path()?.to_string_lossy().trim_start_matches("./").to_owned();
-        if path.is_empty() || LEFT_OUT.iter().any(|left_out| path.starts_with(left_out) && path != *left_out) {
+        if path.is_empty() || LEFT_OUT.iter().any(|left_out| path.starts_with(left_out) && path != *left_out)
+        {
             continue;
         }
         let addition = match path.as_str() {

@@ -46,7 +46,9 @@ pub enum DiskError {
         present: String,
     },
     /// Several fit.
-    #[error("install.disk asks for {wanted}, which fits {fitting}; say which: a path, a serial, or smallest = true")]
+    #[error(
+        "install.disk asks for {wanted}, which fits {fitting}; say which: a path, a serial, or smallest = true"
+    )]
     Ambiguous {
         /// What was asked for.
         wanted: String,
@@ -85,7 +87,8 @@ pub fn list() -> Result<Vec<Disk>, DiskError> {
         let text = |file: &str| {
             fs::read_to_string(entry.path().join(file)).map(|text| text.trim().to_owned()).unwrap_or_default()
         };
-        let virtual_device = ["loop", "ram", "zram", "sr", "fd", "dm-", "md"].iter().any(|kind| name.starts_with(kind));
+        let virtual_device =
+            ["loop", "ram", "zram", "sr", "fd", "dm-", "md"].iter().any(|kind| name.starts_with(kind));
         let size = text("size").parse::<u64>().unwrap_or(0) * 512;
         if virtual_device || size == 0 || text("ro") == "1" {
             continue;
@@ -108,7 +111,11 @@ pub fn list() -> Result<Vec<Disk>, DiskError> {
 /// When none or several fit, or it is too small; nothing is ever guessed.
 pub fn choose<'d>(choice: &DiskChoice, disks: &'d [Disk]) -> Result<&'d Disk, DiskError> {
     let names = |disks: &[&Disk]| {
-        disks.iter().map(|disk| format!("{} ({} MiB, {})", disk.path, disk.size >> 20, disk.serial)).collect::<Vec<_>>().join(", ")
+        disks
+            .iter()
+            .map(|disk| format!("{} ({} MiB, {})", disk.path, disk.size >> 20, disk.serial))
+            .collect::<Vec<_>>()
+            .join(", ")
     };
     let wanted = match choice {
         DiskChoice::Path(path) => path.clone(),
@@ -130,7 +137,9 @@ pub fn choose<'d>(choice: &DiskChoice, disks: &'d [Disk]) -> Result<&'d Disk, Di
     }
     match fitting.as_slice() {
         [] => Err(DiskError::Missing { wanted, present: names(&disks.iter().collect::<Vec<_>>()) }),
-        [disk] if disk.size < MIN_DISK => Err(DiskError::TooSmall { path: disk.path.clone(), size: disk.size }),
+        [disk] if disk.size < MIN_DISK => {
+            Err(DiskError::TooSmall { path: disk.path.clone(), size: disk.size })
+        }
         [disk] => Ok(disk),
         several => Err(DiskError::Ambiguous { wanted, fitting: names(several) }),
     }
@@ -144,7 +153,9 @@ pub fn check_blank(disk: &Disk, wipe: &[String]) -> Result<(), DiskError> {
     if wipe.contains(&disk.path) || (!disk.serial.is_empty() && wipe.contains(&disk.serial)) {
         return Ok(());
     }
-    match contents(Path::new(&disk.path)).map_err(|source| DiskError::Look { path: disk.path.clone(), source })? {
+    match contents(Path::new(&disk.path))
+        .map_err(|source| DiskError::Look { path: disk.path.clone(), source })?
+    {
         None => Ok(()),
         Some(found) => Err(DiskError::HoldsData { path: disk.path.clone(), found }),
     }
@@ -196,16 +207,26 @@ mod tests {
 
     #[test]
     fn the_named_disk_is_chosen_and_nothing_is_guessed() {
-        let disks = [disk("/dev/vda", MIN_DISK, "a"), disk("/dev/vdb", MIN_DISK * 2, "b"), disk("/dev/vdc", MIN_DISK, "c")];
+        let disks = [
+            disk("/dev/vda", MIN_DISK, "a"),
+            disk("/dev/vdb", MIN_DISK * 2, "b"),
+            disk("/dev/vdc", MIN_DISK, "c"),
+        ];
         let by = |choice: DiskMatch| choose(&DiskChoice::Match(choice), &disks);
         assert_eq!(choose(&DiskChoice::Path("/dev/vdb".to_owned()), &disks).unwrap().serial, "b");
-        assert_eq!(by(DiskMatch { serial: Some("c".to_owned()), ..Default::default() }).unwrap().path, "/dev/vdc");
+        assert_eq!(
+            by(DiskMatch { serial: Some("c".to_owned()), ..Default::default() }).unwrap().path,
+            "/dev/vdc"
+        );
         let missing = choose(&DiskChoice::Path("/dev/sda".to_owned()), &disks).unwrap_err().to_string();
         assert!(missing.contains("/dev/sda") && missing.contains("/dev/vdc"), "{missing}");
         let smallest = by(DiskMatch { smallest: true, ..Default::default() });
         assert!(matches!(smallest, Err(DiskError::Ambiguous { .. })), "two have the same size");
         let small = [disk("/dev/vda", 1 << 30, "a")];
-        assert!(matches!(choose(&DiskChoice::Path("/dev/vda".to_owned()), &small), Err(DiskError::TooSmall { .. })));
+        assert!(matches!(
+            choose(&DiskChoice::Path("/dev/vda".to_owned()), &small),
+            Err(DiskError::TooSmall { .. })
+        ));
     }
 
     #[test]

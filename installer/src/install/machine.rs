@@ -36,7 +36,8 @@ pub fn find_answer(medium: &Path, mount_point: &Path) -> Result<(String, PathBuf
             return Ok((text, place.to_path_buf()));
         }
     }
-    let found = Command::new("blkid").args(["-L", SEED_LABEL]).output().ok().filter(|found| found.status.success());
+    let found =
+        Command::new("blkid").args(["-L", SEED_LABEL]).output().ok().filter(|found| found.status.success());
     if let Some(found) = found {
         let device = String::from_utf8_lossy(&found.stdout).trim().to_owned();
         super::steps::mount(&device, mount_point, "ro")?;

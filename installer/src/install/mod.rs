@@ -73,8 +73,10 @@ pub enum InstallError {
 pub fn install(options: &Options, say: &dyn Fn(&str)) -> Result<String, InstallError> {
     let (text, place) = match &options.answer {
         Some(file) => {
-            let text = std::fs::read_to_string(file)
-                .map_err(|source| InstallError::File { what: format!("cannot read {}", file.display()), source })?;
+            let text = std::fs::read_to_string(file).map_err(|source| InstallError::File {
+                what: format!("cannot read {}", file.display()),
+                source,
+            })?;
             (text, file.clone())
         }
         None => machine::find_answer(&options.medium, std::path::Path::new("/tmp/seed"))?,

@@ -45,7 +45,13 @@ pub struct LabOptions {
 impl LabOptions {
     /// Three servers as the demo has them.
     pub fn from_iso(dir: &Path, iso: &Path) -> Self {
-        Self { dir: dir.to_path_buf(), iso: iso.to_path_buf(), servers: 3, memory_mib: 1536, data_disk_mib: 4096 }
+        Self {
+            dir: dir.to_path_buf(),
+            iso: iso.to_path_buf(),
+            servers: 3,
+            memory_mib: 1536,
+            data_disk_mib: 4096,
+        }
     }
 }
 
@@ -109,7 +115,8 @@ impl Lab {
     pub fn open(dir: &Path) -> Result<Self> {
         let file = dir.join(STATE_FILE);
         let text = fs::read_to_string(&file).with_context(|| format!("no lab in {}", dir.display()))?;
-        let state: LabState = serde_json::from_str(&text).with_context(|| format!("{} is damaged", file.display()))?;
+        let state: LabState =
+            serde_json::from_str(&text).with_context(|| format!("{} is damaged", file.display()))?;
         Ok(Self { servers: state.servers.into_iter().map(Server::new).collect() })
     }
 

@@ -68,7 +68,8 @@ pub fn accelerator() -> &'static str {
 /// Real KVM with nested virtualisation switched on.
 fn kvm_nests() -> bool {
     let nested = |module: &str| {
-        fs::read_to_string(format!("/sys/module/{module}/parameters/nested")).is_ok_and(|on| ["1", "Y"].contains(&on.trim()))
+        fs::read_to_string(format!("/sys/module/{module}/parameters/nested"))
+            .is_ok_and(|on| ["1", "Y"].contains(&on.trim()))
     };
     Path::new("/dev/kvm").exists() && (nested("kvm_amd") || nested("kvm_intel"))
 }
@@ -82,7 +83,8 @@ impl Settings {
     /// Blank disks; they take space only for what is written.
     pub(super) fn make_disks(&self, data_disk_mib: u64) -> Result<()> {
         fs::create_dir_all(&self.dir)?;
-        for (disk, size) in [("system", SYSTEM_DISK_MIB), ("data1", data_disk_mib), ("data2", data_disk_mib)] {
+        for (disk, size) in [("system", SYSTEM_DISK_MIB), ("data1", data_disk_mib), ("data2", data_disk_mib)]
+        {
             let path = self.disk(disk);
             File::create(&path)
                 .and_then(|file| file.set_len(size << 20))
@@ -110,21 +112,62 @@ impl Settings {
         qemu.args(["-M", "q35", "-smp", "1", "-nodefaults", "-display", "none", "-name", &self.name])
             .args(["-m", &self.memory_mib.to_string()])
             .args(["-device", "virtio-rng-pci"])
-            .args(["-chardev", &format!("socket,id=console,path={},server=on,wait=off,logfile={},logappend=on", path("console.sock"), path("console.log"))])
+            .args([
+                "-chardev",
+                &format!(
+                    "socket,id=console,path={},server=on,wait=off,logfile={},logappend=on",
+                    path("console.sock"),
+                    path("console.log")
+                ),
+            ])
             .args(["-serial", "chardev:console"])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", path("qmp.sock"))])
             .args(["-fw_cfg", &format!("name=opt/org.hci/answer,file={}", self.answer_file().display())])
             .args(["-pidfile", &path("qemu.pid")]);
         for (number, disk) in ["system", "data1", "data2"].iter().enumerate() {
-            qemu.args(["-drive", &format!("if=none,id={disk},file={},format=raw,cache=writeback,discard=unmap", self.disk(disk).display())])
-                .args(["-device", &format!("virtio-blk-pci,drive={disk},serial={}-{disk},bootindex={}", self.name, number + if number == 0 { 1 } else { 10 })]);
+            qemu.args([
+                "-drive",
+                &format!(
+                    "if=none,id={disk},file={},format=raw,cache=writeback,discard=unmap",
+                    self.disk(disk).display()
+                ),
+            ])
+            .args([
+                "-device",
+                &format!(
+                    "virtio-blk-pci,drive={disk},serial={}-{disk},bootindex={}",
+                    self.name,
+                    number + if number == 0 { 1 } else { 10 }
+                ),
+            ]);
         }
-        qemu.args(["-drive", &format!("if=none,id=iso,file={},format=raw,media=cdrom,readonly=on", self.iso.display())])
-            .args(["-device", "ide-cd,drive=iso,bootindex=2"])
-            .args(["-netdev", &format!("socket,id=segment,mcast=230.0.0.7:{},localaddr=127.0.0.1", self.segment_port)])
-            .args(["-device", &format!("virtio-net-pci,netdev=segment,id=nic-segment,romfile=,mac={}", mac(self.number, Nic::Segment))])
-            .args(["-netdev", &format!("user,id=outside,hostfwd=tcp:127.0.0.1:{}-:22,hostfwd=tcp:127.0.0.1:{}-:7443", self.ssh_port, self.api_port)])
-            .args(["-device", &format!("virtio-net-pci,netdev=outside,romfile=,mac={}", mac(self.number, Nic::Outside))]);
+        qemu.args([
+            "-drive",
+            &format!("if=none,id=iso,file={},format=raw,media=cdrom,readonly=on", self.iso.display()),
+        ])
+        .args(["-device", "ide-cd,drive=iso,bootindex=2"])
+        .args([
+            "-netdev",
+            &format!("socket,id=segment,mcast=230.0.0.7:{},localaddr=127.0.0.1", self.segment_port),
+        ])
+        .args([
+            "-device",
+            &format!(
+                "virtio-net-pci,netdev=segment,id=nic-segment,romfile=,mac={}",
+                mac(self.number, Nic::Segment)
+            ),
+        ])
+        .args([
+            "-netdev",
+            &format!(
+                "user,id=outside,hostfwd=tcp:127.0.0.1:{}-:22,hostfwd=tcp:127.0.0.1:{}-:7443",
+                self.ssh_port, self.api_port
+            ),
+        ])
+        .args([
+            "-device",
+            &format!("virtio-net-pci,netdev=outside,romfile=,mac={}", mac(self.number, Nic::Outside)),
+        ]);
         qemu
     }
 }
@@ -170,7 +213,11 @@ impl Server {
             let ended = child.try_wait()?;
             if ended.is_some() || started.elapsed() > Duration::from_secs(20) {
                 let said = fs::read_to_string(self.settings.dir.join("qemu.log")).unwrap_or_default();
-                bail!("{} did not start: {}", self.name(), said.lines().last().unwrap_or("QEMU said nothing"));
+                bail!(
+                    "{} did not start: {}",
+                    self.name(),
+                    said.lines().last().unwrap_or("QEMU said nothing")
+                );
             }
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -214,7 +261,9 @@ impl Server {
     /// When the server does not take it.
     pub fn link(&self, link: Link) -> Result<()> {
         let up = link == Link::Up;
-        self.qmp(&format!("{{\"execute\":\"set_link\",\"arguments\":{{\"name\":\"nic-segment\",\"up\":{up}}}}}"))
+        self.qmp(&format!(
+            "{{\"execute\":\"set_link\",\"arguments\":{{\"name\":\"nic-segment\",\"up\":{up}}}}}"
+        ))
     }
 
     /// Whether its QEMU runs.
@@ -258,7 +307,11 @@ impl Server {
                 return Ok(());
             }
             if !self.is_on() {
-                bail!("{} went off while it was waited for; its console ends with:\n{}", self.name(), self.console_tail(20));
+                bail!(
+                    "{} went off while it was waited for; its console ends with:\n{}",
+                    self.name(),
+                    self.console_tail(20)
+                );
             }
             if started.elapsed() > limit {
                 bail!(

@@ -71,11 +71,11 @@ fn connection(settings: &Settings) -> PathBuf {
 
 fn ssh(settings: &Settings) -> Command {
     let mut command = Command::new("ssh");
-    command
-        .args(options(settings))
-        .arg("-S")
-        .arg(connection(settings))
-        .args(["-p", &settings.ssh_port.to_string(), "root@127.0.0.1"]);
+    command.args(options(settings)).arg("-S").arg(connection(settings)).args([
+        "-p",
+        &settings.ssh_port.to_string(),
+        "root@127.0.0.1",
+    ]);
     command
 }
 
@@ -89,7 +89,8 @@ pub(super) fn command_line(settings: &Settings) -> String {
 
 /// Whether the server can be logged in to; keeps a connection when it can.
 pub(super) fn ready(settings: &Settings) -> bool {
-    let checked = ssh(settings).args(["-O", "check"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut checked = ssh(settings);
+    checked.args(["-O", "check"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     if checked.status().is_ok_and(|status| status.success()) {
         return true;
     }

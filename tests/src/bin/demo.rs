@@ -42,7 +42,8 @@ fn arguments() -> Result<(Options, Afterwards)> {
     }
     let lab = lab.context("--lab FOLDER is missing")?;
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest");
-    let guest = guest::build(&sources, &lab.with_file_name("guest")).context("cannot build the VMs' image")?;
+    let guest =
+        guest::build(&sources, &lab.with_file_name("guest")).context("cannot build the VMs' image")?;
     Ok((Options { iso: iso.context("--iso FILE is missing")?, lab, guest, faults }, afterwards))
 }
 
@@ -72,7 +73,9 @@ fn demo(options: &Options, afterwards: Afterwards) -> Result<()> {
         }
         Afterwards::End => {
             Lab::down(&options.lab)?;
-            println!("\nNext: make demo KEEP=1 leaves the servers running; docs/guide.md does the same on three real ones.");
+            println!(
+                "\nNext: make demo KEEP=1 leaves the servers running; docs/guide.md does the same on three real ones."
+            );
         }
     }
     Ok(())

@@ -50,7 +50,8 @@ impl<'lab> Cluster<'lab> {
     /// Runs a command that shows something and reads its JSON.
     pub fn show(&self, arguments: &str) -> Result<Value> {
         let text = self.hci(&format!("{arguments} -o json"), QUESTION)?;
-        serde_json::from_str(&text).with_context(|| format!("`hci {arguments} -o json` printed no JSON: {text}"))
+        serde_json::from_str(&text)
+            .with_context(|| format!("`hci {arguments} -o json` printed no JSON: {text}"))
     }
 
     /// The items of a list command.

@@ -44,7 +44,11 @@ pub fn all(lab: &Lab, cluster: &mut Cluster<'_>, timeline: &mut Timeline) -> Res
         lab.node(server).link(Link::Down)?;
         restarted(cluster, "web2", &node, flushed, progress)?;
         let left = lab.node(server).ssh("pgrep -cf 'hci vmm run' || true", 20 * SECOND)?;
-        ensure!(left.stdout.trim() == "0", "{node} still runs {} VMs after it was cut off", left.stdout.trim());
+        ensure!(
+            left.stdout.trim() == "0",
+            "{node} still runs {} VMs after it was cut off",
+            left.stdout.trim()
+        );
         lab.node(server).link(Link::Up)?;
         wait_node_state(cluster, &node, "available", progress)?;
         healthy(cluster, progress)

@@ -45,13 +45,18 @@ pub enum Faults {
 
 /// Starts the lab and runs all steps; the lab is up when it returns.
 pub fn run(options: &Options, timeline: &mut Timeline) -> Result<Lab> {
-    let lab = timeline.step("three servers boot the ISO, install themselves and start from their disks", |progress| {
-        install(options, progress)
-    })?;
+    let lab = timeline
+        .step("three servers boot the ISO, install themselves and start from their disks", |progress| {
+            install(options, progress)
+        })?;
     let outcome = on_servers(&lab, options, timeline);
     if outcome.is_err() {
         for server in 0..NODES.len() {
-            println!("--- last lines of the console of {} ---\n{}", NODES[server], lab.node(server).console_tail(25));
+            println!(
+                "--- last lines of the console of {} ---\n{}",
+                NODES[server],
+                lab.node(server).console_tail(25)
+            );
         }
     }
     outcome.map(|()| lab)
@@ -80,7 +85,8 @@ fn on_servers(lab: &Lab, options: &Options, timeline: &mut Timeline) -> Result<(
     timeline.step("an overlay network", |_| {
         cluster.hci("network create lan --subnet 10.77.0.0/24", COMMAND_LIMIT).map(|_| ())
     })?;
-    timeline.step("three VMs, each with a volume of three replicas", |progress| create_vms(&cluster, progress))?;
+    timeline
+        .step("three VMs, each with a volume of three replicas", |progress| create_vms(&cluster, progress))?;
     timeline.step("the VMs boot, get addresses and write", |progress| vms_write(&cluster, progress))?;
     timeline.step("the VMs reach each other over the overlay", |progress| vms_meet(&cluster, progress))?;
     let flushed = timeline.step("n3 loses power", |progress| {
@@ -90,7 +96,8 @@ fn on_servers(lab: &Lab, options: &Options, timeline: &mut Timeline) -> Result<(
         Ok(flushed)
     })?;
     timeline.step("the cluster says what is degraded", |progress| degraded(&cluster, progress))?;
-    timeline.step("the VMs on the other servers go on", |progress| go_on(&cluster, &VMS[..LOST], progress))?;
+    timeline
+        .step("the VMs on the other servers go on", |progress| go_on(&cluster, &VMS[..LOST], progress))?;
     timeline.step("web3 starts on a survivor with all that it had flushed", |progress| {
         restarted(&cluster, VMS[LOST], NODES[LOST], flushed, progress)
     })?;
@@ -99,7 +106,8 @@ fn on_servers(lab: &Lab, options: &Options, timeline: &mut Timeline) -> Result<(
         lab.node(LOST).wait_ssh(BOOT_LIMIT)?;
         wait_node_state(&cluster, NODES[LOST], "available", progress)
     })?;
-    timeline.step("the volumes resync what changed; all is healthy", |progress| healthy(&cluster, progress))?;
+    timeline
+        .step("the volumes resync what changed; all is healthy", |progress| healthy(&cluster, progress))?;
     if options.faults == Faults::All {
         super::faults::all(lab, &mut cluster, timeline)?;
     }
@@ -155,7 +163,9 @@ fn add_disks(cluster: &Cluster<'_>, progress: &Progress) -> Result<()> {
 }
 
 fn import(cluster: &Cluster<'_>, image: &GuestImage, progress: &Progress) -> Result<()> {
-    for (file, to) in [(&image.kernel, "vmlinuz"), (&image.initramfs, "initrd.img"), (&image.disk, "root.img")] {
+    for (file, to) in
+        [(&image.kernel, "vmlinuz"), (&image.initramfs, "initrd.img"), (&image.disk, "root.img")]
+    {
         cluster.copy_to(0, file, &format!("/tmp/{to}"), COMMAND_LIMIT)?;
         progress.note(&format!("{to} is on n1"));
     }
@@ -188,7 +198,11 @@ fn vms_write(cluster: &Cluster<'_>, progress: &Progress) -> Result<()> {
             })
         })?;
         let found = cluster.show(&format!("vm get {vm}"))?;
-        ensure!(text(&found, "/node") == node, "{vm} should run on {node}, it is on {}", text(&found, "/node"));
+        ensure!(
+            text(&found, "/node") == node,
+            "{vm} should run on {node}, it is on {}",
+            text(&found, "/node")
+        );
         progress.note(&format!("{vm} runs on {node} as {address}"));
     }
     for volume in cluster.list("volume list")? {
@@ -227,11 +241,16 @@ fn degraded(cluster: &Cluster<'_>, progress: &Progress) -> Result<()> {
             })
         };
         let seen = problems.iter().map(|problem| text(problem, "/message")).collect::<Vec<_>>().join("; ");
-        let complete = text(&status, "/health") != "healthy" && named("node", NODES[LOST]) && named("volume", "");
+        let complete =
+            text(&status, "/health") != "healthy" && named("node", NODES[LOST]) && named("volume", "");
         if complete {
             progress.note(&seen);
         }
-        Ok(if complete { Look::Done(()) } else { Look::NotYet(format!("{}: {seen}", text(&status, "/health"))) })
+        Ok(if complete {
+            Look::Done(())
+        } else {
+            Look::NotYet(format!("{}: {seen}", text(&status, "/health")))
+        })
     })
 }
 
@@ -248,11 +267,21 @@ pub fn go_on(cluster: &Cluster<'_>, vms: &[&str], progress: &Progress) -> Result
 }
 
 /// Waits until a VM runs on another node than before, and checks that what it had flushed is there.
-pub fn restarted(cluster: &Cluster<'_>, vm: &str, from: &str, flushed: u64, progress: &Progress) -> Result<()> {
+pub fn restarted(
+    cluster: &Cluster<'_>,
+    vm: &str,
+    from: &str,
+    flushed: u64,
+    progress: &Progress,
+) -> Result<()> {
     let node = progress.wait(&format!("{vm} to be assigned to another node"), 60 * SECOND, || {
         let found = cluster.show(&format!("vm get {vm}"))?;
         let node = text(&found, "/node").to_owned();
-        Ok(if node.is_empty() || node == from { Look::NotYet(format!("on {node:?}")) } else { Look::Done(node) })
+        Ok(if node.is_empty() || node == from {
+            Look::NotYet(format!("on {node:?}"))
+        } else {
+            Look::Done(node)
+        })
     })?;
     progress.note(&format!("{vm} is assigned to {node}"));
     found_its_data(cluster, vm, flushed, progress)
