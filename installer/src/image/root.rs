@@ -79,7 +79,7 @@ const LINKS: [(&str, &str); 24] = [
 ];
 
 /// Folders that must be there to be mounted on or written to.
-const FOLDERS: [&str; 4] = ["medium", "var/lib/hci", "etc/hci", "root/.ssh"];
+const FOLDERS: [&str; 3] = ["medium", "var/lib/hci", "etc/hci"];
 
 /// Paths of the base that a node does not need, or that would be the same on every server although they must not be.
 const LEFT_OUT: [&str; 17] = [
@@ -127,7 +127,7 @@ fn stream(base: &Path, kernel: &Kernel, hci: &Path, pipe: impl Write) -> Result<
     let mut out = Builder::new(std::io::BufWriter::with_capacity(1 << 20, pipe));
     copy_base(base, &mut out)?;
     for folder in FOLDERS {
-        add(&mut out, folder, EntryType::Directory, if folder == "root/.ssh" { 0o700 } else { 0o755 }, b"")?;
+        add(&mut out, folder, EntryType::Directory, 0o755, b"")?;
     }
     for (path, mode, content) in FILES {
         add(&mut out, path, EntryType::Regular, mode, content.as_bytes())?;
@@ -149,8 +149,7 @@ fn copy_base(base: &Path, out: &mut Builder<impl Write>) -> Result<()> {
     for entry in archive.entries()? {
         let mut entry = entry?;
         let path = entry.path()?.to_string_lossy().trim_start_matches("./").to_owned();
-        if path.is_empty() || LEFT_OUT.iter().any(|left_out| path.starts_with(left_out) && path != *left_out)
-        {
+        if path.is_empty() || is_left_out(&path) || is_ours(&path) {
             continue;
         }
         let addition = match path.as_str() {
@@ -186,6 +185,20 @@ fn copy_base(base: &Path, out: &mut Builder<impl Write>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A folder that is left out stays as an empty one, as it may be mounted on.
+fn is_left_out(path: &str) -> bool {
+    LEFT_OUT
+        .iter()
+        .any(|left_out| path.starts_with(left_out) && !(left_out.ends_with('/') && path == *left_out))
+}
+
+fn is_ours(path: &str) -> bool {
+    let path = path.trim_end_matches('/');
+    FILES.iter().any(|(ours, ..)| *ours == path)
+        || LINKS.iter().any(|(ours, _)| *ours == path)
+        || FOLDERS.contains(&path)
 }
 
 fn add_tree(out: &mut Builder<impl Write>, from: &Path, to: &str) -> Result<()> {

@@ -64,11 +64,11 @@ pub fn run(options: &Options, timeline: &mut Timeline) -> Result<Lab> {
 
 fn install(options: &Options, progress: &Progress) -> Result<Lab> {
     let lab = Lab::up(&LabOptions::from_iso(&options.lab, &options.iso), &mut |line| progress.note(line))?;
-    for server in 0..NODES.len() {
-        lab.node(server)
+    for server in lab.nodes() {
+        server
             .wait_ssh(INSTALL_LIMIT)
-            .with_context(|| format!("{} did not come up from its disk", NODES[server]))?;
-        progress.note(&format!("{} is installed and runs from its disk", NODES[server]));
+            .with_context(|| format!("{} did not come up from its disk", server.name()))?;
+        progress.note(&format!("{} is installed and runs from its disk", server.name()));
     }
     Ok(lab)
 }
