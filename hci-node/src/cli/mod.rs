@@ -133,6 +133,12 @@ enum Command {
         /// The shell.
         shell: completion::Shell,
     },
+    /// The data role: storage and network of this node; started by the system.
+    #[command(subcommand)]
+    Data(roles::DataCommand),
+    /// The VMM role: one VM; started by the system.
+    #[command(subcommand)]
+    Vmm(roles::VmmCommand),
     /// Install this server; started from the ISO.
     Install(roles::InstallArgs),
     /// Print the version.
@@ -142,6 +148,8 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum NodeCommand {
+    /// The control role: Raft, API, scheduler; started by the system.
+    Run(crate::control::Args),
     #[command(flatten)]
     Ask(nouns::node::Verb),
 }
@@ -168,6 +176,9 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
     match cli.command {
         Command::Completion { shell } => completion::print(shell),
         Command::Version => version(cli.global.output)?,
+        Command::Node(NodeCommand::Run(args)) => return roles::node(args),
+        Command::Data(command) => return roles::data(command),
+        Command::Vmm(command) => return roles::vmm(command),
         Command::Install(args) => return roles::install(args),
         command => {
             let runtime = tokio::runtime::Builder::new_current_thread()
@@ -228,7 +239,12 @@ async fn ask(global: Global, command: Command) -> Result<Exit, CliError> {
                 )?,
             }
         }
-        Command::Completion { .. } | Command::Version | Command::Install(_) => {
+        Command::Node(NodeCommand::Run(_))
+        | Command::Data(_)
+        | Command::Vmm(_)
+        | Command::Install(_)
+        | Command::Completion { .. }
+        | Command::Version => {
             return Err(CliError::new(Exit::Usage, "this is not a question to the API"));
         }
     }

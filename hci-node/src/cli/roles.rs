@@ -3,11 +3,60 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use installer::install::{InstallError, Options};
 
 use super::exit::{CliError, Exit};
 use super::nouns::say;
+use crate::{control, data, vmm_role};
+
+/// The verbs of `hci data`.
+#[derive(Debug, Subcommand)]
+pub enum DataCommand {
+    /// Serve storage and network of this node until SIGTERM.
+    Run(data::Args),
+}
+
+/// The verbs of `hci vmm`.
+#[derive(Debug, Subcommand)]
+pub enum VmmCommand {
+    /// Run one VM until its guest has ended; the exit code tells how.
+    Run(vmm_role::Args),
+}
+
+/// Runs the control role.
+pub fn node(args: control::Args) -> Result<ExitCode, CliError> {
+    log_to_stderr();
+    ended("the node service", control::run(args))
+}
+
+/// Runs the data role.
+pub fn data(command: DataCommand) -> Result<ExitCode, CliError> {
+    let DataCommand::Run(args) = command;
+    log_to_stderr();
+    ended("the data service", data::run(args))
+}
+
+/// Runs the VMM role.
+pub fn vmm(command: VmmCommand) -> Result<ExitCode, CliError> {
+    let VmmCommand::Run(args) = command;
+    log_to_stderr();
+    Ok(vmm_role::run(&args))
+}
+
+/// Logs go to the journal through stderr; `HCI_LOG` sets the levels.
+fn log_to_stderr() {
+    let levels = tracing_subscriber::EnvFilter::try_from_env("HCI_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,openraft=warn,quinn=warn"));
+    tracing_subscriber::fmt().with_env_filter(levels).with_writer(std::io::stderr).with_ansi(false).init();
+}
+
+fn ended(what: &str, outcome: anyhow::Result<()>) -> Result<ExitCode, CliError> {
+    match outcome {
+        Ok(()) => Ok(Exit::Ok.into()),
+        Err(error) => Err(CliError::new(Exit::Failed, format!("{what} ended")).why(format!("{error:#}"))),
+    }
+}
 
 /// The arguments of `hci install`.
 #[derive(Debug, Args)]

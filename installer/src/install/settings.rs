@@ -28,7 +28,7 @@ pub fn files(answer: &AnswerFile, node: &Node) -> Vec<SettingsFile> {
         file("system/etc/hostname", 0o644, format!("{}\n", node.hostname)),
         file("system/etc/hosts", 0o644, hosts),
         file("system/etc/ssh/authorized_keys", 0o600, answer.access.ssh_keys.join("\n") + "\n"),
-        file("system/etc/hci/node.toml", 0o644, format!("address = \"{}\"\n", node.address)),
+        file("system/etc/hci/node.toml", 0o644, format!("advertise = \"{}\"\n", node.address)),
     ];
     for (number, interface) in node.interface.iter().enumerate() {
         let mut content = format!("[Match]\nMACAddress={}\n", interface.mac.to_lowercase());

@@ -77,7 +77,14 @@ fn write_esp(medium: &Path, parts: &Path, esp: &Path) -> Result<(), InstallError
     ] {
         fs::copy(&from, esp.join(to)).map_err(|source| file_error("cannot copy", &from, source))?;
     }
-    Ok(())
+    let environment = esp.join("grub/grubenv");
+    fs::write(&environment, environment_block("slot=a\n"))
+        .map_err(|source| file_error("cannot write", &environment, source))
+}
+
+/// GRUB's environment block: always 1024 bytes, so that GRUB itself can change it in place.
+fn environment_block(variables: &str) -> String {
+    format!("{:#<1024}", format!("# GRUB Environment Block\n{variables}"))
 }
 
 fn write_settings(data: &Path, settings: &[SettingsFile]) -> Result<(), InstallError> {
@@ -199,4 +206,16 @@ fn run_with_input(command: &mut Command, input: &str) -> Result<(), InstallError
 
 fn file_error(what: &str, path: &Path, source: std::io::Error) -> InstallError {
     InstallError::File { what: format!("{what} {}", path.display()), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grub_can_change_its_environment_block_in_place() {
+        let block = environment_block("slot=a\n");
+        assert_eq!(block.len(), 1024);
+        assert!(block.starts_with("# GRUB Environment Block\nslot=a\n###"));
+    }
 }
