@@ -14,7 +14,7 @@ use super::{fresh, run};
 const INIT: &str = include_str!("../../image/initramfs-init");
 
 /// Modules, or folders of modules, that lead to a disk, a CD or a USB stick.
-const STORAGE: [&str; 36] = [
+const STORAGE: [&str; 37] = [
     "kernel/drivers/block/loop.ko",
     "kernel/drivers/block/virtio_blk.ko",
     "kernel/drivers/nvme/host/nvme.ko",
@@ -51,6 +51,7 @@ const STORAGE: [&str; 36] = [
     "kernel/fs/nls/nls_ascii.ko",
     "kernel/fs/nls/nls_iso8859-1.ko",
     "kernel/arch/x86/crypto/crc32c-intel.ko",
+    "kernel/crypto/crc32c_generic.ko",
 ];
 
 /// Builds the initramfs; the slow part is kept in the cache as long as kernel and script are the same.
