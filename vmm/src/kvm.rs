@@ -14,13 +14,12 @@ use crate::layout::{KVM_IDENTITY_MAP_START, KVM_TSS_START};
 use crate::memory::Memory;
 
 /// What the VMM cannot do without.
-const REQUIRED: [(Cap, &str); 6] = [
+const REQUIRED: [(Cap, &str); 5] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::Pit2, "KVM_CAP_PIT2"),
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
-    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
 
 /// A VM without vCPUs yet.

@@ -7,9 +7,9 @@
 //! vhost-user backend through an ioeventfd, the backend's interrupts to the guest through an irqfd.
 //!
 //! # Threads
-//! - `vcpuN`: runs one vCPU and handles its exits on the [buses](bus). Nothing it calls waits for a client or, beyond a bound, for a backend.
+//! - `vcpuN`: runs one vCPU and handles its exits on the buses (`bus`). Nothing it calls waits for a client or, beyond a bound, for a backend.
 //! - `console`: feeds the console's clients.
-//! - one for each disk and NIC: keeps the connection to the backend ([`virtio::vhost_user`]), for ever.
+//! - one for each disk and NIC: keeps the connection to the backend (`virtio::vhost_user`), for ever.
 //! - `rng`: serves the random number generator.
 //!
 //! There is no async runtime. Whoever calls [`Vm::wait`] drives the end: first vCPUs, then devices, then the console.
@@ -17,13 +17,13 @@
 //! # Invariants
 //! - Whatever a guest writes to registers, tables and rings ends in an ignored write, a device that needs a reset, or
 //!   the guest's own end; never in a panic, and never outside its memory.
-//! - A backend's restart is normal. Its queues stall, the guest waits, nothing is lost; the contract is in [`virtio::vhost_user`].
+//! - A backend's restart is normal. Its queues stall, the guest waits, nothing is lost; the contract is in `virtio::vhost_user`.
 //! - Guest memory is a sealed memfd, known to this process and to the backends only.
 //! - A guest ends once, with one reason; the first one counts.
 //!
 //! # Where to start reading
-//! [`vm`] puts everything together. Then by subject: [`config`], [`layout`] (the address map), [`boot`], [`vcpu`], [`acpi`], [`pci`],
-//! [`virtio`], [`console`].
+//! `vm` puts everything together. Then by subject: `config`, `layout` (the address map), `boot`, `vcpu`, `acpi`, `pci`,
+//! `virtio`, `console`.
 
 mod acpi;
 mod boot;
