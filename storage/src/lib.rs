@@ -59,6 +59,9 @@ pub mod status;
 pub mod store;
 pub mod transport;
 
+#[cfg(test)]
+mod sim;
+
 pub use config::{StorageConfig, VolumeConfig};
 pub use coordinator::Timing;
 pub use mesh::MeshTransport;

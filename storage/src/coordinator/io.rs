@@ -275,20 +275,25 @@ impl Coordinator {
 
     /// Makes all writes durable that were completed before, on every replica in sync.
     pub(super) async fn flush_replicas(&self) {
-        let clean = self.table.lock().flushed_members();
         let mut acked: Vec<Target> = Vec::new();
         let mut changes = self.changed.subscribe();
         loop {
             changes.borrow_and_update();
-            let mut targets = self.table.lock().flush_targets();
-            targets.retain(|(t, _)| !acked.contains(t) && !clean.contains(t));
+            let targets = {
+                let table = self.table.lock();
+                // Looked at again each time: a resync may have flushed a member meanwhile.
+                acked.extend(table.flushed_members());
+                let mut targets = table.flush_targets();
+                targets.retain(|(t, _)| !acked.contains(t));
+                targets
+            };
             let flushes = targets.iter().map(|(target, written)| self.flush_replica(*target, *written));
             for (done, (target, _)) in join_all(flushes).await.into_iter().zip(&targets) {
                 if done {
                     acked.push(*target);
                 }
             }
-            if self.table.lock().flush_complete(&acked, &clean) {
+            if self.table.lock().flush_complete(&acked) {
                 break;
             }
             self.wait(&mut changes, None).await;

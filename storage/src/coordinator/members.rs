@@ -265,8 +265,8 @@ impl MemberTable {
         }
     }
 
-    /// Whether a flush is complete that reached these members, or found nothing to do on the others.
-    pub(crate) fn flush_complete(&self, acked: &[Target], clean_before: &[Target]) -> bool {
+    /// Whether a flush is complete that these members have seen, or that found nothing to do on them.
+    pub(crate) fn flush_complete(&self, acked: &[Target]) -> bool {
         let enough = (0..self.segments).all(|s| {
             self.slots(SegmentIndex(s)).filter(|(_, slot)| slot.sync == SlotState::InSync).count()
                 >= self.min_in_sync
@@ -275,10 +275,7 @@ impl MemberTable {
             && self.members.iter().all(|(disk, member)| {
                 member.slots.values().all(|slot| {
                     slot.committed == ReplicaState::OutOfSync
-                        || (slot.equal()
-                            && member
-                                .target(*disk)
-                                .is_some_and(|t| acked.contains(&t) || clean_before.contains(&t)))
+                        || (slot.equal() && member.target(*disk).is_some_and(|t| acked.contains(&t)))
                 })
             })
     }
@@ -566,7 +563,7 @@ mod tests {
         let all = table.write_targets(SEGMENT);
         assert_eq!(all.len(), 1);
         assert!(!table.write_complete(SEGMENT, &all));
-        assert!(!table.flush_complete(&all, &[]));
+        assert!(!table.flush_complete(&all));
     }
 
     #[test]
@@ -578,10 +575,10 @@ mod tests {
             table.note_flushed(target, *written);
         }
         assert!(table.flush_targets().is_empty());
-        assert!(table.flush_complete(&[], &table.flushed_members()));
+        assert!(table.flush_complete(&table.flushed_members()));
         table.note_written(&targets[1].0);
         assert_eq!(table.flush_targets().len(), 1);
-        assert!(!table.flush_complete(&[], &table.flushed_members()));
+        assert!(!table.flush_complete(&table.flushed_members()));
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! Overlapping writes are applied one after the other, so all replicas apply them in the same order; a read sees completed
 //! writes only; a copy (resync, repair) sees no write half way. First come, first served: an operation waits for every
-//! conflicting one before it, granted or not, so nobody starves.
+//! conflicting one before it, granted or not, so nobody starves. The exception is a copy, which overtakes writes that have not begun:
+//! they may be queued behind a parked write, and that one waits for the copy.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -98,7 +99,7 @@ impl RangeTable {
         let Some(own) = self.entries.get(&ticket) else { return false };
         let blocked = self.entries.iter().any(|(t, e)| {
             *t != ticket
-                && (e.granted || *t < ticket)
+                && (e.granted || (*t < ticket && own.mode != Mode::Copy))
                 && e.mode.conflicts(own.mode)
                 && overlap(&e.range, &own.range)
         });
@@ -141,6 +142,19 @@ mod tests {
         assert!(!table.enter(3..4, Mode::Write).1);
         assert!(!table.resume(w), "the copy is still at it");
         assert_eq!(table.leave(copy), vec![w]);
+    }
+
+    #[test]
+    fn a_copy_is_not_held_up_by_writes_that_queue_behind_a_parked_one() {
+        let mut table = RangeTable::default();
+        let (parked, _) = table.enter(0..4, Mode::Write);
+        let (queued, _) = table.enter(2..6, Mode::Write);
+        table.park(parked);
+        let (copy, now) = table.enter(0..8, Mode::Copy);
+        assert!(now, "the parked write waits for what this copies");
+        assert!(!table.resume(parked));
+        assert_eq!(table.leave(copy), vec![parked]);
+        assert_eq!(table.leave(parked), vec![queued]);
     }
 
     #[test]

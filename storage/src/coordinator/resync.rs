@@ -11,9 +11,11 @@ use super::open::{Attached, COMPARE_BLOCKS};
 use super::ranges::Mode;
 use super::{Coordinator, Phase, diff, geometry};
 use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT, DiskId, SegmentIndex};
+use crate::status::ResyncProgress;
 use crate::transport::PeerChange;
 use futures_util::StreamExt;
 use futures_util::future::join;
+use netfabric::NodeId;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -41,14 +43,22 @@ enum Stopped {
 }
 
 impl Coordinator {
-    /// Attaches members that are away and starts their resync, for as long as the volume is open.
+    /// Attaches members that are away and starts the resync of those that lack something, for as long as the volume is open.
     pub(super) async fn run_resync(self: Arc<Self>) {
         let mut backoff: BTreeMap<DiskId, Backoff> = BTreeMap::new();
+        let mut followed: BTreeMap<DiskId, Target> = BTreeMap::new();
         let mut peers = self.rim.transport.subscribe();
         let mut phase = self.phase.subscribe();
+        let mut changes = self.changed.subscribe();
         loop {
             // The sender lives as long as self does.
             let _ = phase.wait_for(|p| *p == Phase::Open).await;
+            changes.borrow_and_update();
+            for (target, _) in self.table.lock().to_copy() {
+                if followed.insert(target.disk, target) != Some(target) {
+                    self.spawn(self.clone().follow(target));
+                }
+            }
             let now = Instant::now();
             let away = self.table.lock().detached();
             let due: Vec<_> =
@@ -57,12 +67,7 @@ impl Coordinator {
                 let pause =
                     backoff.get(&disk).map_or(self.rim.timing.retry, |b| (b.pause * 2).min(MAX_PAUSE));
                 backoff.insert(disk, Backoff { pause, at: now + pause });
-                let this = self.clone();
-                self.spawn(async move {
-                    if let Attached::Session { target, .. } = this.attach(disk, node).await {
-                        this.bring_back(target).await;
-                    }
-                });
+                self.spawn(self.clone().bring_back(disk, node));
             }
             tokio::select! {
                 biased;
@@ -74,34 +79,34 @@ impl Coordinator {
                     Ok(PeerChange::Down(_)) | Err(RecvError::Lagged(_)) => {}
                     Err(RecvError::Closed) => tokio::time::sleep(self.rim.timing.retry).await,
                 },
+                _ = changes.changed() => {}
                 () = tokio::time::sleep(self.rim.timing.retry) => {}
             }
         }
     }
 
-    /// Runs the session of a member that was away, from its start until it is in sync or lost.
-    async fn bring_back(self: &Arc<Self>, target: Target) {
-        // A volume that is being opened again attaches its members itself.
+    /// Starts a session with a member that was away.
+    async fn bring_back(self: Arc<Self>, disk: DiskId, node: NodeId) {
+        let Attached::Session { target, .. } = self.attach(disk, node).await else { return };
+        // A volume that is being opened again attaches its members itself, and another attempt may have been faster.
         let attached = {
             let mut table = self.table.lock();
-            let attached = *self.phase.borrow() == Phase::Open
-                && table.detached().iter().any(|(disk, _)| *disk == target.disk);
-            if attached {
-                table.attached(target.disk, target.session, false);
-                table.progress(target.disk, |p| *p = Default::default());
+            let wanted =
+                *self.phase.borrow() == Phase::Open && table.detached().iter().any(|(d, _)| *d == disk);
+            if wanted {
+                table.attached(disk, target.session, false);
+                table.progress(disk, |p| *p = ResyncProgress::default());
             }
-            attached
+            wanted
         };
-        if !attached {
-            return;
+        if attached {
+            tracing::info!(volume = %self.id, %disk, %node, "replica is back: resync");
+            self.change(|_| ());
         }
-        self.change(|_| ());
-        tracing::info!(volume = %self.id, disk = %target.disk, node = %target.node, "replica is back: resync");
-        self.follow(target).await;
     }
 
     /// Copies the member's segments until none is left, and again when its replica set grows, while the session lasts.
-    async fn follow(self: &Arc<Self>, target: Target) {
+    async fn follow(self: Arc<Self>, target: Target) {
         let mut changes = self.changed.subscribe();
         loop {
             changes.borrow_and_update();

@@ -1,0 +1,268 @@
+//! A simulated cluster of three nodes with a disk each and one volume, and what can happen to it.
+
+use super::dice::Dice;
+use super::disk::SimDisk;
+use super::history::History;
+use super::net::{Network, NodeTransport};
+use super::raft::{NodeControl, Raft};
+use crate::config::{
+    Access, CleanState, Durability, ReplicaConfig, ReplicaState, SegmentConfig, VolumeConfig,
+};
+use crate::coordinator::{Coordinator, Rim, Timing, VolumeDevice};
+use crate::ids::{BLOCK_SIZE, ByteSize, DiskId, Generation, SEGMENT_SIZE, SegmentIndex, VolumeId};
+use crate::lease::Lease;
+use crate::metrics::Metrics;
+use crate::replica::protocol::BootEpoch;
+use crate::replica::server::ReplicaServer;
+use crate::status::VolumeState;
+use netfabric::NodeId;
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+pub(super) const NODES: usize = 3;
+/// The second segment is short: the workload is around the boundary of both.
+pub(super) const VOLUME_SIZE: u64 = SEGMENT_SIZE + 8 * BLOCK_SIZE;
+
+/// The data process of a node.
+struct Process {
+    server: Arc<ReplicaServer>,
+    lease: Arc<Lease>,
+    lease_until: Instant,
+    boot: BootEpoch,
+    alive: CancellationToken,
+    coordinator: Option<(u64, Arc<Coordinator>)>,
+}
+
+pub(super) struct Node {
+    pub(super) id: NodeId,
+    pub(super) disk_id: DiskId,
+    pub(super) disk: Arc<SimDisk>,
+    boots: u64,
+    process: Option<Process>,
+}
+
+pub(super) struct Cluster {
+    pub(super) nodes: Vec<Node>,
+    pub(super) network: Arc<Network>,
+    pub(super) raft: Arc<Raft>,
+    pub(super) history: Arc<Mutex<History>>,
+    pub(super) dice: Dice,
+    pub(super) volume: VolumeId,
+    metrics: Metrics,
+    /// How long a lease holds once it is renewed.
+    pub(super) lease: Duration,
+    /// Until when the last coordinator may serve reads.
+    lease_ends: Instant,
+}
+
+/// How a simulated volume is set up.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Setup {
+    pub(super) min_in_sync: u8,
+    pub(super) durability: Durability,
+}
+
+impl Cluster {
+    pub(super) fn new(dice: Dice, setup: Setup) -> Self {
+        let id = |n: usize| Uuid::from_u128(n as u128 + 1);
+        let nodes: Vec<Node> = (0..NODES)
+            .map(|n| Node {
+                id: NodeId::new(id(n)),
+                disk_id: DiskId(id(n + 100)),
+                disk: SimDisk::new(dice.clone()),
+                boots: 0,
+                process: None,
+            })
+            .collect();
+        let replicas = nodes
+            .iter()
+            .map(|n| ReplicaConfig { disk: n.disk_id, node: n.id, state: ReplicaState::InSync })
+            .collect::<Vec<_>>();
+        let volume = VolumeConfig {
+            id: VolumeId(id(1000)),
+            size: ByteSize(VOLUME_SIZE),
+            generation: Generation(0),
+            min_in_sync: setup.min_in_sync,
+            durability: setup.durability,
+            clean: CleanState::Clean,
+            segments: (0..2)
+                .map(|i| SegmentConfig { index: SegmentIndex(i), replicas: replicas.clone() })
+                .collect(),
+            access: Access::Internal,
+        };
+        let network = Network::new(dice.clone());
+        let history = Arc::new(Mutex::new(History::default()));
+        let ids = nodes.iter().map(|n| n.id).collect();
+        let raft = Raft::new(volume.clone(), ids, network.clone(), history.clone(), dice.clone());
+        let mut cluster = Self {
+            nodes,
+            network,
+            raft,
+            history,
+            dice,
+            volume: volume.id,
+            metrics: Metrics::new().expect("metrics"),
+            lease: Duration::from_millis(900),
+            lease_ends: Instant::now(),
+        };
+        for n in 0..NODES {
+            cluster.start(n);
+        }
+        cluster
+    }
+
+    pub(super) fn is_up(&self, n: usize) -> bool {
+        self.nodes[n].process.is_some()
+    }
+
+    /// Starts a node's data process.
+    pub(super) fn start(&mut self, n: usize) {
+        let node = &mut self.nodes[n];
+        if node.process.is_some() {
+            return;
+        }
+        node.boots += 1;
+        let boot = BootEpoch(node.boots);
+        let server = Arc::new(ReplicaServer::new(node.id, boot));
+        server.add_disk(node.disk_id, node.disk.open());
+        let alive = CancellationToken::new();
+        self.network.up(node.id, server.clone(), alive.clone());
+        node.process = Some(Process {
+            server,
+            lease: Arc::new(Lease::new()),
+            lease_until: Instant::now(),
+            boot,
+            alive,
+            coordinator: None,
+        });
+    }
+
+    /// Kills a node's data process; what is in the disk's cache stays.
+    pub(super) fn kill(&mut self, n: usize) {
+        let node = &mut self.nodes[n];
+        if let Some(process) = node.process.take() {
+            node.disk.detach();
+            process.alive.cancel();
+            if let Some((_, coordinator)) = process.coordinator {
+                coordinator.kill();
+                self.lease_ends = Instant::now();
+            }
+            self.network.down(node.id);
+        }
+    }
+
+    /// Cuts the power of nodes, at the same moment.
+    pub(super) fn power_cut(&mut self, nodes: &[usize]) {
+        let mut disks = Vec::new();
+        for n in nodes {
+            self.kill(*n);
+            self.nodes[*n].disk.power_cut();
+            disks.push(self.nodes[*n].disk_id);
+        }
+        self.raft.power_cut(&disks);
+    }
+
+    /// What the control plane does all the time: renews leases, opens the volume where its coordinator is gone.
+    pub(super) fn control_step(&mut self) {
+        let now = Instant::now();
+        for node in &mut self.nodes {
+            if let Some(process) = &mut node.process
+                && self.raft.reaches_majority(node.id)
+            {
+                process.lease.renew(self.lease);
+                process.lease_until = now + self.lease;
+            }
+        }
+        let (coordinator, opening) = {
+            let record = self.raft.record.lock();
+            (record.coordinator, record.opening)
+        };
+        let current = coordinator.and_then(|c| self.nodes.iter().position(|n| n.id == c));
+        if let Some(n) = current {
+            let node = &mut self.nodes[n];
+            if let Some(process) = &node.process
+                && self.raft.reaches_majority(node.id)
+            {
+                match &process.coordinator {
+                    Some((o, c)) if *o == opening && c.status().state != VolumeState::Fenced => return,
+                    // The process restarted: the same generation again, or a new one.
+                    _ if self.dice.percent(50) => {
+                        let config = self.raft.reopen_same();
+                        return self.start_coordinator(n, &config);
+                    }
+                    _ => {}
+                }
+            } else if let Some(process) = &node.process {
+                self.lease_ends = self.lease_ends.max(process.lease_until);
+            }
+        }
+        // A coordinator that is cut off may read until its lease ends.
+        if now < self.lease_ends {
+            return;
+        }
+        let candidates: Vec<usize> =
+            (0..NODES).filter(|n| self.is_up(*n) && self.raft.reaches_majority(self.nodes[*n].id)).collect();
+        if let Some(n) = self.dice.pick(&candidates).copied()
+            && let Some(config) = self.raft.open_volume(self.nodes[n].id)
+        {
+            self.start_coordinator(n, &config);
+        }
+    }
+
+    fn start_coordinator(&mut self, n: usize, config: &VolumeConfig) {
+        let opening = self.raft.record.lock().opening;
+        let node = &mut self.nodes[n];
+        let Some(process) = &mut node.process else { return };
+        let rim = Rim {
+            node: node.id,
+            boot: process.boot,
+            replicas: process.server.clone(),
+            transport: Arc::new(NodeTransport { node: node.id, network: self.network.clone() }),
+            control: Arc::new(NodeControl { node: node.id, raft: self.raft.clone() }),
+            lease: process.lease.clone(),
+            timing: Timing::default(),
+        };
+        if let Some((_, old)) = process.coordinator.take() {
+            old.kill();
+        }
+        let coordinator = Coordinator::start(config, rim, self.metrics.volume(config.id));
+        process.coordinator = Some((opening, coordinator));
+    }
+
+    /// The coordinators that there are, old ones on nodes cut off included, by opening.
+    pub(super) fn devices(&self) -> BTreeMap<u64, VolumeDevice> {
+        let coordinators = self.nodes.iter().filter_map(|n| n.process.as_ref()?.coordinator.as_ref());
+        coordinators.map(|(opening, c)| (*opening, VolumeDevice(c.clone()))).collect()
+    }
+
+    /// The coordinator in charge.
+    pub(super) fn coordinator(&self) -> Option<(u64, Arc<Coordinator>)> {
+        let opening = self.raft.record.lock().opening;
+        let coordinators = self.nodes.iter().filter_map(|n| n.process.as_ref()?.coordinator.as_ref());
+        coordinators.filter(|(o, _)| *o == opening).map(|(o, c)| (*o, c.clone())).next()
+    }
+
+    /// Runs the control plane until the condition holds; false when it does not within the time.
+    pub(super) async fn run_until(&mut self, limit: Duration, done: impl Fn(&Self) -> bool) -> bool {
+        let end = Instant::now() + limit;
+        while Instant::now() < end {
+            self.control_step();
+            if done(self) {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        false
+    }
+
+    /// Open, all replicas in sync.
+    pub(super) fn is_healthy(&self) -> bool {
+        self.coordinator().is_some_and(|(_, c)| c.status().state == VolumeState::Open)
+            && self.raft.in_sync().len() == NODES
+    }
+}

@@ -1,0 +1,245 @@
+//! The control plane of the simulated cluster: one consistent record of the volume, reachable from nodes that are connected to a
+//! majority, with commits whose answer gets lost now and then.
+
+use super::dice::Dice;
+use super::history::History;
+use super::net::Network;
+use crate::config::{CleanState, ReplicaState, VolumeConfig};
+use crate::control::{CommitError, ControlPlane};
+use crate::ids::{DiskId, Generation, SegmentIndex, VolumeId};
+use futures_util::future::BoxFuture;
+use netfabric::NodeId;
+use parking_lot::Mutex;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+/// The replicated record.
+pub(super) struct Record {
+    pub(super) volume: VolumeConfig,
+    pub(super) coordinator: Option<NodeId>,
+    /// Number of the coordinator's opening, for the history.
+    pub(super) opening: u64,
+    /// Disks that have all writes acknowledged so far, flushed or not: in sync since their last power cut.
+    whole: BTreeSet<DiskId>,
+}
+
+/// The consensus service.
+pub(super) struct Raft {
+    pub(super) record: Mutex<Record>,
+    pub(super) history: Arc<Mutex<History>>,
+    nodes: Vec<NodeId>,
+    network: Arc<Network>,
+    dice: Dice,
+    /// Commits in a hundred whose answer is lost.
+    pub(super) lossy_percent: u64,
+}
+
+impl Raft {
+    pub(super) fn new(
+        volume: VolumeConfig,
+        nodes: Vec<NodeId>,
+        network: Arc<Network>,
+        history: Arc<Mutex<History>>,
+        dice: Dice,
+    ) -> Arc<Self> {
+        let whole = volume.segments.iter().flat_map(|s| s.replicas.iter().map(|r| r.disk)).collect();
+        let record = Record { volume, coordinator: None, opening: 0, whole };
+        Arc::new(Self { record: Mutex::new(record), history, nodes, network, dice, lossy_percent: 5 })
+    }
+
+    /// Whether a node reaches a majority.
+    pub(super) fn reaches_majority(&self, node: NodeId) -> bool {
+        let reached = self.nodes.iter().filter(|n| self.network.connected(node, **n)).count();
+        reached * 2 > self.nodes.len()
+    }
+
+    /// Opens the volume on a node: raises the generation and drops members that cannot be reached, in one step. None when no
+    /// replica in sync of some segment would be left.
+    pub(super) fn open_volume(&self, node: NodeId) -> Option<VolumeConfig> {
+        let mut record = self.record.lock();
+        let mut volume = record.volume.clone();
+        for segment in &mut volume.segments {
+            let mut left = false;
+            for replica in &mut segment.replicas {
+                let reachable = self.network.connected(node, replica.node);
+                match replica.state {
+                    ReplicaState::InSync if reachable => left = true,
+                    _ => replica.state = ReplicaState::OutOfSync,
+                }
+            }
+            if !left {
+                return None;
+            }
+        }
+        volume.generation.0 += 1;
+        record.volume = volume.clone();
+        record.coordinator = Some(node);
+        self.next_opening(&mut record);
+        self.note_losses(&mut record);
+        Some(volume)
+    }
+
+    /// The same coordinator's process opens again with the same generation.
+    pub(super) fn reopen_same(&self) -> VolumeConfig {
+        let mut record = self.record.lock();
+        self.next_opening(&mut record);
+        record.volume.clone()
+    }
+
+    fn next_opening(&self, record: &mut Record) {
+        record.opening += 1;
+    }
+
+    /// A disk lost its cache.
+    pub(super) fn power_cut(&self, disks: &[DiskId]) {
+        let mut record = self.record.lock();
+        disks.iter().for_each(|d| {
+            record.whole.remove(d);
+        });
+        self.note_losses(&mut record);
+    }
+
+    /// Writes not flushed may be gone when no member of some segment's in-sync set has them.
+    fn note_losses(&self, record: &mut Record) {
+        let lost = record.volume.segments.iter().any(|segment| {
+            !segment
+                .replicas
+                .iter()
+                .any(|r| r.state == ReplicaState::InSync && record.whole.contains(&r.disk))
+        });
+        if lost {
+            self.history.lock().lose_unflushed();
+        }
+    }
+
+    /// Disks in sync for all segments.
+    pub(super) fn in_sync(&self) -> Vec<DiskId> {
+        let record = self.record.lock();
+        let Some(first) = record.volume.segments.first() else { return Vec::new() };
+        let in_sync = |d: &DiskId| {
+            record
+                .volume
+                .segments
+                .iter()
+                .all(|s| s.replicas.iter().any(|r| r.disk == *d && r.state == ReplicaState::InSync))
+        };
+        first.replicas.iter().map(|r| r.disk).filter(|d| in_sync(d)).collect()
+    }
+}
+
+/// The control plane as one node's process sees it.
+pub(super) struct NodeControl {
+    pub(super) node: NodeId,
+    pub(super) raft: Arc<Raft>,
+}
+
+impl NodeControl {
+    /// Commits a change, if this node reaches a majority and the generation is current.
+    fn commit<T: Send + 'static>(
+        &self,
+        generation: Generation,
+        change: impl FnOnce(&Raft, &mut Record) -> Result<T, CommitError> + Send + 'static,
+    ) -> BoxFuture<'static, Result<T, CommitError>> {
+        let (raft, node) = (self.raft.clone(), self.node);
+        Box::pin(async move {
+            tokio::time::sleep(raft.dice.micros(4000)).await;
+            if !raft.reaches_majority(node) {
+                tokio::time::sleep(raft.dice.micros(500_000)).await;
+                return Err(CommitError::Unavailable("no majority".into()));
+            }
+            let result = {
+                let mut record = raft.record.lock();
+                if record.volume.generation != generation || record.coordinator != Some(node) {
+                    return Err(CommitError::Fenced);
+                }
+                change(&raft, &mut record)
+            };
+            tokio::time::sleep(raft.dice.micros(4000)).await;
+            if raft.dice.percent(raft.lossy_percent) {
+                return Err(CommitError::Unavailable("the answer was lost".into()));
+            }
+            result
+        })
+    }
+}
+
+impl ControlPlane for NodeControl {
+    fn replicas_out(
+        &self,
+        _volume: VolumeId,
+        generation: Generation,
+        disk: DiskId,
+        _reason: String,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
+        self.commit(generation, move |raft, record| {
+            let minimum = usize::from(record.volume.min_in_sync.max(1));
+            for segment in &record.volume.segments {
+                let in_sync = |r: &&crate::config::ReplicaConfig| r.state == ReplicaState::InSync;
+                let is_in = segment.replicas.iter().filter(in_sync).any(|r| r.disk == disk);
+                if is_in && segment.replicas.iter().filter(in_sync).count() <= minimum {
+                    return Err(CommitError::Refused("below the minimum".into()));
+                }
+            }
+            for replica in record.volume.segments.iter_mut().flat_map(|s| &mut s.replicas) {
+                if replica.disk == disk {
+                    replica.state = ReplicaState::OutOfSync;
+                }
+            }
+            raft.note_losses(record);
+            Ok(record.volume.clone())
+        })
+    }
+
+    fn replica_in(
+        &self,
+        _volume: VolumeId,
+        generation: Generation,
+        segment: SegmentIndex,
+        disk: DiskId,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
+        self.commit(generation, move |_, record| {
+            for s in record.volume.segments.iter_mut().filter(|s| s.index == segment) {
+                for replica in s.replicas.iter_mut().filter(|r| r.disk == disk) {
+                    replica.state = ReplicaState::InSync;
+                }
+            }
+            let everywhere = record
+                .volume
+                .segments
+                .iter()
+                .all(|s| s.replicas.iter().any(|r| r.disk == disk && r.state == ReplicaState::InSync));
+            if everywhere {
+                record.whole.insert(disk);
+            }
+            Ok(record.volume.clone())
+        })
+    }
+
+    fn opened(
+        &self,
+        _volume: VolumeId,
+        generation: Generation,
+    ) -> BoxFuture<'static, Result<(), CommitError>> {
+        self.commit(generation, move |raft, record| {
+            record.volume.clean = CleanState::Unclean;
+            let segments = &record.volume.segments;
+            let in_sync =
+                segments.iter().flat_map(|s| &s.replicas).filter(|r| r.state == ReplicaState::InSync);
+            record.whole.extend(in_sync.map(|r| r.disk));
+            raft.history.lock().opened(record.opening);
+            Ok(())
+        })
+    }
+
+    fn closed_clean(
+        &self,
+        _volume: VolumeId,
+        generation: Generation,
+    ) -> BoxFuture<'static, Result<(), CommitError>> {
+        self.commit(generation, move |_, record| {
+            record.volume.clean = CleanState::Clean;
+            record.coordinator = None;
+            Ok(())
+        })
+    }
+}

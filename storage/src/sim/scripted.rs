@@ -1,0 +1,209 @@
+//! Single stories with exact expectations.
+
+use super::client::{fill, request};
+use super::cluster::{Cluster, Setup};
+use super::dice::Dice;
+use super::simulate;
+use crate::config::Durability;
+use crate::coordinator::VolumeDevice;
+use crate::device::{BlockError, BlockOp};
+use crate::ids::{BLOCK_SIZE, LayerId, SECTOR_SIZE, SegmentIndex, SegmentKey};
+use crate::status::{MemberState, VolumeState};
+use std::time::Duration;
+use tokio::time::Instant;
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// A healthy volume and the number of the node that coordinates it.
+async fn healthy(seed: u64, min_in_sync: u8) -> (Cluster, VolumeDevice, usize) {
+    let setup = Setup { min_in_sync, durability: Durability::WriteBack };
+    let mut cluster = Cluster::new(Dice::new(seed), setup);
+    cluster.lease = Duration::from_secs(3600);
+    assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await);
+    let (_, coordinator) = cluster.coordinator().unwrap();
+    let node = cluster.raft.record.lock().coordinator.unwrap();
+    let n = cluster.nodes.iter().position(|x| x.id == node).unwrap();
+    (cluster, VolumeDevice(coordinator), n)
+}
+
+async fn write(device: &VolumeDevice, block: u64, value: u64) {
+    let data = fill(value, BLOCK_SIZE / SECTOR_SIZE);
+    request(device, BlockOp::Write { offset: block * BLOCK_SIZE, data }).await.unwrap();
+}
+
+async fn read(device: &VolumeDevice, block: u64) -> Result<u64, BlockError> {
+    let data = request(device, BlockOp::Read { offset: block * BLOCK_SIZE, len: BLOCK_SIZE }).await?;
+    Ok(u64::from_le_bytes(data[..8].try_into().unwrap()))
+}
+
+/// How long a write takes while the control plane goes on.
+async fn timed_write(cluster: &mut Cluster, device: &VolumeDevice, block: u64, value: u64) -> Duration {
+    let started = Instant::now();
+    let device = device.clone();
+    let task = tokio::spawn(async move {
+        write(&device, block, value).await;
+        started.elapsed()
+    });
+    assert!(cluster.run_until(LIMIT, |_| task.is_finished()).await, "the write does not end");
+    task.await.unwrap()
+}
+
+#[test]
+fn a_killed_replica_costs_a_moment_and_a_silent_one_less_than_three_seconds() {
+    simulate(async {
+        let (mut cluster, device, n) = healthy(1, 1).await;
+        cluster.kill((n + 1) % 3);
+        let pause = timed_write(&mut cluster, &device, 0, 1).await;
+        assert!(pause < Duration::from_millis(500), "{pause:?}");
+
+        let (mut cluster, device, n) = healthy(11, 1).await;
+        cluster.network.cut(cluster.nodes[(n + 2) % 3].id, cluster.nodes[n].id);
+        let pause = timed_write(&mut cluster, &device, 0, 2).await;
+        assert!(pause > Duration::from_secs(2) && pause < Duration::from_secs(3), "{pause:?}");
+    });
+}
+
+#[test]
+fn resync_copies_only_what_changed() {
+    simulate(async {
+        let (mut cluster, device, n) = healthy(2, 1).await;
+        for block in 0..40 {
+            write(&device, block, 1).await;
+        }
+        let away = (n + 1) % 3;
+        cluster.kill(away);
+        for block in [3, 4, 30] {
+            timed_write(&mut cluster, &device, block, 2).await;
+        }
+        let before = cluster.nodes[away].disk.blocks_written();
+        cluster.start(away);
+        let disk = cluster.nodes[away].disk_id;
+        assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await);
+        assert_eq!(cluster.nodes[away].disk.blocks_written() - before, 3);
+        let status = cluster.coordinator().unwrap().1.status();
+        let replica = status.replicas.iter().find(|r| r.disk == disk).unwrap();
+        assert_eq!(replica.state, MemberState::InSync);
+        assert_eq!(replica.resync.unwrap().blocks_copied, 3);
+    });
+}
+
+#[test]
+fn a_damaged_block_is_read_elsewhere_and_repaired() {
+    simulate(async {
+        let (cluster, device, n) = healthy(3, 1).await;
+        write(&device, 5, 42).await;
+        let at = SegmentKey { volume: cluster.volume, segment: SegmentIndex(0), layer: LayerId(0) };
+        cluster.nodes[n].disk.corrupt(at, 5);
+        assert_eq!(read(&device, 5).await, Ok(42));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(cluster.nodes[n].disk.is_intact(at, 5), "not repaired");
+        for node in &cluster.nodes {
+            node.disk.corrupt(at, 5);
+        }
+        assert!(matches!(read(&device, 5).await, Err(BlockError::Io(_))), "no copy is left");
+        assert_eq!(read(&device, 6).await, Ok(0), "the volume goes on");
+    });
+}
+
+#[test]
+fn below_the_minimum_writes_wait_and_go_on_when_a_replica_is_back() {
+    simulate(async {
+        let (mut cluster, device, n) = healthy(4, 2).await;
+        write(&device, 1, 1).await;
+        cluster.kill((n + 1) % 3);
+        cluster.kill((n + 2) % 3);
+        // The control plane has no majority then: keep the lease, so that only the minimum is what is missing.
+        let waiting = tokio::spawn({
+            let device = device.clone();
+            async move { write(&device, 1, 2).await }
+        });
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert!(!waiting.is_finished());
+        cluster.start((n + 1) % 3);
+        assert!(cluster.run_until(LIMIT, |_| waiting.is_finished()).await, "the write waits for ever");
+        let (opening, _) = cluster.coordinator().unwrap();
+        assert_eq!(opening, 1, "it was this coordinator that completed it");
+        assert_eq!(read(&device, 1).await, Ok(2));
+    });
+}
+
+#[test]
+fn without_a_lease_reads_and_writes_wait() {
+    simulate(async {
+        let (mut cluster, device, _) = healthy(5, 1).await;
+        write(&device, 1, 1).await;
+        cluster.lease = Duration::from_millis(900);
+        cluster.control_step();
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let waiting = tokio::spawn({
+            let device = device.clone();
+            async move { read(&device, 1).await }
+        });
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert!(!waiting.is_finished(), "read without a lease");
+        let state = cluster.coordinator().unwrap().1.status().state;
+        assert!(matches!(state, VolumeState::Waiting(_)), "{state:?}");
+        cluster.control_step();
+        assert_eq!(waiting.await.unwrap(), Ok(1));
+    });
+}
+
+#[test]
+fn when_all_disks_are_full_writes_wait_for_room() {
+    simulate(async {
+        let (mut cluster, device, _) = healthy(6, 2).await;
+        write(&device, 1, 1).await;
+        cluster.nodes.iter().for_each(|n| n.disk.set_full(true));
+        let waiting = tokio::spawn({
+            let device = device.clone();
+            async move { write(&device, 2, 2).await }
+        });
+        assert!(!cluster.run_until(Duration::from_secs(5), |_| waiting.is_finished()).await);
+        assert_eq!(read(&device, 1).await, Ok(1), "reads go on");
+        assert_eq!(cluster.raft.in_sync().len(), 3, "a full disk is no reason to distrust equal replicas");
+        cluster.nodes.iter().for_each(|n| n.disk.set_full(false));
+        assert!(cluster.run_until(LIMIT, |_| waiting.is_finished()).await);
+        assert_eq!(read(&device, 2).await, Ok(2));
+    });
+}
+
+#[test]
+fn a_clean_close_leaves_nothing_to_lose() {
+    simulate(async {
+        let (mut cluster, device, _) = healthy(7, 1).await;
+        write(&device, 9, 9).await;
+        cluster.coordinator().unwrap().1.close().await;
+        assert_eq!(cluster.raft.record.lock().volume.clean, crate::config::CleanState::Clean);
+        assert_eq!(request(&device, BlockOp::Flush).await, Err(BlockError::Closed));
+        cluster.power_cut(&[0, 1, 2]);
+        (0..3).for_each(|n| cluster.start(n));
+        assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await);
+        let (_, coordinator) = cluster.coordinator().unwrap();
+        assert_eq!(read(&VolumeDevice(coordinator), 9).await, Ok(9));
+    });
+}
+
+#[test]
+fn sub_block_writes_and_bad_ranges() {
+    simulate(async {
+        let (_cluster, device, _) = healthy(8, 1).await;
+        write(&device, 0, 1).await;
+        let data = fill(2, 1);
+        request(&device, BlockOp::Write { offset: 512, data: data.clone() }).await.unwrap();
+        let block = request(&device, BlockOp::Read { offset: 0, len: 4096 }).await.unwrap();
+        assert_eq!(
+            (&block[..512], &block[512..1024], &block[1024..1536]),
+            (&fill(1, 1)[..], &data[..], &fill(1, 1)[..])
+        );
+        request(&device, BlockOp::Discard { offset: 512, len: 8192 }).await.unwrap();
+        let after = request(&device, BlockOp::Read { offset: 0, len: 1024 }).await.unwrap();
+        assert_eq!((&after[..512], &after[512..]), (&fill(1, 1)[..], &fill(0, 1)[..]));
+        for op in [
+            BlockOp::Read { offset: u64::MAX - 511, len: 1024 },
+            BlockOp::Write { offset: 0, data: vec![0; 100].into() },
+            BlockOp::Discard { offset: 0, len: u64::MAX / 512 * 512 },
+        ] {
+            assert!(matches!(request(&device, op).await, Err(BlockError::Invalid(_))));
+        }
+    });
+}
