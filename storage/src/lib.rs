@@ -67,4 +67,6 @@ pub use coordinator::Timing;
 pub use mesh::MeshTransport;
 pub use metrics::Metrics;
 pub use netfabric::NodeId;
-pub use service::{RunningTarget, Storage, StorageError, StorageOptions, StoreOpener, TargetStarter};
+pub use service::{
+    RunningTarget, Storage, StorageError, StorageOptions, StoreOpener, TargetStarter, plain_stores,
+};

@@ -10,6 +10,7 @@ use crate::mesh::ReplicaHandler;
 use crate::metrics::Metrics;
 use crate::replica::server::ReplicaServer;
 use crate::status::{DiskHealth, DiskStatus, DiskUsage, StorageStatus};
+use crate::store::plain::PlainStore;
 use crate::store::{DiskStore, StoreError};
 use crate::transport::Transport;
 use bytes::Bytes;
@@ -27,6 +28,24 @@ use tokio::sync::oneshot;
 /// Opens the store of a disk.
 pub type StoreOpener =
     Arc<dyn Fn(DiskConfig) -> BoxFuture<'static, Result<Arc<dyn DiskStore>, StoreError>> + Send + Sync>;
+
+/// Opens directories as plain-file stores; one that is not formatted yet becomes the disk.
+pub fn plain_stores() -> StoreOpener {
+    Arc::new(|disk: DiskConfig| {
+        Box::pin(async move {
+            // The replay of a store's log takes its time.
+            let opened = tokio::task::spawn_blocking(move || {
+                PlainStore::format(&disk.path, disk.id)?;
+                PlainStore::open(&disk.path, disk.id)
+            });
+            match opened.await {
+                Ok(Ok(store)) => Ok(Arc::new(store) as Arc<dyn DiskStore>),
+                Ok(Err(error)) => Err(StoreError::Io(error.to_string())),
+                Err(error) => Err(StoreError::Io(error.to_string())),
+            }
+        })
+    })
+}
 
 /// A running target: something that offers a volume to a guest, until it is dropped.
 pub type RunningTarget = Box<dyn Send>;

@@ -123,7 +123,7 @@ impl History {
         self.check_serving(opening, "read");
         let writes = self.sector(sector).clone();
         let possible = |w: &Write| {
-            !w.gone.is_some_and(|t| t < submitted)
+            w.gone.is_none_or(|t| t >= submitted)
                 && !writes.iter().any(|later| {
                     later.certain.is_some_and(|t| t < submitted)
                         && w.over.is_some_and(|over| over < later.submitted)

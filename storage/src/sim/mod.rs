@@ -34,7 +34,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 /// Seeds of a normal run.
-const SEEDS: u64 = 200;
+const SEEDS: u64 = 100;
 /// How long faults go on, in simulated time.
 const FAULTS: Duration = Duration::from_secs(8);
 /// Everything must be well again within this time after the last fault.
