@@ -163,18 +163,22 @@ impl Node {
         node
     }
 
-    /// Starts an instance of the data process; it ends with the token.
-    fn start_data(&self) -> CancellationToken {
+    /// Runs an instance of the data process on threads of its own, as a process would, until the node's shutdown.
+    fn start_data(&self) {
         let options = EngineOptions {
             paths: self.paths.clone(),
             listen_storage: "127.0.0.1:0".parse().unwrap(),
             listen_frames: "127.0.0.1:0".parse().unwrap(),
             link_mtu: Some(1500),
         };
-        let stop = self.shutdown.child_token();
-        let token = stop.clone();
-        tokio::spawn(async move { serve(options, stop).await.unwrap() });
-        token
+        let stop = self.shutdown.clone();
+        std::thread::spawn(move || {
+            let runtime =
+                tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+            let served = runtime.block_on(serve(options, stop));
+            runtime.shutdown_timeout(Duration::from_secs(5));
+            served.unwrap();
+        });
     }
 
     async fn status_when(&self, ready: impl Fn(&Observed) -> bool) -> Observed {

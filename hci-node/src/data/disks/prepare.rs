@@ -297,7 +297,7 @@ mod tests {
         fs::create_dir_all(first.store.join("old")).unwrap();
         assert!(matches!(prepare_dir(2, temp.path(), Wipe::Refuse), Err(PrepareError::OtherDisk { .. })));
         prepare_dir(2, temp.path(), Wipe::Everything).unwrap();
-        assert!(!first.store.exists());
+        assert!(!first.store.join("old").exists());
         reestablish(disk(2), &first.store, Path::new("/nonexistent/mount")).unwrap();
     }
 
