@@ -57,6 +57,7 @@ pub mod replica;
 mod service;
 pub mod status;
 pub mod store;
+pub mod target;
 pub mod transport;
 
 #[cfg(test)]
