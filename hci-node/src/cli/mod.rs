@@ -148,8 +148,6 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum NodeCommand {
-    /// The control role: Raft, API, scheduler; started by the system.
-    Run(crate::control::Args),
     #[command(flatten)]
     Ask(nouns::node::Verb),
 }
@@ -176,7 +174,6 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
     match cli.command {
         Command::Completion { shell } => completion::print(shell),
         Command::Version => version(cli.global.output)?,
-        Command::Node(NodeCommand::Run(args)) => return roles::node(args),
         Command::Data(command) => return roles::data(command),
         Command::Vmm(command) => return roles::vmm(command),
         Command::Install(args) => return roles::install(args),
@@ -239,8 +236,7 @@ async fn ask(global: Global, command: Command) -> Result<Exit, CliError> {
                 )?,
             }
         }
-        Command::Node(NodeCommand::Run(_))
-        | Command::Data(_)
+        Command::Data(_)
         | Command::Vmm(_)
         | Command::Install(_)
         | Command::Completion { .. }

@@ -8,7 +8,7 @@ use installer::install::{InstallError, Options};
 
 use super::exit::{CliError, Exit};
 use super::nouns::say;
-use crate::{control, data, vmm_role};
+use crate::{data, vmm_role};
 
 /// The verbs of `hci data`.
 #[derive(Debug, Subcommand)]
@@ -22,12 +22,6 @@ pub enum DataCommand {
 pub enum VmmCommand {
     /// Run one VM until its guest has ended; the exit code tells how.
     Run(vmm_role::Args),
-}
-
-/// Runs the control role.
-pub fn node(args: control::Args) -> Result<ExitCode, CliError> {
-    log_to_stderr();
-    ended("the node service", control::run(args))
 }
 
 /// Runs the data role.
@@ -60,7 +54,9 @@ fn ended(what: &str, outcome: anyhow::Result<()>) -> Result<ExitCode, CliError> 
 
 /// The arguments of `hci install`.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  hci install --unattended\n  hci install --unattended --answer /tmp/answer.toml")]
+#[command(
+    after_help = "Examples:\n  hci install --unattended\n  hci install --unattended --answer /tmp/answer.toml"
+)]
 pub struct InstallArgs {
     /// Take everything from an answer file and ask nothing.
     #[arg(long, required = true)]
