@@ -7,8 +7,10 @@
 //! | [`demo`] | the run in the lab: from the ISO to a lost server and back |
 //! | [`netclient`] | raw frames at a port of the overlay, without a VM |
 //! | [`overlay_node`] | the overlay of one node, without the rest of it |
+//! | [`tap`] | a TAP device as a guest of the overlay |
 
 pub mod demo;
 pub mod guest;
 pub mod netclient;
 pub mod overlay_node;
+pub mod tap;
