@@ -34,6 +34,8 @@ pub mod observed;
 pub mod peers;
 pub mod plan;
 mod report;
+#[cfg(test)]
+mod tests;
 pub mod vm_process;
 
 use std::{sync::Arc, time::Duration};
