@@ -100,6 +100,11 @@ impl NodePaths {
         self.run.join("inflight")
     }
 
+    /// The record of one volume's requests in flight.
+    pub fn inflight_of(&self, volume: VolumeId) -> PathBuf {
+        self.inflight().join(volume.to_string())
+    }
+
     /// Where the directories of VMs are.
     pub fn vms(&self) -> PathBuf {
         self.run.join("vm")

@@ -1,31 +1,37 @@
-//! What storage is built on in this process: stores on the disks' file systems, vhost-user-blk targets for VMs.
+//! How volumes are offered to VMs in this process: vhost-user-blk targets.
 
 use std::sync::Arc;
 
 use storage::{
-    StoreOpener, TargetStarter,
-    store::{DiskStore, StoreError, plain::PlainStore},
+    TargetStarter,
+    ids::VolumeId,
+    target::{Access, Target, TargetOptions},
 };
 
-use crate::paths::NodePaths;
+use super::vmm_group;
+use crate::{paths::NodePaths, state};
 
-/// Opens the plain store in a disk's directory. Replaying its log blocks, so that happens on a thread that may.
-pub(crate) fn store_opener() -> StoreOpener {
-    Arc::new(|disk| {
-        Box::pin(async move {
-            let opened = tokio::task::spawn_blocking(move || PlainStore::open(&disk.path, disk.id)).await;
-            match opened {
-                Ok(Ok(store)) => Ok(Arc::new(store) as Arc<dyn DiskStore>),
-                Ok(Err(error)) => Err(StoreError::Io(super::server::chain(&error))),
-                Err(error) => Err(StoreError::Io(format!("opening the store did not end: {error}"))),
-            }
-        })
+/// Queues of a target; a VM uses as many of them as it has processors.
+const QUEUES: u16 = 4;
+
+/// Starts targets on the sockets that the configuration names, each with its record of requests in flight.
+pub(crate) fn target_starter(paths: &NodePaths) -> TargetStarter {
+    let paths = paths.clone();
+    Arc::new(move |volume, socket, device| {
+        let options = TargetOptions {
+            socket,
+            socket_group: vmm_group().map(nix::unistd::Gid::as_raw),
+            inflight: paths.inflight_of(state::VolumeId(volume.0)),
+            queues: QUEUES,
+            serial: serial(volume),
+            access: Access::ReadWrite,
+        };
+        let target = Target::start(options, device).map_err(|error| super::server::chain(&error))?;
+        Ok(Box::new(target) as _)
     })
 }
 
-/// Serves a volume to a VM on a socket, with a record of requests in flight beside it.
-pub(crate) fn target_starter(_paths: &NodePaths) -> TargetStarter {
-    Arc::new(|volume, _socket, _device| {
-        Err(format!("volume {volume} cannot be served to a VM by this build"))
-    })
+/// What the guest sees as the disk's serial number: the start of the volume's id, which `/dev/disk/by-id` then shows.
+fn serial(volume: VolumeId) -> String {
+    volume.0.as_simple().to_string().chars().take(20).collect()
 }

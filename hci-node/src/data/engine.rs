@@ -38,7 +38,7 @@ use super::{
     server::{blocking, chain},
     uplink::Uplink,
 };
-use crate::{paths::NodePaths, state};
+use crate::{files::remove_if_there, paths::NodePaths, state};
 
 /// How often a disk that is not there is looked for again.
 const RETRY_DISKS: Duration = Duration::from_secs(5);
@@ -122,7 +122,7 @@ impl Engine {
             node,
             state_dir: options.paths.data(),
             timing: Timing::default(),
-            open_store: backends::store_opener(),
+            open_store: storage::plain_stores(),
             start_target: backends::target_starter(&options.paths),
         };
         let storage = Storage::start(storage_options, transport.clone(), Arc::new(uplink)).await?;
@@ -284,7 +284,9 @@ impl Engine {
     }
 
     pub(crate) async fn delete(&self, volume: VolumeId) -> Result<(), RpcError> {
-        self.storage.delete_volume(volume).await.map_err(|error| storage_error(&error))
+        self.storage.delete_volume(volume).await.map_err(|error| storage_error(&error))?;
+        remove_if_there(&self.paths.inflight_of(state::VolumeId(volume.0)))
+            .map_err(|error| RpcError::new(ErrorCode::Internal, format!("cannot forget requests: {error}")))
     }
 
     pub(crate) async fn copy(&self, range: CopyVolume) -> Result<u64, RpcError> {

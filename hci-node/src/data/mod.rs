@@ -10,7 +10,7 @@
 //! | [`protocol`] | what control and data process say to each other |
 //! | `engine` | the running data plane: meshes, storage, overlay, lease |
 //! | `frames` | the overlay and its mesh, on a thread of their own |
-//! | `backends` | what storage is built on here: stores on disks, vhost-user-blk targets |
+//! | `backends` | how volumes are offered to VMs: vhost-user-blk targets |
 //! | `server` | serves `data.sock` |
 //! | `uplink` | calls `control.sock`: storage's commits |
 //! | [`client`] | the other side of `data.sock`, for the control process and for tests |
