@@ -308,6 +308,12 @@ mod tests {
         dhcp = true
     "#;
 
+    #[test]
+    fn the_example_in_the_documentation_is_valid() {
+        let answer = AnswerFile::parse(include_str!("../../docs/answer-example.toml")).unwrap();
+        assert_eq!(answer.node.len(), 3);
+    }
+
     fn error(text: &str) -> String {
         AnswerFile::parse(text).unwrap_err().to_string()
     }

@@ -23,7 +23,7 @@ const FILES: [(&str, u32, &str); 12] = [
         0o644,
         "PermitRootLogin prohibit-password\nPasswordAuthentication no\nUseDNS no\nAuthorizedKeysFile /etc/ssh/authorized_keys\n",
     ),
-    ("etc/modules-load.d/hci.conf", 0o644, "kvm-amd\nkvm-intel\ntun\nqemu_fw_cfg\n"),
+    ("etc/modules-load.d/hci.conf", 0o644, "tun\n"),
     ("etc/udev/rules.d/60-hci-kvm.rules", 0o644, "KERNEL==\"kvm\", GROUP=\"kvm\", MODE=\"0660\"\n"),
     (
         "etc/sysctl.d/60-hci.conf",
