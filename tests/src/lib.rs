@@ -4,11 +4,13 @@
 //! | module | it is |
 //! |---|---|
 //! | [`guest`] | the image that test VMs boot |
+//! | [`blkclient`] | a vhost-user-blk client without a VM |
 //! | [`demo`] | the run in the lab: from the ISO to a lost server and back |
 //! | [`netclient`] | raw frames at a port of the overlay, without a VM |
 //! | [`overlay_node`] | the overlay of one node, without the rest of it |
 //! | [`tap`] | a TAP device as a guest of the overlay |
 
+pub mod blkclient;
 pub mod demo;
 pub mod guest;
 pub mod netclient;
