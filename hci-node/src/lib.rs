@@ -5,6 +5,7 @@
 //! | [`state`] | the cluster's desired state and the commands that change it: pure, replicated by Raft |
 //! | [`consensus`] | the replicated state machine: Raft, its log, snapshots and membership |
 //! | [`meta_store`] | small durable tables, a careful wrapper around sled |
+//! | [`control`] | `hci node run`: joining, leases, the leader's decisions, the start of everything else |
 //! | [`api`] | the HTTP API: resources, problems, server |
 //! | [`reconcile`] | makes what runs on this node match the state: volumes, ports, VMs, disks |
 //! | [`data`] | `hci data run`: storage and overlay of this node in a process of its own |
@@ -15,6 +16,7 @@
 pub mod api;
 pub mod cli;
 pub mod consensus;
+pub mod control;
 pub mod data;
 pub mod exposition;
 pub mod files;

@@ -1,4 +1,17 @@
-//! The HTTP API: its JSON resources, its errors, and the server.
+//! The HTTP API of a node.
+//!
+//! | module | it is |
+//! |---|---|
+//! | [`types`] | the JSON resources, shared with the command line |
+//! | [`problem`] | errors, as RFC 9457 problem documents |
+//! | [`http`] | HTTP around it: the local socket, HTTPS, who may do what, uploads, consoles |
+//! | [`service`] | the API without HTTP; what is passed on to the leader |
+//! | [`requests`] | from requests to commands |
+//! | [`views`] | from state and reports to resources: pure |
 
+pub mod http;
 pub mod problem;
+pub mod requests;
+pub mod service;
 pub mod types;
+pub mod views;

@@ -11,9 +11,9 @@ pub const MEDIA_TYPE: &str = "application/problem+json";
 pub struct Problem {
     /// Kind of problem, stable: `urn:hci:problem:conflict`.
     #[serde(rename = "type")]
-    pub kind: String,
+    pub kind: Box<str>,
     /// The kind in words.
-    pub title: String,
+    pub title: Box<str>,
     /// HTTP status.
     pub status: u16,
     /// What failed and why.
@@ -79,8 +79,8 @@ impl Problem {
     pub fn new(kind: ProblemKind, detail: impl Into<String>, next: impl Into<String>) -> Self {
         let (name, title, status) = kind.parts();
         Self {
-            kind: format!("urn:hci:problem:{name}"),
-            title: title.to_owned(),
+            kind: format!("urn:hci:problem:{name}").into(),
+            title: title.into(),
             status,
             detail: detail.into(),
             next: next.into(),

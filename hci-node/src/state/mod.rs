@@ -19,6 +19,10 @@ pub mod invariants;
 pub mod model;
 pub mod placement;
 pub mod report;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 

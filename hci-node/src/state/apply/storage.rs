@@ -139,6 +139,10 @@ pub(super) fn plan_volume(
 ) -> Result<Volume, Refusal> {
     check_name("volume", &new.name)?;
     check_free("volume", &new.name, state.volumes.values().map(|volume| &volume.name))?;
+    if state.volumes.contains_key(&new.id) || state.purge.contains_key(&new.id) {
+        // Disks may still hold data under that id.
+        return Err(invalid("the id of a volume is never used twice", "send the request with a new id"));
+    }
     if new.size_bytes == 0 || new.size_bytes > MAX_VOLUME_BYTES {
         return Err(invalid(
             format!("{} bytes is no size for a volume", new.size_bytes),
@@ -362,6 +366,7 @@ pub(super) fn close_volume(
     if volume.generation == generation && volume.coordinator.is_none() {
         return Ok(answer_volume(state, "volume close", id));
     }
+    current(state, id, generation)?;
     let user = state.vms.values().find(|vm| vm.disks.contains(&id) && vm.assignment.is_some());
     if let Some(vm) = user {
         return Err(conflict(format!("the VM {} runs on it", vm.name), "stop the VM first"));

@@ -89,7 +89,12 @@ pub(super) fn create(
 
 /// What placement needs of the state, without its history.
 fn light_copy(state: &ClusterState) -> ClusterState {
-    ClusterState { nodes: state.nodes.clone(), disks: state.disks.clone(), ..ClusterState::default() }
+    ClusterState {
+        nodes: state.nodes.clone(),
+        disks: state.disks.clone(),
+        purge: state.purge.clone(),
+        ..ClusterState::default()
+    }
 }
 
 fn check_shape(state: &ClusterState, new: &NewVm) -> Result<(), Refusal> {

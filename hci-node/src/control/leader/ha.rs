@@ -1,0 +1,317 @@
+//! What the leader has to do next. Pure: state, leases and reports in, commands out.
+//!
+//! [`Ha::decide`] is asked again after every change and every tick; it proposes what is missing between what is wanted
+//! and what is seen. Nothing depends on a message that is sent once, so a new leader goes on where the last one was.
+//! What it keeps in memory is only how long to wait before a crashed VM is tried again, and what it has said already.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
+
+use super::scheduler;
+use crate::{
+    control::lease::{LeaderLeases, LeaseStanding},
+    state::{
+        Availability, ClusterState, Command, DesiredRun, Goal, ImagePart, NodeId, Op, PartState, RunEpoch,
+        Severity, Subject, Task, TaskError, TaskState, Timestamp, Vm, VmExit, VmId, Volume, VolumeFill,
+        command::AssignReason,
+        report::{NodeReport, VmRunState},
+    },
+};
+
+/// First and longest pause before a crashed VM is started again.
+const CRASH_PAUSE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(60);
+
+#[derive(Clone, Copy, Debug)]
+struct Crash {
+    epoch: RunEpoch,
+    again: Instant,
+    pause: Duration,
+}
+
+/// The leader's memory, see the module.
+#[derive(Debug, Default)]
+pub struct Ha {
+    crashes: BTreeMap<VmId, Crash>,
+    without_node: BTreeSet<VmId>,
+}
+
+/// What one decision looks at.
+struct View<'a> {
+    state: &'a ClusterState,
+    at: Timestamp,
+    now: Instant,
+    live: BTreeMap<NodeId, NodeReport>,
+    dead: Vec<NodeId>,
+}
+
+impl View<'_> {
+    fn is_dead(&self, node: NodeId) -> bool {
+        self.dead.contains(&node)
+    }
+
+    fn command(&self, op: Op) -> Command {
+        Command { at: self.at, task: None, op }
+    }
+}
+
+impl Ha {
+    /// The commands that are due now.
+    pub fn decide(
+        &mut self,
+        state: &ClusterState,
+        leases: &LeaderLeases,
+        now: Instant,
+        at: Timestamp,
+    ) -> Vec<Command> {
+        let live = leases.reports(now);
+        let standing = |node: &NodeId| leases.standing(*node, now);
+        let dead =
+            state.nodes.keys().copied().filter(|node| standing(node) == LeaseStanding::Expired).collect();
+        let view = View { state, at, now, live, dead };
+        self.crashes.retain(|vm, _| state.vms.contains_key(vm));
+        self.without_node.retain(|vm| state.vms.contains_key(vm));
+
+        let mut commands = availability(&view);
+        for vm in state.vms.values() {
+            self.vm(&view, vm, &mut commands);
+        }
+        for volume in state.volumes.values() {
+            fill(&view, volume, &mut commands);
+        }
+        imports(&view, &mut commands);
+        for task in state.tasks.values().filter(|task| task.state == TaskState::Running) {
+            settle(&view, task, &mut commands);
+        }
+        commands
+    }
+
+    fn vm(&mut self, view: &View<'_>, vm: &Vm, commands: &mut Vec<Command>) {
+        if let DesiredRun::Stopped(_) = vm.desired {
+            // A node that is dead cannot tell that the VM has ended; its lease does.
+            if let Some(run) = vm.assignment.filter(|run| view.is_dead(run.node)) {
+                commands.push(view.command(Op::VmExited {
+                    vm: vm.id,
+                    epoch: run.epoch,
+                    exit: VmExit::NodeLost,
+                }));
+            }
+            return;
+        }
+        let reason = match (vm.assignment, &vm.last_exit) {
+            (Some(run), _) if view.is_dead(run.node) => AssignReason::Failover,
+            (Some(_), _) => {
+                self.without_node.remove(&vm.id);
+                return;
+            }
+            (None, Some(VmExit::NodeLost)) => AssignReason::Failover,
+            (None, Some(VmExit::Crashed(_))) if vm.epoch.0 > 0 => {
+                if !self.may_try_again(vm, view.now) {
+                    return;
+                }
+                AssignReason::Crash
+            }
+            (None, _) => AssignReason::Start,
+        };
+        let disks: Vec<_> = vm.disks.iter().filter_map(|disk| view.state.volumes.get(disk)).collect();
+        if disks.iter().any(|volume| !volume.is_filled()) {
+            return;
+        }
+        // Where its volumes are still open it can start at once; elsewhere only when they are closed.
+        let holder = disks.iter().filter_map(|volume| volume.coordinator).find(|node| !view.is_dead(*node));
+        match scheduler::choose(view.state, &view.live, vm, holder) {
+            Ok(node) => commands.push(view.command(Op::AssignVm {
+                vm: vm.id,
+                node,
+                expected: vm.epoch,
+                reason,
+                unreachable: view.dead.clone(),
+            })),
+            // A holder that is not heard of may come back within its lease.
+            Err(_) if holder.is_some_and(|node| !view.live.contains_key(&node)) => {}
+            Err(why) => self.no_node(view, vm, &why, commands),
+        }
+    }
+
+    fn may_try_again(&mut self, vm: &Vm, now: Instant) -> bool {
+        match self.crashes.get(&vm.id) {
+            Some(crash) if crash.epoch == vm.epoch => now >= crash.again,
+            earlier => {
+                let pause =
+                    earlier.map_or(*CRASH_PAUSE.start(), |crash| (crash.pause * 2).min(*CRASH_PAUSE.end()));
+                self.crashes.insert(vm.id, Crash { epoch: vm.epoch, again: now + pause, pause });
+                false
+            }
+        }
+    }
+
+    /// Says once that a VM finds no node, and again should it find none a second time.
+    fn no_node(&mut self, view: &View<'_>, vm: &Vm, why: &str, commands: &mut Vec<Command>) {
+        if !self.without_node.insert(vm.id) {
+            return;
+        }
+        commands.push(view.command(Op::Note {
+            severity: Severity::Critical,
+            kind: "vm-without-node".to_owned(),
+            subject: Subject::Vm(vm.id),
+            message: format!("VM {} waits for a node: {why}", vm.name),
+        }));
+        let waiting = |task: &&Task| {
+            task.state == TaskState::Running && matches!(task.goal, Goal::VmRuns(id, _) if id == vm.id)
+        };
+        for task in view.state.tasks.values().filter(waiting) {
+            let message = format!("waits for a node: {why}");
+            commands.push(view.command(Op::UpdateTask { task: task.id, permille: 0, message }));
+        }
+    }
+}
+
+fn availability(view: &View<'_>) -> Vec<Command> {
+    let mut commands = Vec::new();
+    for node in view.state.nodes.values() {
+        let change = match node.availability {
+            Availability::Available if view.is_dead(node.id) => Availability::Lost { since: view.at },
+            Availability::Lost { .. } if view.live.contains_key(&node.id) => Availability::Available,
+            _ => continue,
+        };
+        commands.push(view.command(Op::SetAvailability { node: node.id, availability: change }));
+    }
+    commands
+}
+
+/// A volume that starts as a copy is opened on one live node, then its source beside it; that node copies.
+fn fill(view: &View<'_>, volume: &Volume, commands: &mut Vec<Command>) {
+    let VolumeFill::CopyOf(source) = volume.fill else { return };
+    let Some(source) = view.state.volumes.get(&source) else { return };
+    let free = |volume: &Volume| volume.coordinator.is_none_or(|node| view.is_dead(node));
+    let open = |volume: &Volume, node| {
+        view.command(Op::OpenVolume {
+            volume: volume.id,
+            node,
+            expected: volume.generation,
+            unreachable: view.dead.clone(),
+        })
+    };
+    let here = volume.segments.iter().flat_map(|segment| &segment.replicas).map(|replica| replica.node);
+    if free(volume) {
+        if let Some(node) = here.into_iter().find(|node| view.live.contains_key(node)) {
+            commands.push(open(volume, node));
+        }
+    } else if let Some(node) = volume.coordinator
+        && free(source)
+    {
+        commands.push(open(source, node));
+    }
+}
+
+/// An import ends with the node that had the upload.
+fn imports(view: &View<'_>, commands: &mut Vec<Command>) {
+    for image in view.state.images.values() {
+        for (part, state) in &image.parts {
+            let PartState::Importing { node, .. } = state else { continue };
+            if view.is_dead(*node) {
+                commands.push(view.command(Op::FailImagePart {
+                    image: image.id,
+                    part: *part,
+                    node: *node,
+                    error: TaskError {
+                        detail: format!(
+                            "node {} was lost while it took in the {}",
+                            view.state.subject_name(&Subject::Node(*node)),
+                            part.name()
+                        ),
+                        next: format!("import it again: hci image import {}", image.name),
+                    },
+                }));
+            }
+        }
+    }
+}
+
+enum Verdict {
+    Wait,
+    Done,
+    Failed(TaskError),
+}
+
+fn failed(detail: impl Into<String>, next: impl Into<String>) -> Verdict {
+    Verdict::Failed(TaskError { detail: detail.into(), next: next.into() })
+}
+
+fn settle(view: &View<'_>, task: &Task, commands: &mut Vec<Command>) {
+    let verdict = match &task.goal {
+        Goal::Applied => Verdict::Done,
+        Goal::VmRuns(vm, epoch) => vm_runs(view, *vm, *epoch, task),
+        Goal::VmIsStopped(vm) => vm_is_stopped(view, *vm),
+        // Ended by the commands about the disk and the part; what is gone cannot get there any more.
+        Goal::DiskReady(disk) if !view.state.disks.contains_key(disk) => {
+            failed("the disk is gone", "hci disk list")
+        }
+        Goal::ImagePartReady(image, part) => part_ready(view, *image, *part),
+        Goal::DiskReady(_) => Verdict::Wait,
+    };
+    let error = match verdict {
+        Verdict::Wait => return,
+        Verdict::Done => None,
+        Verdict::Failed(error) => Some(error),
+    };
+    commands.push(view.command(Op::FinishTask { task: task.id, error }));
+}
+
+fn part_ready(view: &View<'_>, image: crate::state::ImageId, part: ImagePart) -> Verdict {
+    match view.state.images.get(&image).and_then(|image| image.parts.get(&part)) {
+        Some(PartState::Importing { .. }) => Verdict::Wait,
+        Some(PartState::File(_) | PartState::Volume(_)) => Verdict::Done,
+        Some(PartState::Awaiting) | None => {
+            failed("the import was given up", "import it again: hci image import")
+        }
+    }
+}
+
+fn vm_runs(view: &View<'_>, id: VmId, epoch: RunEpoch, task: &Task) -> Verdict {
+    let Some(vm) = view.state.vms.get(&id) else {
+        return failed(format!("VM {} was deleted", task.subject_name), "hci vm list");
+    };
+    if vm.epoch >= epoch && vm.assignment.is_none() {
+        match &vm.last_exit {
+            Some(VmExit::Crashed(reason)) => {
+                return failed(
+                    format!("VM {} did not start: {reason}", vm.name),
+                    format!("see its console: hci vm console {} --log", vm.name),
+                );
+            }
+            Some(VmExit::GuestShutdown) => return Verdict::Done,
+            _ => {}
+        }
+    }
+    if vm.desired != DesiredRun::Running {
+        return failed(
+            format!("VM {} was stopped meanwhile", vm.name),
+            format!("start it: hci vm start {}", vm.name),
+        );
+    }
+    let runs = vm.assignment.filter(|run| run.epoch >= epoch).is_some_and(|run| {
+        view.live.get(&run.node).is_some_and(|report| {
+            report
+                .local
+                .vms
+                .iter()
+                .any(|seen| seen.vm == id && seen.epoch == run.epoch && seen.state == VmRunState::Running)
+        })
+    });
+    if runs { Verdict::Done } else { Verdict::Wait }
+}
+
+fn vm_is_stopped(view: &View<'_>, id: VmId) -> Verdict {
+    let Some(vm) = view.state.vms.get(&id) else { return Verdict::Done };
+    if vm.desired == DesiredRun::Running {
+        return failed(format!("VM {} was started again", vm.name), format!("hci vm get {}", vm.name));
+    }
+    let open = vm.disks.iter().filter_map(|disk| view.state.volumes.get(disk)?.coordinator);
+    if vm.assignment.is_none() && open.into_iter().all(|node| view.is_dead(node)) {
+        Verdict::Done
+    } else {
+        Verdict::Wait
+    }
+}

@@ -1,0 +1,202 @@
+//! The leader's decisions, played against the real state.
+
+use std::time::{Duration, Instant};
+
+use super::ha::Ha;
+use crate::{
+    control::lease::{LEADER_LEASE, LeaderLeases},
+    state::{command::*, report::*, testing::*, *},
+};
+
+/// A cluster of three with its leader, on a clock of its own.
+struct World {
+    state: ClusterState,
+    ha: Ha,
+    leases: LeaderLeases,
+    now: Instant,
+    runs: Vec<(NodeId, VmReport)>,
+    alive: Vec<NodeId>,
+    memory: u64,
+}
+
+impl World {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            state: cluster(3),
+            ha: Ha::default(),
+            leases: LeaderLeases::new(1, now),
+            now,
+            runs: vec![],
+            alive: (1..=3).map(node_id).collect(),
+            memory: 4 << 30,
+        }
+    }
+
+    fn ask(&mut self, op: Op, task: u128) -> CommandResult {
+        self.state.apply(&Command { at: Timestamp(0), task: Some(TaskId(id(task))), op })
+    }
+
+    /// Some seconds pass: nodes that live renew and start what is assigned to them, the leader decides.
+    fn pass(&mut self, seconds: u64) {
+        for _ in 0..seconds * 2 {
+            self.now += Duration::from_millis(500);
+            for node in &self.alive {
+                let vms = self.runs.iter().filter(|(at, _)| at == node).map(|(_, run)| run.clone()).collect();
+                let report = NodeReport {
+                    machine: MachineReport { memory_bytes: self.memory, ..Default::default() },
+                    local: LocalReport { vms, data_process: ProcessState::Up, ..Default::default() },
+                    boot_files: vec![],
+                };
+                self.leases.renewed(*node, report, self.now);
+            }
+            for command in self.ha.decide(&self.state, &self.leases, self.now, Timestamp(0)) {
+                // A refusal is what a leader sees when somebody was faster; it looks again.
+                let _ = self.state.apply(&command);
+                assert_eq!(invariants::violations(&self.state), Vec::<String>::new());
+            }
+            self.runs = self
+                .state
+                .vms
+                .values()
+                .filter_map(|vm| {
+                    let run = vm.assignment?;
+                    let state = VmRunState::Running;
+                    Some((run.node, VmReport { vm: vm.id, epoch: run.epoch, state }))
+                })
+                .collect();
+        }
+    }
+
+    fn node_of(&self, vm: VmId) -> Option<NodeId> {
+        self.state.vms[&vm].assignment.map(|run| run.node)
+    }
+
+    fn lose(&mut self, node: NodeId) {
+        self.alive.retain(|other| *other != node);
+    }
+}
+
+fn vm(n: u128) -> (NewVm, VmId) {
+    let vm = new_vm(n, vec![new_volume(n, 3)]);
+    (vm.clone(), vm.id)
+}
+
+#[test]
+fn vms_spread_and_their_tasks_end() {
+    let mut world = World::new();
+    let mut nodes = std::collections::BTreeSet::new();
+    for n in 1..=3 {
+        let (new, id) = vm(n);
+        world.ask(Op::CreateVm { vm: new, unreachable: vec![] }, 50 + n).unwrap();
+        world.pass(2);
+        nodes.insert(world.node_of(id));
+        assert_eq!(world.state.tasks[&TaskId(testing::id(50 + n))].state, TaskState::Done);
+    }
+    assert_eq!(nodes.len(), 3);
+}
+
+#[test]
+fn a_lost_nodes_vm_runs_elsewhere_within_fifteen_seconds_but_not_before_its_lease_ended() {
+    let mut world = World::new();
+    let (mut new, vm) = vm(1);
+    new.preferred_node = Some(node_id(2));
+    world.ask(Op::CreateVm { vm: new, unreachable: vec![] }, 51).unwrap();
+    world.pass(2);
+    assert_eq!(world.node_of(vm), Some(node_id(2)));
+    world.lose(node_id(2));
+    world.pass(LEADER_LEASE.as_secs() - 1);
+    assert_eq!(world.node_of(vm), Some(node_id(2)), "its lease may still hold");
+    world.pass(3);
+    let run = world.state.vms[&vm].assignment.unwrap();
+    assert_ne!(run.node, node_id(2));
+    assert_eq!(run.epoch, RunEpoch(2));
+    let kinds: Vec<_> = world.state.events.iter().map(|event| event.kind.as_str()).collect();
+    for kind in ["node-lost", "volume-degraded", "vm-restarted"] {
+        assert!(kinds.contains(&kind), "{kind} is missing in {kinds:?}");
+    }
+    world.alive.push(node_id(2));
+    world.pass(2);
+    assert_eq!(world.state.nodes[&node_id(2)].availability, Availability::Available);
+    assert_eq!(world.state.vms[&vm].epoch, RunEpoch(2), "it stays where it is");
+}
+
+#[test]
+fn a_new_leader_does_not_take_vms_from_nodes_that_have_not_renewed_yet() {
+    let mut world = World::new();
+    let (new, vm) = vm(1);
+    world.ask(Op::CreateVm { vm: new, unreachable: vec![] }, 51).unwrap();
+    world.pass(2);
+    let before = world.state.vms[&vm].clone();
+    world.leases = LeaderLeases::new(2, world.now);
+    world.ha = Ha::default();
+    let alive = std::mem::take(&mut world.alive);
+    world.pass(LEADER_LEASE.as_secs() - 1);
+    assert_eq!(world.state.vms[&vm], before);
+    world.alive = alive;
+    world.pass(5);
+    assert_eq!(world.state.vms[&vm], before);
+}
+
+#[test]
+fn no_capacity_is_said_once_and_tried_until_there_is_some() {
+    let mut world = World::new();
+    world.memory = 1 << 30;
+    let (new, vm) = vm(1);
+    world.ask(Op::CreateVm { vm: new, unreachable: vec![] }, 51).unwrap();
+    world.pass(5);
+    let told = world.state.events.iter().filter(|event| event.kind == "vm-without-node").count();
+    assert_eq!((world.node_of(vm), told), (None, 1));
+    let task = &world.state.tasks[&TaskId(id(51))];
+    assert!(task.message.contains("waits for a node"), "{}", task.message);
+    world.memory = 4 << 30;
+    world.pass(2);
+    assert!(world.node_of(vm).is_some());
+}
+
+#[test]
+fn a_crashing_vm_is_tried_again_more_and_more_slowly() {
+    let mut world = World::new();
+    let (new, vm) = vm(1);
+    world.ask(Op::CreateVm { vm: new, unreachable: vec![] }, 51).unwrap();
+    for _ in 0..120 {
+        world.pass(1);
+        if let Some(run) = world.state.vms[&vm].assignment {
+            let exit = VmExit::Crashed("no kernel".into());
+            world.state.apply(&command(Op::VmExited { vm, epoch: run.epoch, exit })).unwrap();
+        }
+    }
+    let runs = world.state.vms[&vm].epoch.0;
+    assert!((4..12).contains(&runs), "{runs} runs in two minutes");
+}
+
+#[test]
+fn stopping_on_a_lost_node_ends_with_its_lease() {
+    let mut world = World::new();
+    let (new, vm) = vm(1);
+    world.ask(Op::CreateVm { vm: new, unreachable: vec![] }, 51).unwrap();
+    world.pass(2);
+    let node = world.node_of(vm).unwrap();
+    world.lose(node);
+    world.ask(Op::SetVmDesired { vm, desired: DesiredRun::Stopped(StopMode::Force) }, 52).unwrap();
+    world.pass(10);
+    assert_eq!(world.node_of(vm), None);
+    assert_eq!(world.state.tasks[&TaskId(id(52))].state, TaskState::Done);
+}
+
+#[test]
+fn after_losing_two_of_three_copies_a_vm_waits_for_them() {
+    let mut world = World::new();
+    let mut new = new_vm(1, vec![new_volume(1, 1)]);
+    new.near = Some(node_id(2));
+    new.preferred_node = Some(node_id(2));
+    let vm = new.id;
+    world.ask(Op::CreateVm { vm: new, unreachable: vec![] }, 51).unwrap();
+    world.pass(2);
+    world.lose(node_id(2));
+    world.pass(12);
+    assert_eq!(world.state.vms[&vm].epoch, RunEpoch(1), "its only copy is gone");
+    world.alive.push(node_id(2));
+    world.pass(2);
+    assert_eq!(world.node_of(vm), Some(node_id(2)));
+}

@@ -1,0 +1,114 @@
+//! Renewing this node's lease, once a second, with the report of what it sees.
+
+use std::{sync::Arc, time::Duration};
+
+use netfabric::rpc::{CallError, Request, codec};
+use tokio::{
+    sync::watch,
+    time::{Instant, MissedTickBehavior, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    lease::{NODE_LEASE, NodeLease, RENEW_EVERY},
+    member::Member,
+    rpc::{self, Renew, Renewed},
+};
+use crate::state::{
+    Timestamp,
+    report::{CandidateDisk, MachineReport, NodeReport},
+};
+
+/// A renewal that takes longer is given up: the next one is due.
+const DEADLINE: Duration = Duration::from_secs(2);
+/// Disks are looked for this often.
+const CANDIDATES_EVERY: Duration = Duration::from_secs(5);
+/// Pause after a failed renewal, so that a new leader hears from everybody soon.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// Renews until `shutdown`. Each lease counts from the moment the renewal was sent.
+pub async fn run(member: Arc<Member>, lease: watch::Sender<NodeLease>, shutdown: CancellationToken) {
+    let mut ticks = tokio::time::interval(RENEW_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut candidates = Candidates::default();
+    let booted = booted();
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        let report = NodeReport {
+            machine: MachineReport { booted, ..machine(candidates.get(&member).await) },
+            local: member.local.report(),
+            boot_files: member.local.boot_files(),
+        };
+        let sent = Instant::now();
+        match timeout(DEADLINE, renew(&member, report)).await {
+            Ok(Ok(as_of)) => {
+                let _ = lease.send_replace(NodeLease::Until { at: sent + NODE_LEASE, as_of });
+            }
+            Ok(Err(error)) => {
+                tracing::debug!(error, "the lease was not renewed");
+                tokio::time::sleep(RETRY).await;
+                ticks.reset_immediately();
+            }
+            Err(_) => tracing::debug!("the lease was not renewed in time"),
+        }
+    }
+}
+
+async fn renew(member: &Member, report: NodeReport) -> Result<u64, String> {
+    let leader = member.replicated.leadership().borrow().leader.ok_or("there is no leader")?;
+    if leader == member.id {
+        return member.leader.renew(leader, report).await.map_err(|error| error.to_string());
+    }
+    let call = async {
+        let bulk = codec::encode(&Renew { report }).map_err(CallError::from)?;
+        let request = Request { method: rpc::RENEW, bulk, ..Request::default() };
+        let answer: Renewed = member.peers.call(leader, request, DEADLINE).await?.decode()?;
+        Ok::<_, CallError>(answer.as_of)
+    };
+    call.await.map_err(|error| error.to_string())
+}
+
+#[derive(Default)]
+struct Candidates {
+    known: Vec<CandidateDisk>,
+    asked: Option<Instant>,
+}
+
+impl Candidates {
+    async fn get(&mut self, member: &Member) -> Vec<CandidateDisk> {
+        if self.asked.is_none_or(|at| at.elapsed() >= CANDIDATES_EVERY) {
+            // Looking at disks may hang on a broken one; the lease must not.
+            if let Ok(found) = timeout(Duration::from_millis(500), member.local.candidates()).await {
+                self.known = found;
+            }
+            self.asked = Some(Instant::now());
+        }
+        self.known.clone()
+    }
+}
+
+fn machine(candidates: Vec<CandidateDisk>) -> MachineReport {
+    let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = |key: &str| {
+        let line = memory.lines().find_map(|line| line.strip_prefix(key))?;
+        line.trim_start_matches(':').trim().trim_end_matches("kB").trim().parse::<u64>().ok()
+    };
+    MachineReport {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        memory_bytes: kib("MemTotal").unwrap_or(0) << 10,
+        memory_available_bytes: kib("MemAvailable").unwrap_or(0) << 10,
+        cpus: std::thread::available_parallelism()
+            .map_or(1, |cpus| u16::try_from(cpus.get()).unwrap_or(u16::MAX)),
+        booted: Timestamp(0),
+        candidates,
+    }
+}
+
+fn booted() -> Timestamp {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let seconds = stat.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse::<i64>().ok());
+    Timestamp(seconds.unwrap_or(0).saturating_mul(1000))
+}

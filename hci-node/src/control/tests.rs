@@ -1,0 +1,366 @@
+//! Whole control processes on loopback addresses of their own: forming clusters, the API, restarts, the leader's loss.
+
+use std::{net::Ipv4Addr, path::PathBuf, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::{TcpStream, UnixStream},
+    task::JoinHandle,
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{join::token::TokenString, options::Args};
+use crate::pinned_tls;
+
+/// Long enough for a loaded machine; every wait ends as soon as it may.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+struct Node {
+    args: Args,
+    dir: PathBuf,
+    shutdown: CancellationToken,
+    task: JoinHandle<anyhow::Result<()>>,
+}
+
+/// A machine room: a directory, and a range of loopback addresses that nobody else uses.
+struct Room {
+    dir: tempfile::TempDir,
+    net: [u8; 2],
+}
+
+impl Room {
+    fn new() -> Self {
+        let [a, b, ..] = *uuid::Uuid::new_v4().as_bytes();
+        Self { dir: tempfile::tempdir().unwrap(), net: [a.clamp(1, 250), b] }
+    }
+
+    async fn node(&self, n: u8) -> Node {
+        let ip = Ipv4Addr::new(127, self.net[0], self.net[1], n);
+        let at = |port| Some((ip, port).into());
+        let dir = self.dir.path().join(format!("n{n}"));
+        let args = Args {
+            config: None,
+            state: Some(dir.join("state")),
+            run: Some(dir.join("run")),
+            advertise: Some(ip.into()),
+            node_name: Some(format!("n{n}")),
+            listen_control: at(7400),
+            listen_storage: at(7401),
+            listen_frames: at(7402),
+            listen_api: at(7443),
+            link_mtu: None,
+        };
+        std::fs::create_dir_all(dir.join("state")).unwrap();
+        let (shutdown, task) = start(&args);
+        let node = Node { args, dir, shutdown, task };
+        node.answers().await;
+        node
+    }
+}
+
+fn start(args: &Args) -> (CancellationToken, JoinHandle<anyhow::Result<()>>) {
+    let shutdown = CancellationToken::new();
+    let options = args.clone().complete().unwrap();
+    (shutdown.clone(), tokio::spawn(super::serve(options, shutdown)))
+}
+
+async fn exchange<S>(stream: S, request: Request<Full<Bytes>>) -> (StatusCode, Bytes)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let response = sender.send_request(request).await.unwrap();
+    let status = response.status();
+    (status, response.into_body().collect().await.unwrap().to_bytes())
+}
+
+fn request(method: Method, path: &str, body: Bytes) -> Request<Full<Bytes>> {
+    Request::builder().method(method).uri(path).header("host", "node").body(Full::new(body)).unwrap()
+}
+
+fn body(value: &Value) -> Bytes {
+    if value.is_null() { Bytes::new() } else { value.to_string().into() }
+}
+
+impl Node {
+    async fn raw(&self, request: Request<Full<Bytes>>) -> (StatusCode, Value) {
+        let stream = UnixStream::connect(self.dir.join("run/node.sock")).await.unwrap();
+        let (status, bytes) = exchange(stream, request).await;
+        (status, serde_json::from_slice(&bytes).unwrap_or(Value::Null))
+    }
+
+    async fn ask(&self, method: Method, path: &str, value: Value) -> (StatusCode, Value) {
+        self.raw(request(method, path, body(&value))).await
+    }
+
+    async fn get(&self, path: &str) -> Value {
+        let (status, value) = self.ask(Method::GET, path, Value::Null).await;
+        assert_eq!(status, 200, "{path}: {value}");
+        value
+    }
+
+    async fn post(&self, path: &str, value: Value) -> Value {
+        let (status, answer) = self.ask(Method::POST, path, value).await;
+        assert!(status.is_success(), "{path}: {answer}");
+        answer
+    }
+
+    /// The detail of a problem that is expected; it always says what to do next.
+    async fn problem(&self, method: Method, path: &str, value: Value, expected: u16) -> String {
+        let (status, problem) = self.ask(method, path, value).await;
+        assert_eq!(status, expected, "{path}: {problem}");
+        assert!(!problem["next"].as_str().unwrap().is_empty(), "{problem}");
+        problem["detail"].as_str().unwrap().to_owned()
+    }
+
+    async fn answers(&self) {
+        eventually("the local socket answers", async || {
+            UnixStream::connect(self.dir.join("run/node.sock")).await.ok()
+        })
+        .await;
+    }
+
+    async fn stop(self) -> (Args, PathBuf) {
+        self.shutdown.cancel();
+        self.task.await.unwrap().unwrap();
+        (self.args, self.dir)
+    }
+
+    async fn restart(self) -> Self {
+        let (args, dir) = self.stop().await;
+        let (shutdown, task) = start(&args);
+        let node = Self { args, dir, shutdown, task };
+        node.answers().await;
+        node
+    }
+
+    /// Over HTTPS, with the CA pinned.
+    async fn https(&self, admin: &TokenString, bearer: Option<&str>, path: &str) -> (StatusCode, Bytes) {
+        let tcp = TcpStream::connect(self.args.listen_api.unwrap()).await.unwrap();
+        let stream = pinned_tls::connect(tcp, admin.ca).await.unwrap();
+        let mut request = request(Method::GET, path, Bytes::new());
+        if let Some(bearer) = bearer {
+            request.headers_mut().insert("authorization", format!("Bearer {bearer}").parse().unwrap());
+        }
+        exchange(stream, request).await
+    }
+
+    async fn sees_voters(&self, count: usize) {
+        eventually("all nodes vote and renew", async || {
+            let (_, nodes) = self.ask(Method::GET, "/v1/nodes", Value::Null).await;
+            let nodes = nodes["items"].as_array()?;
+            let in_order = |node: &&Value| {
+                matches!(node["role"].as_str(), Some("voter" | "leader")) && node["version"].is_string()
+            };
+            (nodes.iter().filter(in_order).count() == count).then_some(())
+        })
+        .await;
+    }
+}
+
+async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = check().await {
+            return found;
+        }
+        assert!(begun.elapsed() < PATIENCE, "waited too long: {what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn join(node: &Node, token: &str) {
+    let joined = node.post("/v1/cluster/join", json!({ "token": token })).await;
+    assert_eq!(joined["cluster"], "prod");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_nodes_form_a_cluster_that_survives_restarts_and_the_loss_of_its_leader() {
+    let room = Room::new();
+    let (n1, n2, n3) = (room.node(1).await, room.node(2).await, room.node(3).await);
+    let status = n1.get("/v1/status").await;
+    assert_eq!(status["cluster"], Value::Null);
+    let created = n1.post("/v1/cluster", json!({ "name": "prod" })).await;
+    let admin = created["admin_token"].as_str().unwrap();
+    let again = n1.problem(Method::POST, "/v1/cluster", json!({ "name": "other" }), 409).await;
+    assert!(again.contains("prod already"), "{again}");
+
+    let token = n1.post("/v1/cluster/tokens", json!({ "uses": 1 })).await;
+    let (id, token) = (token["info"]["id"].clone(), token["token"].as_str().unwrap().to_owned());
+    for (bad, word) in [("hello", "no token"), (admin, "for the API"), (&token[..token.len() - 2], "damaged")]
+    {
+        let detail = n2.problem(Method::POST, "/v1/cluster/join", json!({ "token": bad }), 400).await;
+        assert!(detail.contains(word), "{detail}");
+    }
+    let twin = json!({ "token": token, "node_name": "n1" });
+    let detail = n2.problem(Method::POST, "/v1/cluster/join", twin, 409).await;
+    assert!(detail.contains("n1 already"), "{detail}");
+    join(&n2, &token).await;
+    let detail = n3.problem(Method::POST, "/v1/cluster/join", json!({ "token": token }), 403).await;
+    assert!(detail.contains("used up"), "{detail}");
+    let detail = n2.problem(Method::POST, "/v1/cluster/join", json!({ "token": token }), 409).await;
+    assert!(detail.contains("already"), "{detail}");
+    let (status, _) =
+        n2.ask(Method::DELETE, &format!("/v1/cluster/tokens/{}", id.as_str().unwrap()), Value::Null).await;
+    assert_eq!(status, 202);
+    let detail = n3.problem(Method::POST, "/v1/cluster/join", json!({ "token": token }), 403).await;
+    assert!(detail.contains("wrong"), "{detail}");
+    let token = n2.post("/v1/cluster/tokens", json!({})).await["token"].as_str().unwrap().to_owned();
+    join(&n3, &token).await;
+    n1.sees_voters(3).await;
+
+    // Any node takes writes, and shows what another one took.
+    n3.post("/v1/networks", json!({ "name": "lan", "subnet": "10.9.0.0/24" })).await;
+    assert_eq!(n2.get("/v1/networks/lan").await["gateway"], "10.9.0.1");
+
+    let text = TokenString::decode(admin).unwrap();
+    assert_eq!(n2.https(&text, None, "/v1/nodes").await.0, 401);
+    assert_eq!(n2.https(&text, Some(&token), "/v1/nodes").await.0, 401, "a join token is no admin token");
+    assert_eq!(n2.https(&text, None, "/healthz").await.0, 200);
+    assert_eq!(n2.https(&text, Some(admin), "/v1/nodes").await.0, 200);
+    let (status, metrics) = n2.https(&text, Some(admin), "/metrics").await;
+    assert_eq!(status, 200);
+    assert!(String::from_utf8_lossy(&metrics).contains("hci_raft_term"));
+
+    let n2 = n2.restart().await;
+    n2.sees_voters(3).await;
+    assert_eq!(n2.get("/v1/networks/lan").await["name"], "lan");
+
+    let leader = n2.get("/v1/cluster").await["leader"].as_str().unwrap().to_owned();
+    let mut rest = Vec::new();
+    for node in [n1, n2, n3] {
+        if node.args.node_name.as_deref() == Some(&leader) {
+            node.stop().await;
+        } else {
+            rest.push(node);
+        }
+    }
+    eventually("the rest takes writes", async || {
+        let network = json!({ "name": "after", "subnet": "10.8.0.0/24" });
+        let (status, _) = rest[0].ask(Method::POST, "/v1/networks", network).await;
+        (status == 202 || status == 409).then_some(())
+    })
+    .await;
+    eventually("the lost node is named", async || {
+        let status = rest[1].get("/v1/status").await;
+        let named = status["problems"].as_array()?.iter().any(|problem| problem["name"] == leader.as_str());
+        (status["health"] == "degraded" && named).then_some(())
+    })
+    .await;
+    let events = rest[0].get("/v1/events").await;
+    assert!(events["items"].as_array().unwrap().iter().any(|event| event["kind"] == "node-lost"));
+    for node in rest {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_form_a_cluster_unattended() {
+    let room = Room::new();
+    let ip = |n: u8| format!("127.{}.{}.{n}", room.net[0], room.net[1]);
+    let prepare = |n: u8, text: String| {
+        let state = room.dir.path().join(format!("n{n}/state"));
+        std::fs::create_dir_all(&state).unwrap();
+        std::fs::write(state.join("firstboot.toml"), text).unwrap();
+    };
+    let secret = "correct horse battery staple";
+    prepare(1, format!("[create]\nname = 'prod'\njoin_secret = '{secret}'"));
+    prepare(2, format!("[join]\naddress = '{}:7443'\nsecret = '{secret}'", ip(1)));
+    prepare(3, format!("[join]\naddress = '{}:7443'\nsecret = 'a secret that is wrong'", ip(1)));
+    // The one that joins is up first, and a stranger knocks.
+    let n2 = room.node(2).await;
+    let n3 = room.node(3).await;
+    let n1 = room.node(1).await;
+    n1.sees_voters(2).await;
+    n2.sees_voters(2).await;
+    assert_eq!(n3.get("/v1/status").await["cluster"], Value::Null);
+    for node in [n1, n2, n3] {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_requests_and_bad_uploads_change_nothing() {
+    let room = Room::new();
+    let n1 = room.node(1).await;
+    n1.problem(Method::GET, "/v1/nodes", Value::Null, 503).await;
+    n1.post("/v1/cluster", json!({ "name": "prod" })).await;
+    let before = n1.get("/v1/cluster").await;
+    for (method, path, value, status) in [
+        (Method::GET, "/v1/nothing", Value::Null, 404),
+        (Method::GET, "/v1/vms/none", Value::Null, 404),
+        (Method::PATCH, "/v1/vms", Value::Null, 405),
+        (Method::POST, "/v1/networks", json!({ "name": "lan" }), 400),
+        (Method::POST, "/v1/networks", json!({ "name": "lan", "subnet": "nonsense" }), 400),
+        (Method::POST, "/v1/networks", json!({ "name": "../lan", "subnet": "10.9.0.0/24" }), 400),
+        (Method::POST, "/v1/volumes", json!({ "name": "v", "size_bytes": 4096, "replicas": 3 }), 507),
+        (Method::POST, "/v1/volumes", json!({ "name": "v", "size_bytes": 4096, "colour": 1 }), 400),
+        (Method::POST, "/v1/vms", json!({ "name": "a", "image": "none" }), 404),
+        (Method::POST, "/v1/disks", json!({ "node": "none", "path": "/dev/vdb" }), 404),
+        (Method::DELETE, "/v1/volumes/none", Value::Null, 404),
+        (Method::POST, "/v1/join", json!({ "token": "x" }), 400),
+    ] {
+        n1.problem(method, path, value, status).await;
+    }
+    let (status, _) = n1.raw(request(Method::POST, "/v1/networks", Bytes::from_static(b"{garbage"))).await;
+    assert_eq!(status, 400);
+    let (status, _) = n1.raw(request(Method::POST, "/v1/networks", vec![b' '; 2 << 20].into())).await;
+    assert_eq!(status, 413);
+
+    n1.post("/v1/images", json!({ "name": "img", "kernel": true })).await;
+    let put = |content: &'static [u8], hash: Option<String>, length: Option<usize>| {
+        let mut request = request(Method::PUT, "/v1/images/img/kernel", Bytes::from_static(content));
+        if let Some(hash) = hash {
+            request.headers_mut().insert("x-blake3", hash.parse().unwrap());
+        }
+        if let Some(length) = length {
+            request.headers_mut().insert("content-length", length.into());
+        }
+        request
+    };
+    let kernel = b"\x7fELF and so on";
+    let other = blake3::hash(b"other").to_hex().to_string();
+    for (request, word) in [
+        (put(b"#!/bin/sh", None, None), "cannot be used"),
+        (put(kernel, Some(other), None), "corrupt"),
+        (put(kernel, Some("xyz".into()), None), "x-blake3"),
+        (put(b"", None, None), "empty"),
+    ] {
+        let (status, problem) = n1.raw(request).await;
+        assert_eq!(status, 400, "{problem}");
+        assert!(problem["detail"].as_str().unwrap().contains(word), "{problem}");
+    }
+    // A client that goes away in the middle.
+    let mut stream = UnixStream::connect(n1.dir.join("run/node.sock")).await.unwrap();
+    stream
+        .write_all(b"PUT /v1/images/img/kernel HTTP/1.1\r\nhost: n\r\ncontent-length: 99\r\n\r\n\x7fELF")
+        .await
+        .unwrap();
+    drop(stream);
+    // Garbage on both listeners ends that connection only.
+    let mut garbage = UnixStream::connect(n1.dir.join("run/node.sock")).await.unwrap();
+    garbage.write_all(&[0xff; 4096]).await.unwrap();
+    let mut rest = Vec::new();
+    let _ = garbage.read_to_end(&mut rest).await;
+    let mut garbage = TcpStream::connect(n1.args.listen_api.unwrap()).await.unwrap();
+    garbage.write_all(&[0x16; 4096]).await.unwrap();
+    let _ = garbage.read_to_end(&mut rest).await;
+
+    eventually("no upload is left", async || {
+        std::fs::read_dir(n1.dir.join("state/spool")).ok()?.next().is_none().then_some(())
+    })
+    .await;
+    let image = n1.get("/v1/images/img").await;
+    assert_eq!(image["parts"][0]["state"], "awaiting");
+    let after = n1.get("/v1/cluster").await;
+    let changes = after["revision"].as_u64().unwrap() - before["revision"].as_u64().unwrap();
+    assert_eq!(changes, 1, "only the image was created");
+    n1.stop().await;
+}

@@ -1,0 +1,358 @@
+//! Tests of the rules: first those that carry data safety one by one, then random histories.
+
+use proptest::prelude::*;
+
+use super::{command::*, testing::*, *};
+
+fn run(state: &mut ClusterState, op: Op) -> CommandResult {
+    state.apply(&command(op))
+}
+
+fn refused(state: &mut ClusterState, op: Op) -> RefusalKind {
+    let before = state.clone();
+    let kind = run(state, op).unwrap_err().kind;
+    assert_eq!(*state, before, "a refused command changed something");
+    kind
+}
+
+fn with_vm(nodes: u128, replicas: u8) -> (ClusterState, VmId, VolumeId) {
+    let mut state = cluster(nodes);
+    let vm = new_vm(1, vec![new_volume(1, replicas)]);
+    let ids = (vm.id, vm.disks[0].id);
+    run(&mut state, Op::CreateVm { vm, unreachable: vec![] }).unwrap();
+    (state, ids.0, ids.1)
+}
+
+fn assign(vm: VmId, node: u128, expected: u64, unreachable: &[u128]) -> Op {
+    Op::AssignVm {
+        vm,
+        node: node_id(node),
+        expected: RunEpoch(expected),
+        reason: AssignReason::Start,
+        unreachable: unreachable.iter().map(|n| node_id(*n)).collect(),
+    }
+}
+
+#[test]
+fn survives_postcard() {
+    let (state, ..) = with_vm(3, 3);
+    let bytes = postcard::to_stdvec(&state).unwrap();
+    assert_eq!(postcard::from_bytes::<ClusterState>(&bytes).unwrap(), state);
+}
+
+#[test]
+fn copies_go_to_distinct_nodes_and_the_first_to_the_vm() {
+    let mut state = cluster(3);
+    let volume = new_volume(1, 3);
+    let id = volume.id;
+    run(&mut state, Op::CreateVolume { volume, near: Some(node_id(2)), unreachable: vec![] }).unwrap();
+    for segment in &state.volumes[&id].segments {
+        assert_eq!(segment.replicas[0].node, node_id(2));
+    }
+    assert_eq!(invariants::violations(&state), Vec::<String>::new());
+    assert_eq!(state.volumes[&id].min_in_sync, 2);
+}
+
+#[test]
+fn too_few_nodes_are_named() {
+    let mut state = cluster(2);
+    let op = Op::CreateVolume { volume: new_volume(1, 3), near: None, unreachable: vec![] };
+    let refusal = run(&mut state, op).unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::Capacity);
+    assert!(refusal.detail.contains("2 of 2 nodes"), "{refusal}");
+    assert!(refusal.next.contains("--replicas 2"), "{}", refusal.next);
+}
+
+#[test]
+fn opening_raises_the_generation_and_drops_the_unreachable() {
+    let (mut state, vm, volume) = with_vm(3, 3);
+    run(&mut state, assign(vm, 1, 0, &[])).unwrap();
+    assert_eq!(state.volumes[&volume].generation, Generation(1));
+    run(&mut state, assign(vm, 2, 1, &[1])).unwrap();
+    let after = &state.volumes[&volume];
+    assert_eq!((after.generation, after.coordinator), (Generation(2), Some(node_id(2))));
+    assert_eq!(after.fewest_in_sync(), 2);
+    assert!(state.events.iter().any(|event| event.kind == "volume-degraded"));
+}
+
+#[test]
+fn a_volume_is_not_taken_from_a_coordinator_whose_lease_holds() {
+    let (mut state, vm, volume) = with_vm(3, 3);
+    run(&mut state, assign(vm, 1, 0, &[])).unwrap();
+    let open =
+        |unreachable| Op::OpenVolume { volume, node: node_id(2), expected: Generation(1), unreachable };
+    assert_eq!(refused(&mut state, open(vec![])), RefusalKind::Conflict);
+    assert_eq!(refused(&mut state, assign(vm, 2, 1, &[])), RefusalKind::Conflict);
+    run(&mut state, open(vec![node_id(1)])).unwrap();
+}
+
+#[test]
+fn the_last_complete_copy_stays() {
+    let (mut state, vm, volume) = with_vm(3, 2);
+    run(&mut state, assign(vm, 1, 0, &[])).unwrap();
+    let disks: Vec<_> =
+        state.volumes[&volume].segments[0].replicas.iter().map(|replica| replica.disk).collect();
+    let out = |disk| Op::ReplicasOut { volume, generation: Generation(1), disk, reason: "reset".into() };
+    run(&mut state, out(disks[1])).unwrap();
+    assert_eq!(refused(&mut state, out(disks[0])), RefusalKind::Unsafe);
+}
+
+#[test]
+fn a_volume_without_a_complete_copy_in_reach_is_not_opened() {
+    let (mut state, vm, volume) = with_vm(3, 2);
+    run(&mut state, assign(vm, 1, 0, &[])).unwrap();
+    let nodes: Vec<_> =
+        state.volumes[&volume].segments[0].replicas.iter().map(|replica| replica.node).collect();
+    let op = Op::OpenVolume { volume, node: node_id(3), expected: Generation(1), unreachable: nodes };
+    assert_eq!(refused(&mut state, op), RefusalKind::Unsafe);
+}
+
+#[test]
+fn old_generations_change_nothing() {
+    let (mut state, vm, volume) = with_vm(3, 3);
+    run(&mut state, assign(vm, 1, 0, &[])).unwrap();
+    run(&mut state, assign(vm, 2, 1, &[1])).unwrap();
+    let (generation, disk, segment) = (Generation(1), disk_id(2), SegmentIndex(0));
+    let old = [
+        Op::ReplicasOut { volume, generation, disk, reason: String::new() },
+        Op::ReplicaIn { volume, generation, segment, disk },
+        Op::VolumeOpened { volume, generation },
+        Op::CloseVolume { volume, generation, cleanliness: Cleanliness::Clean },
+        Op::VolumeFilled { volume, generation },
+    ];
+    for op in old {
+        assert_eq!(refused(&mut state, op), RefusalKind::Fenced);
+    }
+}
+
+#[test]
+fn a_crashed_coordinator_leaves_the_volume_unclean() {
+    let (mut state, vm, volume) = with_vm(3, 3);
+    run(&mut state, assign(vm, 1, 0, &[])).unwrap();
+    assert_eq!(state.volumes[&volume].cleanliness, Cleanliness::Clean);
+    run(&mut state, Op::VolumeOpened { volume, generation: Generation(1) }).unwrap();
+    run(&mut state, assign(vm, 2, 1, &[1])).unwrap();
+    assert_eq!(state.volumes[&volume].cleanliness, Cleanliness::Unclean);
+}
+
+#[test]
+fn a_degraded_volume_heals() {
+    let (mut state, vm, volume) = with_vm(3, 3);
+    run(&mut state, assign(vm, 1, 0, &[])).unwrap();
+    let generation = Generation(1);
+    let disk = disk_id(3);
+    run(&mut state, Op::ReplicasOut { volume, generation, disk, reason: "reset".into() }).unwrap();
+    for segment in (0..3).map(SegmentIndex) {
+        assert!(state.volumes[&volume].is_degraded());
+        run(&mut state, Op::ReplicaIn { volume, generation, segment, disk }).unwrap();
+    }
+    assert!(!state.volumes[&volume].is_degraded());
+    assert_eq!(state.events.back().unwrap().kind, "volume-healed");
+}
+
+#[test]
+fn a_volume_in_use_is_not_deleted_and_its_user_is_named() {
+    let (mut state, _, volume) = with_vm(3, 3);
+    let refusal = run(&mut state, Op::DeleteVolume(volume)).unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::Conflict);
+    assert!(refusal.detail.contains("vm1"), "{refusal}");
+}
+
+#[test]
+fn deleting_a_vm_leaves_only_what_the_nodes_have_to_purge() {
+    let (mut state, vm, volume) = with_vm(3, 3);
+    assert_eq!(refused(&mut state, Op::DeleteVm(vm)), RefusalKind::Conflict);
+    run(&mut state, Op::SetVmDesired { vm, desired: DesiredRun::Stopped(StopMode::Force) }).unwrap();
+    run(&mut state, Op::DeleteVm(vm)).unwrap();
+    assert!(state.volumes.is_empty() && state.ports.is_empty() && state.vms.is_empty());
+    for n in 1..=3 {
+        assert!(state.purge[&volume].contains(&disk_id(n)));
+        run(&mut state, Op::VolumePurged { volume, disks: vec![disk_id(n)] }).unwrap();
+    }
+    assert!(state.purge.is_empty());
+}
+
+#[test]
+fn of_two_starts_one_wins() {
+    let (mut state, vm, _) = with_vm(3, 3);
+    let start = || Op::SetVmDesired { vm, desired: DesiredRun::Running };
+    run(&mut state, Op::SetVmDesired { vm, desired: DesiredRun::Stopped(StopMode::Graceful) }).unwrap();
+    run(&mut state, start()).unwrap();
+    assert_eq!(refused(&mut state, start()), RefusalKind::Conflict);
+}
+
+#[test]
+fn a_run_ends_once_and_only_the_present_one() {
+    let (mut state, vm, _) = with_vm(3, 3);
+    run(&mut state, assign(vm, 1, 0, &[])).unwrap();
+    run(&mut state, assign(vm, 2, 1, &[1])).unwrap();
+    let exited = |epoch| Op::VmExited { vm, epoch: RunEpoch(epoch), exit: VmExit::GuestShutdown };
+    run(&mut state, exited(1)).unwrap();
+    assert!(state.vms[&vm].assignment.is_some(), "the old run's end does not end the new run");
+    run(&mut state, exited(2)).unwrap();
+    assert_eq!(state.vms[&vm].assignment, None);
+    assert_eq!(state.vms[&vm].desired, DesiredRun::Stopped(StopMode::Graceful));
+}
+
+#[test]
+fn tokens_count_expire_and_answer_twice() {
+    let mut state = cluster(1);
+    let mut once = token(7, TokenKind::Join { uses_left: 1 });
+    once.expires = Some(Timestamp(2_000_000));
+    let token_id = once.id;
+    run(&mut state, Op::CreateToken(once)).unwrap();
+    let join = |n| Op::AddNode { node: new_node(n), token: token_id };
+    run(&mut state, join(5)).unwrap();
+    run(&mut state, join(5)).expect("the answer was lost: the same node asks again");
+    assert_eq!(refused(&mut state, join(6)), RefusalKind::Token);
+    let mut late = token(8, TokenKind::Join { uses_left: 9 });
+    late.expires = Some(Timestamp(10));
+    let late_id = late.id;
+    run(&mut state, Op::CreateToken(late)).unwrap();
+    assert_eq!(refused(&mut state, Op::AddNode { node: new_node(6), token: late_id }), RefusalKind::Token);
+    let mut twin = new_node(7);
+    twin.name = "n1".into();
+    let good = TokenId(id(502));
+    assert_eq!(refused(&mut state, Op::AddNode { node: twin, token: good }), RefusalKind::Taken);
+}
+
+#[test]
+fn an_import_that_fails_leaves_nothing() {
+    let mut state = cluster(3);
+    let image = ImageId(id(201));
+    let parts = vec![ImagePart::Disk];
+    run(&mut state, Op::CreateImage { image, name: "win".into(), cmdline: String::new(), parts }).unwrap();
+    let begin = || Op::BeginImagePart {
+        image,
+        part: ImagePart::Disk,
+        node: node_id(1),
+        volume: Some(new_volume(9, 3)),
+        file: None,
+        unreachable: vec![],
+    };
+    let task = TaskId(id(9));
+    state.apply(&Command { at: Timestamp(1), task: Some(task), op: begin() }).unwrap();
+    assert_eq!(state.volume_use(&state.volumes[&new_volume(9, 3).id]), VolumeUse::Internal);
+    assert_eq!(refused(&mut state, begin()), RefusalKind::Conflict);
+    let error = TaskError { detail: "corrupt".into(), next: "again".into() };
+    run(
+        &mut state,
+        Op::FailImagePart { image, part: ImagePart::Disk, node: node_id(1), error: error.clone() },
+    )
+    .unwrap();
+    assert!(state.volumes.is_empty());
+    assert_eq!(state.tasks[&task].state, TaskState::Failed(error));
+    assert_eq!(state.images[&image].parts[&ImagePart::Disk], PartState::Awaiting);
+}
+
+#[test]
+fn a_repeated_request_is_the_same_task() {
+    let (mut state, vm, _) = with_vm(3, 3);
+    let op = Op::SetVmDesired { vm, desired: DesiredRun::Stopped(StopMode::Graceful) };
+    let asked = Command { at: Timestamp(1), task: Some(TaskId(id(9))), op };
+    let first = state.apply(&asked).unwrap();
+    let revision = state.revision;
+    assert_eq!(state.apply(&asked).unwrap(), first);
+    assert_eq!(state.revision, revision);
+}
+
+/// What a random history may do; numbers are reduced to things that exist.
+fn any_op() -> impl Strategy<Value = Op> {
+    let n = 1..4u128;
+    let epoch = 0..4u64;
+    let volume = |n: u128| VolumeId(id(1000 + n));
+    let vm = |n: u128| VmId(id(2000 + n));
+    prop_oneof![
+        (n.clone(), 1..4u8, 0..5u128).prop_map(|(n, replicas, gone)| Op::CreateVolume {
+            volume: new_volume(n, replicas),
+            near: None,
+            unreachable: vec![node_id(gone)]
+        }),
+        (n.clone(), n.clone(), 1..4u8).prop_map(|(n, disk, replicas)| Op::CreateVm {
+            vm: new_vm(n, vec![new_volume(disk, replicas)]),
+            unreachable: vec![]
+        }),
+        n.clone().prop_map(move |n| Op::DeleteVolume(volume(n))),
+        n.clone().prop_map(move |n| Op::DeleteVm(vm(n))),
+        (n.clone(), n.clone(), epoch.clone(), proptest::collection::vec(n.clone(), 0..3))
+            .prop_map(move |(n, node, expected, gone)| assign(vm(n), node, expected, &gone)),
+        (n.clone(), n.clone(), epoch.clone(), proptest::collection::vec(n.clone(), 0..3)).prop_map(
+            move |(n, node, generation, gone)| Op::OpenVolume {
+                volume: volume(n),
+                node: node_id(node),
+                expected: Generation(generation),
+                unreachable: gone.into_iter().map(node_id).collect(),
+            }
+        ),
+        (n.clone(), epoch.clone(), n.clone()).prop_map(move |(n, generation, disk)| Op::ReplicasOut {
+            volume: volume(n),
+            generation: Generation(generation),
+            disk: disk_id(disk),
+            reason: "reset".into()
+        }),
+        (n.clone(), epoch.clone(), n.clone(), 0..4u32).prop_map(move |(n, generation, disk, segment)| {
+            Op::ReplicaIn {
+                volume: volume(n),
+                generation: Generation(generation),
+                segment: SegmentIndex(segment),
+                disk: disk_id(disk),
+            }
+        }),
+        (n.clone(), epoch.clone(), any::<bool>()).prop_map(move |(n, generation, clean)| Op::CloseVolume {
+            volume: volume(n),
+            generation: Generation(generation),
+            cleanliness: if clean { Cleanliness::Clean } else { Cleanliness::Unclean },
+        }),
+        (n.clone(), any::<bool>()).prop_map(move |(n, running)| Op::SetVmDesired {
+            vm: vm(n),
+            desired: if running { DesiredRun::Running } else { DesiredRun::Stopped(StopMode::Graceful) },
+        }),
+        n.clone().prop_map(move |n| Op::RestartVm(vm(n))),
+        (n.clone(), epoch).prop_map(move |(n, epoch)| Op::VmExited {
+            vm: vm(n),
+            epoch: RunEpoch(epoch),
+            exit: VmExit::GuestShutdown
+        }),
+        (4..8u128).prop_map(|n| Op::AddNode { node: new_node(n), token: TokenId(id(502)) }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn random_histories_keep_the_invariants(ops in proptest::collection::vec(any_op(), 1..60)) {
+        let mut state = cluster(3);
+        let mut twin = state.clone();
+        for (step, op) in ops.into_iter().enumerate() {
+            let before = state.clone();
+            let asked = Command {
+                at: Timestamp(step as i64),
+                task: Some(TaskId(id(10_000 + step as u128))),
+                op,
+            };
+            let result = state.apply(&asked);
+            prop_assert_eq!(&twin.apply(&asked), &result);
+            prop_assert_eq!(&twin, &state);
+            if result.is_err() {
+                prop_assert_eq!(&before, &state);
+            }
+            prop_assert_eq!(invariants::violations(&state), Vec::<String>::new());
+            for (id, volume) in &state.volumes {
+                if let Some(old) = before.volumes.get(id) {
+                    prop_assert!(volume.generation >= old.generation);
+                    let moved = old.coordinator != volume.coordinator && volume.coordinator.is_some();
+                    prop_assert!(!moved || volume.generation > old.generation);
+                }
+            }
+            for (id, vm) in &state.vms {
+                if let Some(old) = before.vms.get(id) {
+                    let same_run = vm.epoch == old.epoch;
+                    let moved = vm.assignment.is_some() && vm.assignment != old.assignment;
+                    prop_assert!(!(same_run && moved), "a VM ran twice in one run epoch");
+                    prop_assert!(vm.epoch >= old.epoch);
+                }
+            }
+            let bytes = postcard::to_stdvec(&state).unwrap();
+            prop_assert_eq!(&postcard::from_bytes::<ClusterState>(&bytes).unwrap(), &state);
+        }
+    }
+}
