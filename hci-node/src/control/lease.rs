@@ -20,21 +20,6 @@ pub const LEADER_LEASE: Duration = Duration::from_secs(7);
 /// How often a node renews.
 pub const RENEW_EVERY: Duration = Duration::from_secs(1);
 
-/// A node's own lease, as its renewals know it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum NodeLease {
-    /// None was given since the control process started.
-    #[default]
-    None,
-    /// The latest one.
-    Until {
-        /// When it ends or has ended.
-        at: tokio::time::Instant,
-        /// Revision of the leader's state when it renewed.
-        as_of: u64,
-    },
-}
-
 /// What the leader knows of a node's lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeaseStanding {

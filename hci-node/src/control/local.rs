@@ -1,89 +1,170 @@
-//! What runs beside the control process, through the reconciler of this node.
+//! What runs beside the control process on this node: the data process and the VMMs, through the reconciler.
 
-use std::{ops::RangeInclusive, sync::Arc};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
-use netfabric::rpc::{CallError, Caller, Handler, Request, Response, RpcError};
+use netfabric::rpc::{CallError, Handler, Request, Response};
 use tokio::sync::watch;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 
 use super::{
-    lease::NodeLease,
+    lease::NODE_LEASE,
     member::{ConsoleStream, LocalNode, Peers},
     replicated::Replicated,
 };
 use crate::{
+    data::{
+        client::QUICK,
+        protocol::{DiskUsage, ListDisks, LocalDisk, Metrics, VolumeFlush, VolumeWrite},
+    },
     paths::NodePaths,
+    reconcile::{
+        Options, Reconciler,
+        cluster::{Cluster, Lease, ProposeError},
+    },
     state::{
-        ContentHash, NodeId, VmId, VolumeId,
+        ClusterState, Command, ContentHash, NodeId, Op, Outcome, VmId, VolumeId,
         report::{CandidateDisk, LocalReport},
     },
 };
 
-/// Methods that reconcilers serve each other on the control mesh.
-pub const PEER_METHODS: RangeInclusive<u16> = 0x0400..=0x04ff;
+/// The cluster, as the reconciler needs it.
+struct ReconcilerCluster {
+    replicated: Arc<dyn Replicated>,
+    peers: Arc<dyn Peers>,
+}
 
-/// What runs beside the control process: nothing yet.
-pub struct Local;
+impl Cluster for ReconcilerCluster {
+    fn state(&self) -> watch::Receiver<Arc<ClusterState>> {
+        self.replicated.state()
+    }
 
-struct Nobody;
-impl Handler for Nobody {
-    fn handle(&self, _: Caller, request: Request) -> BoxFuture<'static, Result<Response, RpcError>> {
-        async move { Err(RpcError::unknown_method(request.method)) }.boxed()
+    fn propose(&self, op: Op) -> BoxFuture<'static, Result<Outcome, ProposeError>> {
+        let proposed = self.replicated.propose(Command::now(op));
+        async move {
+            match proposed.await {
+                Ok(applied) => Ok(applied?),
+                Err(error) => Err(ProposeError::Unavailable(error.to_string())),
+            }
+        }
+        .boxed()
+    }
+
+    fn call_node(
+        &self,
+        node: NodeId,
+        request: Request,
+        deadline: Duration,
+    ) -> BoxFuture<'static, Result<Response, CallError>> {
+        self.peers.call(node, request, deadline)
     }
 }
+
+/// The reconciler of this node.
+pub struct Local(Reconciler);
 
 impl Local {
     /// Starts it.
     pub fn start(
-        _id: NodeId,
-        _paths: &NodePaths,
-        _replicated: Arc<dyn Replicated>,
-        _peers: Arc<dyn Peers>,
-        _lease: watch::Receiver<NodeLease>,
-        _tasks: &TaskTracker,
-        _shutdown: &CancellationToken,
+        me: NodeId,
+        paths: &NodePaths,
+        replicated: Arc<dyn Replicated>,
+        peers: Arc<dyn Peers>,
+        lease: watch::Receiver<Lease>,
+        shutdown: CancellationToken,
     ) -> Arc<Self> {
-        Arc::new(Self)
+        let cluster = Arc::new(ReconcilerCluster { replicated, peers });
+        let options = Options { me, paths: paths.clone(), cluster, lease, node_lease: NODE_LEASE };
+        Arc::new(Self(Reconciler::start(options, shutdown)))
     }
-    /// Serves [`PEER_METHODS`].
+
+    /// Serves the calls between reconcilers.
     pub fn peer_handler(&self) -> Arc<dyn Handler> {
-        Arc::new(Nobody)
+        self.0.peer_handler()
+    }
+
+    /// Returns when it has ended after the shutdown.
+    pub async fn stopped(&self) {
+        self.0.stopped().await;
     }
 }
 
-fn away() -> CallError {
-    CallError::Unreachable("the data process".to_owned())
+/// A disk that could be given to the pool.
+fn candidate(disk: LocalDisk) -> Option<CandidateDisk> {
+    let holds = match disk.usage {
+        DiskUsage::Blank => None,
+        DiskUsage::Holds(what) => Some(what),
+        DiskUsage::InUse(_) | DiskUsage::Pool(_) => return None,
+    };
+    Some(CandidateDisk {
+        path: disk.path.display().to_string(),
+        size_bytes: disk.size_bytes,
+        model: format!("{} {}", disk.model, disk.serial).trim().to_owned(),
+        holds,
+    })
 }
 
 impl LocalNode for Local {
     fn report(&self) -> LocalReport {
-        LocalReport::default()
+        self.0.report()
     }
+
     fn boot_files(&self) -> Vec<ContentHash> {
-        vec![]
+        self.0.boot_files()
     }
+
     fn candidates(&self) -> BoxFuture<'static, Vec<CandidateDisk>> {
-        async { vec![] }.boxed()
+        let data = self.0.data().clone();
+        async move {
+            match data.call(&ListDisks, QUICK).await {
+                Ok(disks) => disks.into_iter().filter_map(candidate).collect(),
+                Err(error) => {
+                    tracing::debug!(%error, "the disks of this node are not known");
+                    Vec::new()
+                }
+            }
+        }
+        .boxed()
     }
-    fn write_volume(&self, _: VolumeId, _: u64, _: Bytes) -> BoxFuture<'static, Result<(), CallError>> {
-        async { Err(away()) }.boxed()
+
+    fn write_volume(
+        &self,
+        volume: VolumeId,
+        offset: u64,
+        data: Bytes,
+    ) -> BoxFuture<'static, Result<(), CallError>> {
+        let client = self.0.data().clone();
+        let volume = volume.into();
+        async move { client.write(VolumeWrite { volume, offset }, data).await }.boxed()
     }
-    fn flush_volume(&self, _: VolumeId) -> BoxFuture<'static, Result<(), CallError>> {
-        async { Err(away()) }.boxed()
+
+    fn flush_volume(&self, volume: VolumeId) -> BoxFuture<'static, Result<(), CallError>> {
+        let client = self.0.data().clone();
+        let volume = volume.into();
+        async move { client.flush(VolumeFlush { volume }).await }.boxed()
     }
+
     fn data_metrics(&self) -> BoxFuture<'static, Result<String, CallError>> {
-        async { Err(away()) }.boxed()
+        let client = self.0.data().clone();
+        async move { client.call(&Metrics, QUICK).await }.boxed()
     }
+
     fn attach_console(
         &self,
-        _: NodeId,
-        _: VmId,
+        node: NodeId,
+        vm: VmId,
     ) -> BoxFuture<'static, Result<Box<dyn ConsoleStream>, String>> {
-        async { Err(away().to_string()) }.boxed()
+        let reconciler = self.0.clone();
+        async move {
+            let attached = reconciler.attach_console(node, vm).await.map_err(|error| error.to_string())?;
+            Ok(Box::new(attached) as Box<dyn ConsoleStream>)
+        }
+        .boxed()
     }
-    fn console_log(&self, _: NodeId, _: VmId) -> BoxFuture<'static, Result<Bytes, String>> {
-        async { Err(away().to_string()) }.boxed()
+
+    fn console_log(&self, node: NodeId, vm: VmId) -> BoxFuture<'static, Result<Bytes, String>> {
+        let reconciler = self.0.clone();
+        async move { reconciler.console_log(node, vm).await.map_err(|error| error.to_string()) }.boxed()
     }
 }

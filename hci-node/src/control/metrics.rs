@@ -2,7 +2,8 @@
 
 use prometheus::{Encoder, IntGaugeVec, Opts, Registry, TextEncoder, process_collector::ProcessCollector};
 
-use super::{lease::NodeLease, running::Running};
+use super::running::Running;
+use crate::reconcile::cluster::Lease;
 use crate::state::{Availability, report::VmRunState};
 
 /// Metrics of this process only: a node that is in no cluster has no others.
@@ -86,8 +87,8 @@ fn cluster(scrape: &Scrape, running: &Running) {
     let member = &running.member;
     let state = member.state();
     let left = match *running.lease.borrow() {
-        NodeLease::None => 0,
-        NodeLease::Until { at, .. } => at.saturating_duration_since(tokio::time::Instant::now()).as_millis(),
+        Lease::None => 0,
+        Lease::Until { at, .. } => at.saturating_duration_since(tokio::time::Instant::now()).as_millis(),
     };
     scrape.gauge(
         "hci_lease_left_milliseconds",

@@ -10,10 +10,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    lease::{NODE_LEASE, NodeLease, RENEW_EVERY},
+    lease::{NODE_LEASE, RENEW_EVERY},
     member::Member,
     rpc::{self, Renew, Renewed},
 };
+use crate::reconcile::cluster::Lease;
 use crate::state::{
     Timestamp,
     report::{CandidateDisk, MachineReport, NodeReport},
@@ -27,7 +28,7 @@ const CANDIDATES_EVERY: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_millis(200);
 
 /// Renews until `shutdown`. Each lease counts from the moment the renewal was sent.
-pub async fn run(member: Arc<Member>, lease: watch::Sender<NodeLease>, shutdown: CancellationToken) {
+pub async fn run(member: Arc<Member>, lease: watch::Sender<Lease>, shutdown: CancellationToken) {
     let mut ticks = tokio::time::interval(RENEW_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut candidates = Candidates::default();
@@ -45,7 +46,7 @@ pub async fn run(member: Arc<Member>, lease: watch::Sender<NodeLease>, shutdown:
         let sent = Instant::now();
         match timeout(DEADLINE, renew(&member, report)).await {
             Ok(Ok(as_of)) => {
-                let _ = lease.send_replace(NodeLease::Until { at: sent + NODE_LEASE, as_of });
+                let _ = lease.send_replace(Lease::Until { at: sent + NODE_LEASE, as_of });
             }
             Ok(Err(error)) => {
                 tracing::debug!(error, "the lease was not renewed");

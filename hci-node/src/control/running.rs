@@ -17,8 +17,7 @@ use super::{
     app::App,
     import,
     leader::Leader,
-    lease::NodeLease,
-    local::{self, Local},
+    local::Local,
     member::{Member, Peers, from_bulk},
     raft::{self, RaftState},
     renew,
@@ -31,6 +30,7 @@ use crate::{
     },
     consensus::{self, Consensus, Timing},
     meta_store::MetaStore,
+    reconcile::{cluster::Lease, peers},
     state::{ClusterState, NodeId, Op},
 };
 
@@ -48,7 +48,7 @@ pub struct Running {
     /// Consensus itself, for status and metrics.
     pub consensus: Consensus<ClusterState>,
     /// The lease as renewed last.
-    pub lease: watch::Receiver<NodeLease>,
+    pub lease: watch::Receiver<Lease>,
     local: Arc<Local>,
     shutdown: CancellationToken,
     tasks: TaskTracker,
@@ -73,7 +73,7 @@ impl Handler for Service {
             match request.method {
                 rpc::RENEW => renewed(&member, from, &request).await,
                 rpc::API => forwarded(&member, request).await,
-                method if local::PEER_METHODS.contains(&method) => reconciler.handle(from, request).await,
+                method if peers::METHODS.contains(&method) => reconciler.handle(from, request).await,
                 method => Err(RpcError::unknown_method(method)),
             }
         }
@@ -147,15 +147,14 @@ impl Running {
         let tasks = TaskTracker::new();
         let replicated = Arc::new(RaftState::new(consensus.clone(), &tasks, &shutdown));
         let peers = Arc::new(MeshPeers(consensus.mesh().clone()));
-        let (lease_tx, lease) = watch::channel(NodeLease::default());
+        let (lease_tx, lease) = watch::channel(Lease::None);
         let local = Local::start(
             id,
             &options.paths,
             replicated.clone(),
             peers.clone(),
             lease.clone(),
-            &tasks,
-            &shutdown,
+            shutdown.clone(),
         );
         let member = Arc::new(Member {
             id,
@@ -188,16 +187,15 @@ impl Running {
         raft::initialize(&self.consensus, control).await
     }
 
-    /// What runs beside the control process.
-    pub fn local(&self) -> &Local {
-        &self.local
-    }
-
     /// Ends everything of the control process. Guests and the data process go on.
     pub async fn stop(&self) {
         self.shutdown.cancel();
         self.tasks.close();
-        if tokio::time::timeout(STOP_DEADLINE, self.tasks.wait()).await.is_err() {
+        let ended = async {
+            self.tasks.wait().await;
+            self.local.stopped().await;
+        };
+        if tokio::time::timeout(STOP_DEADLINE, ended).await.is_err() {
             tracing::warn!("some tasks did not end in time");
         }
         self.consensus.shutdown().await;
