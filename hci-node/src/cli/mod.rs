@@ -150,6 +150,8 @@ enum Command {
 enum NodeCommand {
     #[command(flatten)]
     Ask(nouns::node::Verb),
+    /// The control role: consensus, API and reconciler of this node; started by the system.
+    Run(Box<crate::control::Args>),
 }
 
 /// Parses the arguments, runs the command and turns its outcome into an exit code.
@@ -174,6 +176,7 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
     match cli.command {
         Command::Completion { shell } => completion::print(shell),
         Command::Version => version(cli.global.output)?,
+        Command::Node(NodeCommand::Run(args)) => return roles::node(*args),
         Command::Data(command) => return roles::data(command),
         Command::Vmm(command) => return roles::vmm(command),
         Command::Install(args) => return roles::install(args),
@@ -236,7 +239,8 @@ async fn ask(global: Global, command: Command) -> Result<Exit, CliError> {
                 )?,
             }
         }
-        Command::Data(_)
+        Command::Node(NodeCommand::Run(_))
+        | Command::Data(_)
         | Command::Vmm(_)
         | Command::Install(_)
         | Command::Completion { .. }

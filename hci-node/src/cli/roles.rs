@@ -8,7 +8,7 @@ use installer::install::{InstallError, Options};
 
 use super::exit::{CliError, Exit};
 use super::nouns::say;
-use crate::{data, vmm_role};
+use crate::{control, data, vmm_role};
 
 /// The verbs of `hci data`.
 #[derive(Debug, Subcommand)]
@@ -22,6 +22,12 @@ pub enum DataCommand {
 pub enum VmmCommand {
     /// Run one VM until its guest has ended; the exit code tells how.
     Run(vmm_role::Args),
+}
+
+/// Runs the control role.
+pub fn node(args: control::Args) -> Result<ExitCode, CliError> {
+    log_to_stderr();
+    ended("the node service", control::run(args))
 }
 
 /// Runs the data role.
