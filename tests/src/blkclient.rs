@@ -439,10 +439,8 @@ fn start(socket: &Path, memory: &GuestMemoryMmap, queues: &[Queue]) -> Result<Fr
     )?;
     // All that is offered, as a guest's driver takes all that it knows.
     front_end.set_features(offered)?;
-    let regions: Vec<_> = memory
-        .iter()
-        .map(VhostUserMemoryRegionInfo::from_guest_region)
-        .collect::<vhost::Result<_>>()?;
+    let regions: Vec<_> =
+        memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region).collect::<vhost::Result<_>>()?;
     front_end.set_mem_table(&regions)?;
     start_queues(&mut front_end, memory, queues)?;
     Ok(front_end)

@@ -294,3 +294,6 @@ impl Reply {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

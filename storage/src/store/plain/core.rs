@@ -63,7 +63,7 @@ impl State {
             }
             LogOp::Zeroes { at, block, blocks, version } => {
                 let blocks = *block..*block + *blocks;
-                (*at, Run { blocks, lsn, version: *version, content: RunContent::Zeroes })
+                (*at, Run { blocks, lsn, version: *version, content: RunContent::Zeroes { covers: None } })
             }
             LogOp::Generation { volume, generation } => {
                 let stored = StoredGeneration { value: *generation, lsn, applied: false };
@@ -298,6 +298,9 @@ impl Core {
         // A record up to `upto` may have been skipped because a later one replaced it: that one must be durable before the log
         // gives up the former.
         self.sync()?;
+        // Zeroes that are to leave an entry are known by the data that they replaced, also after a restart.
+        let covered = self.state.lock().overlays.values().filter_map(Overlay::oldest_covered).min();
+        let upto = covered.map_or(upto, |oldest| upto.min(oldest - 1));
         let mut log = self.log.lock();
         log.rotate_if_large(RECLAIM_BYTES)
             .and_then(|()| log.reclaim(upto))
@@ -313,7 +316,7 @@ impl Core {
             return Ok(false);
         }
         let mut files = self.files.lock();
-        let opened = if runs.iter().all(|run| run.content == RunContent::Zeroes) {
+        let opened = if runs.iter().all(|run| run.content == RunContent::Zeroes { covers: None }) {
             files.get(at)
         } else {
             files.get_or_create(at).map(Some)
@@ -448,7 +451,7 @@ impl Core {
             out.extend(run.blocks.clone().enumerate().map(|(i, block)| {
                 let crc = match &run.content {
                     RunContent::Data { crcs, .. } => crcs[i],
-                    RunContent::Zeroes => zero_crc(),
+                    RunContent::Zeroes { .. } => zero_crc(),
                 };
                 BlockVersion { block, version: run.version, crc }
             }));

@@ -14,7 +14,11 @@ pub(super) enum RunContent {
     /// Data with the checksum of each block.
     Data { data: Bytes, crcs: Vec<u32> },
     /// Zeroes.
-    Zeroes,
+    Zeroes {
+        /// The oldest record with data that these zeroes replaced before it was applied. They must leave an entry then, though
+        /// the files never held anything.
+        covers: Option<u64>,
+    },
 }
 
 /// Consecutive blocks written by one record.
@@ -35,7 +39,7 @@ impl Run {
     fn part(&self, range: &Range<u32>) -> Self {
         let blocks = self.blocks.start.max(range.start)..self.blocks.end.min(range.end);
         let content = match &self.content {
-            RunContent::Zeroes => RunContent::Zeroes,
+            RunContent::Zeroes { covers } => RunContent::Zeroes { covers: *covers },
             RunContent::Data { data, crcs } => {
                 let from = (blocks.start - self.blocks.start) as usize;
                 let to = (blocks.end - self.blocks.start) as usize;
@@ -50,7 +54,15 @@ impl Run {
     pub(super) fn bytes(&self) -> u64 {
         match &self.content {
             RunContent::Data { data, .. } => data.len() as u64,
-            RunContent::Zeroes => 0,
+            RunContent::Zeroes { .. } => 0,
+        }
+    }
+
+    /// The oldest record with data that this run stands for.
+    fn oldest_data(&self) -> Option<u64> {
+        match &self.content {
+            RunContent::Data { .. } => Some(self.lsn),
+            RunContent::Zeroes { covers } => *covers,
         }
     }
 }
@@ -102,8 +114,32 @@ impl Overlay {
 
     /// Adds the newest run.
     pub(super) fn insert(&mut self, run: Run) {
+        let replaced = self.lookup(&run.blocks);
         self.cut(&run.blocks, |_| true);
-        self.put(run);
+        if let RunContent::Data { .. } = run.content {
+            return self.put(run);
+        }
+        let mut from = run.blocks.start;
+        for old in replaced.iter().filter(|old| old.oldest_data().is_some()) {
+            if from < old.blocks.start {
+                self.put(run.part(&(from..old.blocks.start)));
+            }
+            from = old.blocks.end;
+            let content = RunContent::Zeroes { covers: old.oldest_data() };
+            self.put(Run { content, ..run.part(&old.blocks) });
+        }
+        if from < run.blocks.end {
+            self.put(run.part(&(from..run.blocks.end)));
+        }
+    }
+
+    /// The oldest record that must stay in the log for the sake of zeroes that replaced it.
+    pub(super) fn oldest_covered(&self) -> Option<u64> {
+        let covers = self.runs.values().filter_map(|run| match run.content {
+            RunContent::Zeroes { covers } => covers,
+            RunContent::Data { .. } => None,
+        });
+        covers.min()
     }
 
     /// The parts of runs that lie in a range, ascending.
@@ -151,7 +187,7 @@ mod tests {
     fn run(start: u32, len: u32, lsn: u64, zeroes: bool) -> Run {
         let blocks = start..(start + len).min(BLOCKS);
         let content = if zeroes {
-            RunContent::Zeroes
+            RunContent::Zeroes { covers: None }
         } else {
             let data: Vec<u8> =
                 blocks.clone().flat_map(|b| [(lsn as u8) ^ (b as u8); BLOCK_SIZE as usize]).collect();
@@ -169,6 +205,8 @@ mod tests {
         ) {
             let mut overlay = Overlay::default();
             let mut model: Vec<Option<u64>> = vec![None; BLOCKS as usize];
+            // The oldest data of each block that was not applied.
+            let mut covered: Vec<Option<u64>> = vec![None; BLOCKS as usize];
             for (lsn, (start, len, zeroes, kind)) in steps.into_iter().enumerate() {
                 let lsn = lsn as u64;
                 if kind == 0 && lsn > 2 {
@@ -178,12 +216,14 @@ mod tests {
                         for b in run.blocks.clone() {
                             prop_assert_eq!(model[b as usize], Some(run.lsn));
                             model[b as usize] = None;
+                            covered[b as usize] = None;
                         }
                     }
                 } else {
                     let run = run(start, len, lsn, zeroes);
                     for b in run.blocks.clone() {
                         model[b as usize] = Some(lsn);
+                        covered[b as usize] = if zeroes { covered[b as usize] } else { Some(lsn) };
                     }
                     overlay.insert(run);
                 }
@@ -194,6 +234,7 @@ mod tests {
                 prop_assert!(range.start <= part.blocks.start && part.blocks.end <= range.end);
                 for b in part.blocks.clone() {
                     prop_assert!(seen[b as usize].replace(part.lsn).is_none());
+                    prop_assert_eq!(part.oldest_data(), covered[b as usize]);
                     if let RunContent::Data { data, crcs } = &part.content {
                         let at = (b - part.blocks.start) as usize;
                         prop_assert_eq!(data[at * BLOCK_SIZE as usize], (part.lsn as u8) ^ (b as u8));

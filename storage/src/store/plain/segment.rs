@@ -72,20 +72,21 @@ impl SegmentFiles {
                     entries.extend_from_slice(&entry.encode(block));
                 }
             }
-            RunContent::Zeroes => {
+            RunContent::Zeroes { covers } => {
                 let old = self.entries(run.blocks.clone())?;
-                if old.iter().all(|entry| *entry == Entry::Empty) {
+                if covers.is_none() && old.iter().all(|entry| *entry == Entry::Empty) {
                     return Ok(());
                 }
                 for (block, old) in run.blocks.clone().zip(old) {
                     // What never held anything stays without an entry: discarding an empty volume takes no room.
-                    let new = if old == Entry::Empty { Entry::Empty } else { Entry::Zeroes(run.version) };
+                    let never = covers.is_none() && old == Entry::Empty;
+                    let new = if never { Entry::Empty } else { Entry::Zeroes(run.version) };
                     entries.extend_from_slice(&new.encode(block));
                 }
             }
         }
         self.meta.write_all_at(&entries, u64::from(start) * ENTRY_LEN as u64)?;
-        if run.content == RunContent::Zeroes {
+        if let RunContent::Zeroes { .. } = run.content {
             // After the entries: a reader that comes between sees zeroes in both cases.
             self.data.punch_hole(u64::from(start) * BLOCK_SIZE, run.blocks.len() as u64 * BLOCK_SIZE)?;
         }

@@ -8,7 +8,7 @@ use crate::ids::{BLOCK_SIZE, DiskId, Generation, LayerId, SegmentIndex, SegmentK
 use crate::status::DiskHealth;
 use crate::store::{ReplicaWrite, StoreError, WriteContent};
 use proptest::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use uuid::Uuid;
@@ -111,6 +111,9 @@ struct Model {
     blocks: Allowed,
     generations: BTreeMap<u8, Vec<u64>>,
     sequence: u64,
+    /// Blocks that had data once: they keep an entry. Those written since the last sync, and those that are durable.
+    written: BTreeSet<(SegmentKey, u32)>,
+    stored: BTreeSet<(SegmentKey, u32)>,
 }
 
 impl Model {
@@ -118,6 +121,7 @@ impl Model {
         let latest = |values: &mut Vec<u64>| drop(values.drain(..values.len() - 1));
         self.blocks.values_mut().for_each(latest);
         self.generations.values_mut().for_each(latest);
+        self.stored.append(&mut self.written);
     }
 
     /// Runs one step; `Err` when the power went.
@@ -129,6 +133,9 @@ impl Model {
                 // Whether a write took effect that the power cut interrupted is unknown.
                 for b in block..block + blocks {
                     self.blocks.entry((key(volume, segment), b)).or_insert_with(|| vec![0]).push(value);
+                    if !zeroes {
+                        self.written.insert((key(volume, segment), b));
+                    }
                 }
                 write(core, key(volume, segment), write_of(block, blocks, self.sequence, zeroes))
             }
@@ -146,6 +153,8 @@ impl Model {
                     values.1.push(0);
                 }
                 self.generations.entry(n).or_insert_with(|| vec![0]).push(0);
+                self.written.retain(|(at, _)| at.volume != volume(n));
+                self.stored.retain(|(at, _)| at.volume != volume(n));
                 core.delete_volume(volume(n))?;
                 self.all_durable();
                 Ok(())
@@ -173,6 +182,10 @@ impl Model {
             // The version is that of the content.
             let versions = core.versions(*at, &(*block..*block + 1)).unwrap();
             let found = versions.first().map_or(0, |entry| entry.version.sequence);
+            let place = (*at, *block);
+            if self.stored.contains(&place) || (exact && self.written.contains(&place)) {
+                prop_assert!(!versions.is_empty(), "block {block} of {at:?} lost its version");
+            }
             if reply.data.iter().any(|b| *b != 0) {
                 prop_assert_eq!(reply.data, content_of(*block, found));
                 prop_assert_eq!(versions[0].crc, reply.crcs[0]);
@@ -223,6 +236,7 @@ proptest! {
             allowed.retain(|v| if *v == 0 { data.iter().all(|b| *b == 0) } else { data == content_of(*block, *v) });
             allowed.truncate(1);
         }
+        model.written.clear();
         for (n, allowed) in &mut model.generations {
             *allowed = vec![core.generation(volume(*n)).unwrap().0];
         }
