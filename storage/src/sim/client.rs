@@ -9,6 +9,7 @@ use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::oneshot;
 
 /// Sectors that the workload touches: four blocks on each side of the boundary.
@@ -70,6 +71,19 @@ pub(super) async fn work(device: VolumeDevice, opening: u64, history: Arc<Mutex<
             Ok(()) => {}
             Err(BlockError::Closed) => return,
             Err(error) => history.lock().violation(format!("a request failed: {error}")),
+        }
+    }
+}
+
+/// Only reads, little at a time: goes on where writes wait, on a coordinator that is cut off for example.
+pub(super) async fn watch(device: VolumeDevice, opening: u64, history: Arc<Mutex<History>>, dice: Dice) {
+    loop {
+        tokio::time::sleep(dice.micros(100_000)).await;
+        let first = HOT.start + dice.below(HOT.end - HOT.start);
+        // A read may wait for ever behind a write; another sector is as good.
+        let read = read_and_check(&device, opening, &history, first..first + 1);
+        if let Ok(Err(_)) = tokio::time::timeout(Duration::from_millis(200), read).await {
+            return;
         }
     }
 }

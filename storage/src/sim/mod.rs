@@ -76,6 +76,7 @@ async fn run(seed: u64) -> Result<Tally, Vec<String>> {
         cluster.control_step();
         for (opening, device) in cluster.devices() {
             if known.insert(opening) {
+                workers.spawn(client::watch(device.clone(), opening, cluster.history.clone(), dice.clone()));
                 for _ in 0..4 {
                     workers.spawn(client::work(
                         device.clone(),

@@ -31,7 +31,9 @@ pub(super) struct Raft {
     network: Arc<Network>,
     dice: Dice,
     /// Commits in a hundred whose answer is lost.
-    pub(super) lossy_percent: u64,
+    lossy_percent: u64,
+    /// A commit that would leave fewer replicas in sync is refused. Below the volume's minimum or at the last one: both must do.
+    fewest_left: usize,
 }
 
 impl Raft {
@@ -43,8 +45,9 @@ impl Raft {
         dice: Dice,
     ) -> Arc<Self> {
         let whole = volume.segments.iter().flat_map(|s| s.replicas.iter().map(|r| r.disk)).collect();
-        let record = Record { volume, coordinator: None, opening: 0, whole };
-        Arc::new(Self { record: Mutex::new(record), history, nodes, network, dice, lossy_percent: 5 })
+        let fewest_left = if dice.percent(50) { 1 } else { usize::from(volume.min_in_sync.max(1)) };
+        let record = Mutex::new(Record { volume, coordinator: None, opening: 0, whole });
+        Arc::new(Self { record, history, nodes, network, dice, lossy_percent: 5, fewest_left })
     }
 
     /// Whether a node reaches a majority.
@@ -172,7 +175,7 @@ impl ControlPlane for NodeControl {
         _reason: String,
     ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
         self.commit(generation, move |raft, record| {
-            let minimum = usize::from(record.volume.min_in_sync.max(1));
+            let minimum = raft.fewest_left;
             for segment in &record.volume.segments {
                 let in_sync = |r: &&crate::config::ReplicaConfig| r.state == ReplicaState::InSync;
                 let is_in = segment.replicas.iter().filter(in_sync).any(|r| r.disk == disk);
