@@ -55,6 +55,7 @@ pub mod mesh;
 mod metrics;
 pub mod replica;
 mod service;
+mod signal;
 pub mod status;
 pub mod store;
 pub mod target;

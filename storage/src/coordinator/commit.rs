@@ -12,24 +12,23 @@ use std::sync::Arc;
 impl Coordinator {
     /// Takes replicas out that missed something, until Raft has done so or they are equal again.
     pub(super) async fn run_commits(self: Arc<Self>) {
-        let mut changes = self.changed.subscribe();
         loop {
-            changes.borrow_and_update();
+            let mut seen = self.changed.seen();
             let mut again = false;
             for (disk, reason) in self.to_take_out() {
                 again |= self.take_out(disk, reason).await.is_err();
             }
             if again {
                 tokio::time::sleep(self.rim.timing.retry).await;
-            } else if changes.changed().await.is_err() {
-                return;
+            } else {
+                self.changed.changed(&mut seen).await;
             }
         }
     }
 
     /// While opening, a replica that was not reached yet is given time.
     fn to_take_out(&self) -> Vec<(DiskId, String)> {
-        if *self.phase.borrow() == Phase::Opening && !*self.give_up.borrow() {
+        if self.phase.get() == Phase::Opening && !self.give_up.get() {
             return Vec::new();
         }
         self.table.lock().to_take_out()

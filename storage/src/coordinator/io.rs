@@ -9,6 +9,7 @@ use crate::config::Durability;
 use crate::device::{BlockError, BlockOp};
 use crate::ids::{BLOCK_SIZE, SegmentIndex};
 use crate::replica::protocol::{AckWhen, ReplicaOp, ReplicaOutcome};
+use crate::signal::Seen;
 use crate::store::{ReadReply, ReplicaWrite, WriteContent};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{join_all, try_join_all};
@@ -100,10 +101,10 @@ impl Coordinator {
     async fn read_piece(self: &Arc<Self>, piece: Piece) -> Result<Bytes, BlockError> {
         let _range = self.ranges.lock(piece.range(), Mode::Read).await;
         loop {
-            self.rim.lease.held().await;
+            self.leased().await;
             let reply = self.read_blocks(piece.segment, piece.block, piece.blocks).await?;
             // Only a lease that holds now says that nobody else has written meanwhile.
-            if self.rim.lease.holds() {
+            if self.may_complete() {
                 let head = piece.head as usize;
                 return Ok(reply.data.slice(head..head + piece.len as usize));
             }
@@ -118,14 +119,13 @@ impl Coordinator {
         blocks: u32,
     ) -> Result<ReadReply, BlockError> {
         let mut disk_error = None;
-        let mut changes = self.changed.subscribe();
         loop {
-            changes.borrow_and_update();
+            let mut seen = self.changed.seen();
             let readers = self.table.lock().readers(segment, self.rim.node);
             if readers.is_empty() {
                 match disk_error.take() {
                     Some(text) => return Err(BlockError::Io(text)),
-                    None => self.wait(&mut changes, None).await,
+                    None => self.wait(&mut seen, None).await,
                 }
                 continue;
             }
@@ -184,7 +184,7 @@ impl Coordinator {
 
     async fn write_piece(self: &Arc<Self>, piece: Piece, payload: Payload) -> Result<(), BlockError> {
         let range = self.ranges.lock(piece.range(), Mode::Write).await;
-        self.rim.lease.held().await;
+        self.leased().await;
         let content = match payload {
             Payload::Zeroes => WriteContent::Zeroes { blocks: piece.blocks },
             Payload::Data(data) if !piece.is_partial() => with_checksums(data),
@@ -192,9 +192,8 @@ impl Coordinator {
         };
         let write = ReplicaWrite { block: piece.block, version: self.next_version(), content };
         let mut acked: Vec<Target> = Vec::new();
-        let mut changes = self.changed.subscribe();
         'complete: loop {
-            changes.borrow_and_update();
+            let mut seen = self.changed.seen();
             let missing = self.missing(piece.segment, &acked);
             let mut full = None;
             if !missing.is_empty() {
@@ -205,7 +204,7 @@ impl Coordinator {
             }
             range.park();
             loop {
-                self.wait(&mut changes, full).await;
+                self.wait(&mut seen, full).await;
                 if self.table.lock().write_complete(piece.segment, &acked) {
                     break 'complete;
                 }
@@ -215,13 +214,13 @@ impl Coordinator {
             }
             range.resume().await;
         }
-        self.rim.lease.held().await;
+        self.leased().await;
         Ok(())
     }
 
     /// Replicas that are to get a write and do not have it.
     fn missing(&self, segment: SegmentIndex, acked: &[Target]) -> Vec<Target> {
-        if *self.phase.borrow() == Phase::Opening {
+        if self.phase.get() == Phase::Opening {
             return Vec::new();
         }
         let mut targets = self.table.lock().write_targets(segment);
@@ -276,9 +275,8 @@ impl Coordinator {
     /// Makes all writes durable that were completed before, on every replica in sync.
     pub(super) async fn flush_replicas(&self) {
         let mut acked: Vec<Target> = Vec::new();
-        let mut changes = self.changed.subscribe();
         loop {
-            changes.borrow_and_update();
+            let mut seen = self.changed.seen();
             let targets = {
                 let table = self.table.lock();
                 // Looked at again each time: a resync may have flushed a member meanwhile.
@@ -296,9 +294,9 @@ impl Coordinator {
             if self.table.lock().flush_complete(&acked) {
                 break;
             }
-            self.wait(&mut changes, None).await;
+            self.wait(&mut seen, None).await;
         }
-        self.rim.lease.held().await;
+        self.leased().await;
     }
 
     /// Flushes one replica's disk; false when it is lost.
@@ -321,15 +319,15 @@ impl Coordinator {
     }
 
     /// Waits for a change of the member table, at most for `limit`.
-    async fn wait(&self, changes: &mut tokio::sync::watch::Receiver<u64>, limit: Option<Duration>) {
+    async fn wait(&self, seen: &mut Seen, limit: Option<Duration>) {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let waiting = scopeguard(|| {
             self.waiting.fetch_sub(1, Ordering::Relaxed);
         });
         match limit {
-            // The sender lives as long as self does; the end of the pause is no error.
-            Some(limit) => drop(tokio::time::timeout(limit, changes.changed()).await),
-            None => drop(changes.changed().await),
+            // The end of the pause is no error.
+            Some(limit) => drop(tokio::time::timeout(limit, self.changed.changed(seen)).await),
+            None => self.changed.changed(seen).await,
         }
         drop(waiting);
     }

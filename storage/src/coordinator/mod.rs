@@ -37,10 +37,11 @@ use crate::config::{CleanState, Durability, VolumeConfig};
 use crate::control::{CommitError, ControlPlane};
 use crate::device::{BlockDevice, BlockError, BlockOp, Completion};
 use crate::ids::{Generation, Version, VolumeId};
-use crate::lease::Lease;
+use crate::lease::{Lease, Term};
 use crate::metrics::VolumeMetrics;
 use crate::replica::protocol::{BootEpoch, Session};
 use crate::replica::server::ReplicaServer;
+use crate::signal::Signal;
 use crate::status::{VolumeState, VolumeStatus};
 use crate::transport::Transport;
 use bytes::Bytes;
@@ -51,7 +52,6 @@ use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -120,11 +120,13 @@ pub(crate) struct Coordinator {
     clean: CleanState,
     rim: Rim,
     table: Mutex<MemberTable>,
-    /// Counts changes of `table`; whoever waits for one subscribes before it looks.
-    changed: watch::Sender<u64>,
-    phase: watch::Sender<Phase>,
+    /// Tells of changes of `table`; whoever waits for one notes what it has seen before it looks.
+    changed: Signal<()>,
+    phase: Signal<Phase>,
     /// Opening has waited long enough for the replicas that it has not reached.
-    give_up: watch::Sender<bool>,
+    give_up: Signal<bool>,
+    /// The term of the lease in which the control plane has confirmed the generation.
+    confirmed: Signal<Option<Term>>,
     ranges: RangeLocks,
     sequence: AtomicU64,
     sessions: AtomicU64,
@@ -151,9 +153,10 @@ impl Coordinator {
             durability: config.durability,
             clean: config.clean,
             table: Mutex::new(MemberTable::new(config)),
-            changed: watch::Sender::new(0),
-            phase: watch::Sender::new(Phase::Opening),
-            give_up: watch::Sender::new(false),
+            changed: Signal::new(()),
+            phase: Signal::new(Phase::Opening),
+            give_up: Signal::new(false),
+            confirmed: Signal::new(None),
             ranges: RangeLocks::default(),
             sequence: AtomicU64::new((rim.boot.0 << SEQUENCE_BITS) + 1),
             sessions: AtomicU64::new(1),
@@ -170,6 +173,7 @@ impl Coordinator {
         this.spawn(this.clone().run_phases());
         this.spawn(this.clone().run_commits());
         this.spawn(this.clone().run_resync());
+        this.spawn(this.clone().run_confirm());
         this
     }
 
@@ -186,13 +190,11 @@ impl Coordinator {
     /// What it is doing.
     pub(crate) fn status(&self) -> VolumeStatus {
         let table = self.table.lock();
-        let state = match *self.phase.borrow() {
+        let state = match self.phase.get() {
             Phase::Opening => VolumeState::Opening,
             Phase::Fenced => VolumeState::Fenced,
             Phase::Closed | Phase::Closing => VolumeState::Closed,
-            Phase::Open if !self.rim.lease.holds() => {
-                VolumeState::Waiting("the node's lease has lapsed".into())
-            }
+            Phase::Open if !self.may_complete() => VolumeState::Waiting("the node's lease has lapsed".into()),
             Phase::Open if self.waiting.load(Ordering::Relaxed) > 0 => VolumeState::Waiting(table.obstacle()),
             Phase::Open => VolumeState::Open,
         };
@@ -202,9 +204,9 @@ impl Coordinator {
     /// Waits for requests to end, makes everything durable, tells the control plane, stops. When that cannot be done in time
     /// the close is unclean, which costs the next opening a comparison and nothing else.
     pub(crate) async fn close(&self) {
-        let serving = *self.phase.borrow() == Phase::Open;
+        let serving = self.phase.get() == Phase::Open;
         if serving {
-            self.phase.send_replace(Phase::Closing);
+            self.phase.set(Phase::Closing);
             self.requests.close();
             let clean = tokio::time::timeout(self.rim.timing.close_deadline, self.close_clean()).await;
             match clean {
@@ -236,7 +238,7 @@ impl Coordinator {
     /// The same without waiting.
     pub(crate) fn kill(&self) {
         self.stop.cancel();
-        self.phase.send_if_modified(|phase| {
+        self.phase.change_if(|phase| {
             let ends = *phase != Phase::Fenced;
             if ends {
                 *phase = Phase::Closed;
@@ -248,7 +250,7 @@ impl Coordinator {
     /// A newer generation exists: nothing is completed from now on.
     fn fence(&self) {
         self.fenced.cancel();
-        self.phase.send_if_modified(|phase| {
+        self.phase.change_if(|phase| {
             let news = !matches!(phase, Phase::Fenced | Phase::Closed);
             if news {
                 tracing::warn!(volume = %self.id, generation = %self.generation, "fenced: the volume was opened elsewhere");
@@ -260,15 +262,26 @@ impl Coordinator {
 
     /// Waits until the volume is open.
     async fn serving(&self) {
-        let mut phase = self.phase.subscribe();
-        // The sender lives as long as self does.
-        let _ = phase.wait_for(|p| matches!(p, Phase::Open | Phase::Closing)).await;
+        self.phase.wait_for(|p| matches!(p, Phase::Open | Phase::Closing)).await;
+    }
+
+    /// Whether requests may be completed at this moment: the lease holds, and the generation was confirmed since it last lapsed.
+    fn may_complete(&self) -> bool {
+        self.rim.lease.term().is_some_and(|term| self.confirmed.get() == Some(term))
+    }
+
+    /// Waits until requests may be completed.
+    async fn leased(&self) {
+        let mut seen = self.confirmed.seen();
+        while !self.may_complete() {
+            self.confirmed.changed(&mut seen).await;
+        }
     }
 
     /// Changes the table and wakes those who wait for a change.
     fn change<T>(&self, change: impl FnOnce(&mut MemberTable) -> T) -> T {
         let result = change(&mut self.table.lock());
-        self.changed.send_modify(|n| *n += 1);
+        self.changed.set(());
         result
     }
 
@@ -323,7 +336,7 @@ impl BlockDevice for VolumeDevice {
         let coordinator = self.0.clone();
         // Counted before the phase is looked at: a close waits for whatever is counted, and what comes later sees it.
         let counted = coordinator.requests.token();
-        if matches!(*coordinator.phase.borrow(), Phase::Closing | Phase::Closed) {
+        if matches!(coordinator.phase.get(), Phase::Closing | Phase::Closed) {
             return done(Err(BlockError::Closed));
         }
         let runtime = coordinator.runtime.clone();

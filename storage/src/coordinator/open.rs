@@ -39,13 +39,11 @@ impl Coordinator {
         let mut first = true;
         loop {
             self.open(first).await;
-            let mut changes = self.changed.subscribe();
+            let mut seen = self.changed.seen();
             while !self.table.lock().must_reopen() {
-                if changes.changed().await.is_err() {
-                    return;
-                }
+                self.changed.changed(&mut seen).await;
             }
-            if !self.phase.send_if_modified(|phase| {
+            if !self.phase.change_if(|phase| {
                 let reopens = *phase == Phase::Open;
                 if reopens {
                     *phase = Phase::Opening;
@@ -77,7 +75,7 @@ impl Coordinator {
             return;
         }
         self.change(|table| table.opened());
-        self.phase.send_if_modified(|phase| {
+        self.phase.change_if(|phase| {
             let opens = *phase == Phase::Opening;
             if opens {
                 *phase = Phase::Open;
@@ -90,11 +88,33 @@ impl Coordinator {
         tracing::info!(volume = %self.id, generation = %self.generation, seconds, "volume open");
     }
 
-    /// From here on the volume counts as unclean. False when fenced.
+    /// Has the control plane confirm the generation again whenever the lease was renewed after it had lapsed: meanwhile the volume
+    /// may have been opened elsewhere, and neither this node's replica nor its configuration need know yet.
+    pub(super) async fn run_confirm(self: Arc<Self>) {
+        let renewals = self.rim.lease.renewals();
+        loop {
+            self.phase.wait_for(|p| p == Phase::Open).await;
+            let mut seen = renewals.seen();
+            let unconfirmed = self.rim.lease.term().is_some_and(|term| self.confirmed.get() != Some(term));
+            if unconfirmed && !self.record_opening().await {
+                return;
+            }
+            if self.rim.lease.term().is_none_or(|term| self.confirmed.get() == Some(term)) {
+                renewals.changed(&mut seen).await;
+            }
+        }
+    }
+
+    /// From here on the volume counts as unclean, and the generation is confirmed for this term of the lease. False when fenced.
     async fn record_opening(&self) -> bool {
         loop {
+            // Looked at first: it is the term in which the commit was asked for that is confirmed.
+            let term = self.rim.lease.term();
             match self.rim.control.opened(self.id, self.generation).await {
-                Ok(()) => return true,
+                Ok(()) => {
+                    self.confirmed.set(term);
+                    return true;
+                }
                 Err(CommitError::Fenced) => {
                     self.fence();
                     return false;
@@ -112,9 +132,8 @@ impl Coordinator {
     /// this is not its first opening, whatever the configuration says about the last close.
     async fn attach_all(self: &Arc<Self>, started: Instant) -> bool {
         let mut known_before = false;
-        let mut changes = self.changed.subscribe();
         loop {
-            changes.borrow_and_update();
+            let mut seen = self.changed.seen();
             let missing = self.table.lock().missing();
             let attempts = missing.iter().map(|(disk, node)| self.attach(*disk, *node));
             for ((disk, _), attached) in missing.iter().zip(join_all(attempts).await) {
@@ -127,18 +146,18 @@ impl Coordinator {
                         tracing::debug!(volume = %self.id, %disk, reason, "replica not attached");
                         self.table.lock().unreachable(*disk, &reason);
                         let late = started.elapsed() >= self.rim.timing.open_grace;
-                        if late && !self.give_up.send_replace(true) {
+                        if late && !self.give_up.set(true) {
                             self.change(|_| ());
                         }
                     }
                 }
             }
             if self.table.lock().ready_to_open() {
-                self.give_up.send_replace(false);
+                self.give_up.set(false);
                 return known_before;
             }
             // A change may be a commit that took a missing replica out.
-            drop(tokio::time::timeout(self.rim.timing.retry, changes.changed()).await);
+            drop(tokio::time::timeout(self.rim.timing.retry, self.changed.changed(&mut seen)).await);
         }
     }
 

@@ -48,12 +48,9 @@ impl Coordinator {
         let mut backoff: BTreeMap<DiskId, Backoff> = BTreeMap::new();
         let mut followed: BTreeMap<DiskId, Target> = BTreeMap::new();
         let mut peers = self.rim.transport.subscribe();
-        let mut phase = self.phase.subscribe();
-        let mut changes = self.changed.subscribe();
         loop {
-            // The sender lives as long as self does.
-            let _ = phase.wait_for(|p| *p == Phase::Open).await;
-            changes.borrow_and_update();
+            self.phase.wait_for(|p| p == Phase::Open).await;
+            let mut seen = self.changed.seen();
             for (target, _) in self.table.lock().to_copy() {
                 if followed.insert(target.disk, target) != Some(target) {
                     self.spawn(self.clone().follow(target));
@@ -79,7 +76,7 @@ impl Coordinator {
                     Ok(PeerChange::Down(_)) | Err(RecvError::Lagged(_)) => {}
                     Err(RecvError::Closed) => tokio::time::sleep(self.rim.timing.retry).await,
                 },
-                _ = changes.changed() => {}
+                () = self.changed.changed(&mut seen) => {}
                 () = tokio::time::sleep(self.rim.timing.retry) => {}
             }
         }
@@ -91,8 +88,7 @@ impl Coordinator {
         // A volume that is being opened again attaches its members itself, and another attempt may have been faster.
         let attached = {
             let mut table = self.table.lock();
-            let wanted =
-                *self.phase.borrow() == Phase::Open && table.detached().iter().any(|(d, _)| *d == disk);
+            let wanted = self.phase.get() == Phase::Open && table.detached().iter().any(|(d, _)| *d == disk);
             if wanted {
                 table.attached(disk, target.session, false);
                 table.progress(disk, |p| *p = ResyncProgress::default());
@@ -107,9 +103,8 @@ impl Coordinator {
 
     /// Copies the member's segments until none is left, and again when its replica set grows, while the session lasts.
     async fn follow(self: Arc<Self>, target: Target) {
-        let mut changes = self.changed.subscribe();
         loop {
-            changes.borrow_and_update();
+            let mut seen = self.changed.seen();
             if !self.table.lock().is_current(&target) {
                 return;
             }
@@ -126,8 +121,8 @@ impl Coordinator {
             }
             if pause {
                 tokio::time::sleep(self.rim.timing.retry).await;
-            } else if changes.changed().await.is_err() {
-                return;
+            } else {
+                self.changed.changed(&mut seen).await;
             }
         }
     }
