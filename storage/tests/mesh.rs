@@ -1,0 +1,211 @@
+//! Three nodes' storage in one process: plain stores in directories, real meshes on loopback.
+
+use futures_util::future::BoxFuture;
+use netfabric::mesh::{Class, Mesh, MeshConfig};
+use netfabric::pki::{ClusterCa, Identity, NodeKey};
+use netfabric::rpc::{CallError, Request};
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use storage::config::{
+    Access, CleanState, DiskConfig, Durability, ReplicaConfig, ReplicaState, SegmentConfig, VolumeConfig,
+};
+use storage::control::{CommitError, ControlPlane};
+use storage::ids::{ByteSize, DiskId, Generation, SegmentIndex, VolumeId};
+use storage::status::{MemberState, VolumeState};
+use storage::{
+    MeshTransport, NodeId, Storage, StorageConfig, StorageError, StorageOptions, Timing, plain_stores,
+};
+
+const LONG: Duration = Duration::from_secs(30);
+
+/// A control plane that commits at once.
+struct Control(Mutex<VolumeConfig>);
+
+impl Control {
+    fn commit<T: Send + 'static>(
+        self: &Arc<Self>,
+        generation: Generation,
+        change: impl FnOnce(&mut VolumeConfig) -> T,
+    ) -> BoxFuture<'static, Result<T, CommitError>> {
+        let mut volume = self.0.lock();
+        let result =
+            if volume.generation == generation { Ok(change(&mut volume)) } else { Err(CommitError::Fenced) };
+        Box::pin(async move { result })
+    }
+}
+
+/// One handle for each node.
+struct Handle(Arc<Control>);
+
+impl ControlPlane for Handle {
+    fn replicas_out(
+        &self,
+        _: VolumeId,
+        generation: Generation,
+        disk: DiskId,
+        _: String,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
+        self.0.commit(generation, |volume| {
+            let replicas = volume.segments.iter_mut().flat_map(|s| &mut s.replicas);
+            replicas.filter(|r| r.disk == disk).for_each(|r| r.state = ReplicaState::OutOfSync);
+            volume.clone()
+        })
+    }
+
+    fn replica_in(
+        &self,
+        _: VolumeId,
+        generation: Generation,
+        _: SegmentIndex,
+        disk: DiskId,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
+        self.0.commit(generation, |volume| {
+            let replicas = volume.segments.iter_mut().flat_map(|s| &mut s.replicas);
+            replicas.filter(|r| r.disk == disk).for_each(|r| r.state = ReplicaState::InSync);
+            volume.clone()
+        })
+    }
+
+    fn opened(&self, _: VolumeId, generation: Generation) -> BoxFuture<'static, Result<(), CommitError>> {
+        self.0.commit(generation, |volume| volume.clean = CleanState::Unclean)
+    }
+
+    fn closed_clean(
+        &self,
+        _: VolumeId,
+        generation: Generation,
+    ) -> BoxFuture<'static, Result<(), CommitError>> {
+        self.0.commit(generation, |volume| volume.clean = CleanState::Clean)
+    }
+}
+
+struct Node {
+    storage: Storage,
+    mesh: Mesh,
+    disks: Vec<DiskConfig>,
+    forward: tokio::task::JoinHandle<()>,
+}
+
+async fn start(
+    dir: &std::path::Path,
+    ca: &ClusterCa,
+    id: NodeId,
+    disk: DiskId,
+    control: &Arc<Control>,
+) -> Node {
+    let options = StorageOptions {
+        node: id,
+        state_dir: dir.join("state"),
+        timing: Timing::default(),
+        open_store: plain_stores(),
+        start_target: Arc::new(|_, _, _| Err("no targets here".into())),
+    };
+    let transport = MeshTransport::new();
+    let storage =
+        Storage::start(options, transport.clone(), Arc::new(Handle(control.clone()))).await.unwrap();
+    let key = NodeKey::generate().unwrap();
+    let cert = ca.issue_node(id, &key.csr("n").unwrap(), &[]).unwrap();
+    let identity = Identity::new(&key, &cert, ca.cert_pem()).unwrap();
+    let config = MeshConfig {
+        link_mtu: Some(1500),
+        ..MeshConfig::new(Class::Storage, "127.0.0.1:0".parse().unwrap())
+    };
+    let mesh = Mesh::start(identity, config, storage.rpc_handler()).await.unwrap();
+    let forward = tokio::spawn(transport.bind(mesh.clone()));
+    let path = dir.join("disk");
+    std::fs::create_dir_all(&path).unwrap();
+    let disks = vec![DiskConfig { id: disk, path }];
+    storage.apply(StorageConfig { disks: disks.clone(), volumes: vec![] }).await.unwrap();
+    storage.renew_lease(Duration::from_secs(3600));
+    Node { storage, mesh, disks, forward }
+}
+
+async fn until(what: &str, condition: impl Fn() -> bool) {
+    let met = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    assert!(tokio::time::timeout(LONG, met).await.is_ok(), "waited too long for: {what}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_lives_on_three_nodes() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = ClusterCa::create("test").unwrap();
+    let ids: Vec<(NodeId, DiskId)> = (0..3).map(|_| (NodeId::random(), DiskId::random())).collect();
+    let replicas = ids.iter().map(|(node, disk)| ReplicaConfig {
+        disk: *disk,
+        node: *node,
+        state: ReplicaState::InSync,
+    });
+    let volume = VolumeConfig {
+        id: VolumeId::random(),
+        size: ByteSize(64 << 20),
+        generation: Generation(1),
+        min_in_sync: 2,
+        durability: Durability::WriteBack,
+        clean: CleanState::Clean,
+        segments: vec![SegmentConfig { index: SegmentIndex(0), replicas: replicas.collect() }],
+        access: Access::Internal,
+    };
+    let control = Arc::new(Control(Mutex::new(volume.clone())));
+    let mut nodes = Vec::new();
+    for (i, (id, disk)) in ids.iter().enumerate() {
+        nodes.push(start(&dir.path().join(i.to_string()), &ca, *id, *disk, &control).await);
+    }
+    let peers: BTreeMap<_, _> = nodes.iter().map(|n| (n.mesh.node(), n.mesh.local_addr())).collect();
+    nodes.iter().for_each(|n| n.mesh.set_peers(peers.clone()));
+
+    // Open, write, read back.
+    let first = nodes[0].storage.clone();
+    let disks = nodes[0].disks.clone();
+    first.apply(StorageConfig { disks: disks.clone(), volumes: vec![volume.clone()] }).await.unwrap();
+    let data: bytes::Bytes = (0..9 << 20).map(|i: u32| (i % 251) as u8).collect::<Vec<u8>>().into();
+    let write = tokio::time::timeout(LONG, first.write(volume.id, 512, data.clone()));
+    write.await.expect("written in time").unwrap();
+    first.flush(volume.id).await.unwrap();
+    assert_eq!(first.read(volume.id, 512, data.len() as u64).await.unwrap(), data);
+    assert!(first.status().volumes[0].replicas.iter().all(|r| r.state == MemberState::InSync));
+
+    // Garbage over the mesh is an error for that request.
+    let garbage = Request { method: 0x0201, header: vec![1, 255, 255].into(), bulk: bytes::Bytes::new() };
+    let answer = nodes[1].mesh.call(nodes[0].mesh.node(), garbage, LONG).await;
+    assert!(matches!(answer, Err(CallError::Remote(_))), "{answer:?}");
+
+    // A node goes: writes go on without it.
+    let gone = nodes.remove(2);
+    gone.mesh.close().await;
+    gone.forward.abort();
+    let write = tokio::time::timeout(LONG, first.write(volume.id, 0, data.slice(..4096)));
+    write.await.expect("written in time").unwrap();
+    assert_eq!(control.0.lock().segments[0].replicas[2].state, ReplicaState::OutOfSync);
+
+    // The volume is opened elsewhere: the old coordinator completes nothing more, the new one has everything.
+    let mut moved = control.0.lock().clone();
+    moved.generation = Generation(2);
+    *control.0.lock() = moved.clone();
+    let second = nodes[1].storage.clone();
+    let config = StorageConfig { disks: nodes[1].disks.clone(), volumes: vec![moved.clone()] };
+    second.apply(config).await.unwrap();
+    let head = tokio::time::timeout(LONG, second.read(volume.id, 0, 4096)).await.expect("read in time");
+    assert_eq!(head.unwrap(), data.slice(..4096));
+    let late = tokio::time::timeout(Duration::from_secs(1), first.write(volume.id, 0, data.slice(..4096)));
+    assert!(late.await.is_err(), "a fenced coordinator answers nothing");
+    until("fenced", || first.status().volumes[0].state == VolumeState::Fenced).await;
+    first.apply(StorageConfig { disks, volumes: vec![] }).await.unwrap();
+
+    // Clean close, and removal.
+    second.shutdown().await;
+    assert_eq!(control.0.lock().clean, CleanState::Clean);
+    assert!(matches!(second.read(volume.id, 0, 512).await, Err(StorageError::NotOpen(_))));
+    second.delete_volume(volume.id).await.unwrap();
+    second.delete_volume(volume.id).await.unwrap();
+    let mut text = String::new();
+    for family in first.metrics().registry().gather() {
+        text.push_str(family.name());
+    }
+    assert!(text.contains("hci_volume_op_seconds"));
+}
