@@ -1,5 +1,8 @@
 //! Three nodes' storage in one process: plain stores in directories, real meshes on loopback.
 
+// A test may panic.
+#![allow(clippy::unwrap_used)]
+
 use futures_util::future::BoxFuture;
 use netfabric::mesh::{Class, Mesh, MeshConfig};
 use netfabric::pki::{ClusterCa, Identity, NodeKey};

@@ -88,6 +88,23 @@ fn resync_copies_only_what_changed() {
 }
 
 #[test]
+fn a_replica_that_is_in_sync_again_has_flushed_writes_durably() {
+    simulate(async {
+        let (mut cluster, device, n) = healthy(9, 1).await;
+        let away = (n + 1) % 3;
+        cluster.kill(away);
+        for block in 0..20 {
+            timed_write(&mut cluster, &device, block, 1).await;
+        }
+        request(&device, BlockOp::Flush).await.unwrap();
+        cluster.start(away);
+        assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await);
+        cluster.power_cut(&[away]);
+        assert_eq!(cluster.nodes[away].disk.contents().len(), 20);
+    });
+}
+
+#[test]
 fn a_damaged_block_is_read_elsewhere_and_repaired() {
     simulate(async {
         let (cluster, device, n) = healthy(3, 1).await;
