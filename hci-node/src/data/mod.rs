@@ -32,7 +32,7 @@ mod uplink;
 #[cfg(test)]
 mod tests;
 
-use std::{net::SocketAddr, os::unix::fs::PermissionsExt, path::PathBuf, sync::Arc, time::Duration};
+use std::{os::unix::fs::PermissionsExt, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use netfabric::{pki::Identity, rpc::serve_unix};
@@ -42,6 +42,8 @@ use tokio_util::sync::CancellationToken;
 pub use engine::EngineOptions;
 
 use self::{engine::Engine, protocol::DataInstance, server::Server, uplink::Uplink};
+/// `hci data run`: a node's settings are one set, for all of its roles.
+pub use crate::control::options::Args;
 use crate::paths::NodePaths;
 
 /// How often a node that is in no cluster looks whether it is now.
@@ -49,39 +51,20 @@ const IDENTITY_POLL: Duration = Duration::from_millis(200);
 /// Group whose members may connect to the guests' sockets: the user that VMMs run as is in it.
 pub const VMM_GROUP: &str = "hci-vmm";
 
-/// `hci data run`
-#[derive(Clone, Debug, clap::Args)]
-pub struct Args {
-    /// Directory for what survives a reboot.
-    #[arg(long, default_value = NodePaths::DEFAULT_STATE)]
-    pub state: PathBuf,
-    /// Directory for sockets.
-    #[arg(long, default_value = NodePaths::DEFAULT_RUN)]
-    pub run: PathBuf,
-    /// UDP address of the storage mesh.
-    #[arg(long, default_value = "0.0.0.0:7401")]
-    pub listen_storage: SocketAddr,
-    /// UDP address of the frames mesh.
-    #[arg(long, default_value = "0.0.0.0:7402")]
-    pub listen_frames: SocketAddr,
-    /// MTU of the links between nodes; read from the interface unless given.
-    #[arg(long)]
-    pub link_mtu: Option<u16>,
-}
-
 /// Runs the data process until SIGTERM.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    let node = args.complete()?;
+    let options = EngineOptions {
+        paths: node.paths,
+        listen_storage: node.listen_storage,
+        listen_frames: node.listen_frames,
+        link_mtu: node.link_mtu,
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("data")
         .build()
         .context("cannot start the runtime")?;
-    let options = EngineOptions {
-        paths: NodePaths::new(args.state, args.run),
-        listen_storage: args.listen_storage,
-        listen_frames: args.listen_frames,
-        link_mtu: args.link_mtu,
-    };
     let served = runtime.block_on(async {
         let shutdown = CancellationToken::new();
         let mut term = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;

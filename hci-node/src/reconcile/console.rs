@@ -43,6 +43,8 @@ const MAX_SESSIONS: usize = 64;
 const READ_SIZE: usize = 64 << 10;
 /// Typing into a guest that does not read fails after this.
 const WRITE_DEADLINE: Duration = Duration::from_secs(5);
+/// How long the first piece of another node's guest may take: a few calls.
+const LOG_FIRST: Duration = Duration::from_secs(2);
 /// When nothing came for this long, the last output has been sent whole.
 const LOG_QUIET: Duration = Duration::from_millis(200);
 /// More than a VMM keeps of a guest's output.
@@ -93,8 +95,8 @@ pub async fn log(
     let mut console = attach(cluster, paths, me, node, vm).await?;
     let mut output = Vec::new();
     let mut piece = vec![0; READ_SIZE];
-    // The first piece may have to come from another node.
-    let mut patience = CONSOLE_WAIT;
+    // The first piece may have to come from another node; a guest that was silent so far sends none.
+    let mut patience = if node == me { LOG_QUIET } else { LOG_FIRST };
     while output.len() < LOG_LIMIT {
         match timeout(patience, console.read(&mut piece)).await {
             Ok(Ok(read @ 1..)) => output.extend_from_slice(&piece[..read]),

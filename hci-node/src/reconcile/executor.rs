@@ -187,6 +187,11 @@ impl Executor {
         for action in plan.actions {
             self.begin(action, instance);
         }
+        if observed.standing == Standing::Leased
+            && let Err(error) = vm_process::sweep(&self.tools.paths, |vm| state.vms.contains_key(&vm))
+        {
+            tracing::warn!(%error, "cannot remove what is left of deleted VMs");
+        }
     }
 
     /// After a lapse the data process is told the lease again only when it has the configuration of now: it may have

@@ -67,6 +67,23 @@ pub fn scan(paths: &NodePaths) -> io::Result<BTreeMap<VmId, FoundRun>> {
     Ok(runs)
 }
 
+/// Removes the directories of VMs that are gone: the logs that were kept for those who ask why.
+pub fn sweep(paths: &NodePaths, is_there: impl Fn(VmId) -> bool) -> io::Result<()> {
+    let entries = match fs::read_dir(paths.vms()) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let names = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<VmId>().ok());
+    for vm in names.filter(|vm| !is_there(*vm)) {
+        // One with a run file goes when that run has ended and is told.
+        if !paths.vm(vm).config().exists() {
+            forget(&paths.vm(vm), Log::Remove)?;
+        }
+    }
+    Ok(())
+}
+
 fn look(paths: &VmPaths) -> io::Result<Option<FoundRun>> {
     let Some(run) = record::run_file(paths)? else { return Ok(None) };
     let epoch = run.epoch;
@@ -231,5 +248,91 @@ pub fn forget(paths: &VmPaths, log: Log) -> io::Result<()> {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt;
+
+    use super::*;
+    use crate::vmm_role::record::{ProcessRecord, RunLock};
+
+    fn run_in(paths: &NodePaths, vm: VmId, epoch: u64) -> VmPaths {
+        let files = paths.vm(vm);
+        fs::create_dir_all(files.dir()).unwrap();
+        let config = serde_json::from_value(serde_json::json!({
+            "name": "web", "vcpus": 1, "memory_bytes": 1 << 30, "kernel": "/k", "console_socket": "/c"
+        }));
+        let run = RunFile { vm, epoch: RunEpoch(epoch), config: config.unwrap() };
+        record::write_run_file(&files, &run).unwrap();
+        files
+    }
+
+    fn paths() -> (tempfile::TempDir, NodePaths) {
+        let temp = tempfile::tempdir().unwrap();
+        let paths = NodePaths::new(temp.path().join("state"), temp.path().join("run"));
+        (temp, paths)
+    }
+
+    #[test]
+    fn a_run_is_seen_alive_ended_and_vanished() {
+        let (_temp, paths) = paths();
+        let vm = VmId::random();
+        assert!(scan(&paths).unwrap().is_empty());
+        let files = run_in(&paths, vm, 3);
+        let alive = FoundRun { epoch: RunEpoch(3), ended: None };
+        assert_eq!(scan(&paths).unwrap()[&vm], alive, "it was started a moment ago");
+        let lock = RunLock::take(&files).unwrap();
+        assert_eq!(scan(&paths).unwrap()[&vm], alive);
+        fs::write(files.log(), "first\n\nlast words\n").unwrap();
+        drop(lock);
+        let vanished = scan(&paths).unwrap()[&vm].ended.clone();
+        assert!(matches!(&vanished, Some(Ended::Crashed(why)) if why.contains("last words")), "{vanished:?}");
+
+        let record = ExitRecord { epoch: RunEpoch(3), ended: Ended::GuestShutdown };
+        record::write_exit_record(&files, &record).unwrap();
+        assert_eq!(scan(&paths).unwrap()[&vm].ended, Some(Ended::GuestShutdown));
+        forget(&files, Log::Keep).unwrap();
+        assert!(scan(&paths).unwrap().is_empty() && files.log().exists());
+        sweep(&paths, |_| true).unwrap();
+        assert!(files.log().exists());
+        sweep(&paths, |_| false).unwrap();
+        assert!(!files.dir().exists());
+    }
+
+    /// A process that holds the directory's lock, as a VMM does, and takes no orders.
+    fn stubborn(files: &VmPaths) -> std::process::Child {
+        let script = format!("exec 9<>'{0}'; flock -x 9; sleep 60", files.pid().display());
+        let child = std::process::Command::new("sh").args(["-c", &script]).process_group(0).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while record::running(files).unwrap().is_none() {
+            assert!(Instant::now() < deadline, "the process does not take the lock");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        child
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_takes_no_orders_is_killed_and_the_reason_recorded() {
+        let (_temp, paths) = paths();
+        let vm = VmId::random();
+        let files = run_in(&paths, vm, 1);
+        fs::write(files.pid(), "").unwrap();
+        let mut child = stubborn(&files);
+        let pid = i32::try_from(child.id()).unwrap();
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let start_ticks = stat.split(") ").nth(1).unwrap().split(' ').nth(19).unwrap().parse().unwrap();
+        fs::write(files.pid(), serde_json::to_vec(&ProcessRecord { pid, start_ticks }).unwrap()).unwrap();
+        // Its child sleeps on with the lock unless the whole group goes; a VMM has no children.
+        let reaper = std::thread::spawn(move || {
+            let status = child.wait().unwrap();
+            let _ =
+                nix::sys::signal::killpg(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+            status
+        });
+        kill(&files, RunEpoch(1), Ended::LeaseLapsed).await.unwrap();
+        assert!(!reaper.join().unwrap().success());
+        assert_eq!(scan(&paths).unwrap()[&vm].ended, Some(Ended::LeaseLapsed));
     }
 }
