@@ -34,12 +34,14 @@ struct Shared {
     engine: OnceLock<Arc<Engine>>,
     /// Disks are prepared one after the other: two calls must not race for one device.
     preparing: tokio::sync::Mutex<()>,
+    /// One look at the disks at a time: on a broken one it may take long, and nobody should queue behind it.
+    listing: tokio::sync::Mutex<()>,
 }
 
 impl Server {
     pub(crate) fn new(instance: DataInstance, paths: NodePaths) -> Self {
-        let shared =
-            Shared { instance, paths, engine: OnceLock::new(), preparing: tokio::sync::Mutex::default() };
+        let (preparing, listing) = Default::default();
+        let shared = Shared { instance, paths, engine: OnceLock::new(), preparing, listing };
         Self { shared: Arc::new(shared) }
     }
 
@@ -94,7 +96,7 @@ impl Server {
                 answer(&request, async |call: CopyVolume| self.engine()?.copy(call).await).await
             }
             FormatDisk::METHOD => answer(&request, |call: FormatDisk| self.format(call)).await,
-            ListDisks::METHOD => answer(&request, |_: ListDisks| list_disks()).await,
+            ListDisks::METHOD => answer(&request, |_: ListDisks| self.list_disks()).await,
             DeleteVolume::METHOD => {
                 answer(&request, async |call: DeleteVolume| self.engine()?.delete(call.volume).await).await
             }
@@ -118,6 +120,13 @@ impl Server {
         }
         let data = self.engine()?.read(call.volume, call.offset, u64::from(call.length)).await?;
         Ok(Response::new(&())?.with_bulk(data))
+    }
+
+    async fn list_disks(&self) -> Result<Vec<LocalDisk>, RpcError> {
+        let busy = |_| RpcError::new(ErrorCode::Unavailable, "an earlier look at the disks has not ended");
+        let _one_at_a_time = self.shared.listing.try_lock().map_err(busy)?;
+        let disks = blocking(inventory::list).await?;
+        disks.map_err(|error| RpcError::new(ErrorCode::Internal, format!("cannot list the disks: {error}")))
     }
 
     async fn format(&self, call: FormatDisk) -> Result<FormattedDisk, RpcError> {
@@ -148,11 +157,6 @@ where
 {
     let reply = serve(request.decode()?).await?;
     Ok(Response::new(&reply)?)
-}
-
-async fn list_disks() -> Result<Vec<LocalDisk>, RpcError> {
-    let disks = blocking(inventory::list).await?;
-    disks.map_err(|error| RpcError::new(ErrorCode::Internal, format!("cannot list the disks: {error}")))
 }
 
 /// Runs what blocks on a thread where it may.

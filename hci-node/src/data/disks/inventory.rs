@@ -19,12 +19,17 @@ const NOT_DISKS: &[&str] = &["loop", "ram", "zram", "dm-", "sr", "fd", "md", "nb
 
 /// Lists the disks of this machine, in the order of their names. What cannot be read is shown as in use.
 pub fn list() -> io::Result<Vec<LocalDisk>> {
-    let mut names: Vec<String> = fs::read_dir("/sys/block")?
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter(|name| !NOT_DISKS.iter().any(|prefix| name.starts_with(prefix)))
-        .collect();
+    let is_disk = |name: &String| !NOT_DISKS.iter().any(|prefix| name.starts_with(prefix));
+    Ok(block_devices()?.iter().filter(|name| is_disk(name)).filter_map(|name| describe(name)).collect())
+}
+
+/// The names of all block devices, sorted.
+fn block_devices() -> io::Result<Vec<String>> {
+    let entries = fs::read_dir("/sys/block")?;
+    let mut names: Vec<String> =
+        entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
     names.sort();
-    Ok(names.iter().filter_map(|name| describe(name)).collect())
+    Ok(names)
 }
 
 fn describe(name: &str) -> Option<LocalDisk> {
@@ -99,7 +104,11 @@ fn is_pool_label(device: &Path) -> bool {
     read.is_ok() && start[EXT_LABEL..].starts_with(POOL_LABEL.as_bytes())
 }
 
-/// The device that holds this disk of the pool, if it is in this machine.
+/// The device that holds this disk of the pool, if it is in this machine: of any kind, for what was added once counts.
 pub fn find(disk: DiskId) -> io::Result<Option<PathBuf>> {
-    Ok(list()?.into_iter().find(|local| local.usage == DiskUsage::Pool(disk)).map(|local| local.path))
+    let mut devices = block_devices()?.into_iter().map(|name| Path::new("/dev").join(name));
+    let holds = |device: &PathBuf| {
+        matches!(content(device), Ok(Content::Ext(uuid)) if uuid == disk.0) && is_pool_label(device)
+    };
+    Ok(devices.find(holds))
 }
