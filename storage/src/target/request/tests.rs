@@ -12,6 +12,9 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
+/// Address, length, flags and next of a descriptor.
+type Fields = (u64, u32, u16, u16);
+
 fn memory() -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap()
 }
@@ -55,7 +58,7 @@ fn a_read_in_pieces_through_an_indirect_table() {
 fn broken_chains_are_told_apart() {
     let memory = memory();
     header(&memory, 0x1000, VIRTIO_BLK_T_FLUSH, 0);
-    let cases: [(&str, &[(u64, u32, u16, u16)], Malformed); 8] = [
+    let cases: [(&str, &[Fields], Malformed); 8] = [
         ("loop", &[(0x1000, 16, NEXT, 0)], Malformed::TooLong),
         ("next outside of the table", &[(0x1000, 16, NEXT, 16)], Malformed::Outside),
         ("no status", &[(0x1000, 16, 0, 0)], Malformed::TooShort),
