@@ -22,7 +22,7 @@ use crate::{
             protocol::{JoinRequest, ProofRequest},
             token::{Purpose, Secret, TokenString},
         },
-        member::{ForwardError, Member},
+        member::Member,
         replicated::ReplicationError,
     },
     state::{
@@ -149,7 +149,7 @@ pub async fn answer(member: &Arc<Member>, request: ApiRequest) -> ApiResponse {
         let leader = known.ok().and_then(Result::ok).and_then(|leadership| leadership.leader);
         let result = match leader {
             Some(leader) if leader != member.id => match member.forward(leader, &request).await {
-                Err(ForwardError::NotSent(_)) if Instant::now() < deadline => {
+                Err(error) if error.may_repeat(&request) && Instant::now() < deadline => {
                     tokio::time::sleep(FORWARD_PAUSE).await;
                     continue;
                 }

@@ -26,6 +26,8 @@ use crate::{
 
 /// How long a forwarded request may take: an election and a commit fit in.
 const FORWARD_DEADLINE: Duration = Duration::from_secs(20);
+/// How long a forwarded question may take: it is answered from memory.
+const FORWARD_READ_DEADLINE: Duration = Duration::from_secs(2);
 
 /// A guest's console as a stream of bytes, both ways.
 pub trait ConsoleStream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -99,7 +101,8 @@ impl Member {
     pub async fn forward(&self, leader: NodeId, request: &ApiRequest) -> Result<ApiResponse, ForwardError> {
         let header = ApiCall { method: request.method.clone(), path: request.path.clone() };
         let call = Request::new(rpc::API, &header).map_err(CallError::from)?.with_bulk(request.body.clone());
-        let response = match self.peers.call(leader, call, FORWARD_DEADLINE).await {
+        let deadline = if request.method == "GET" { FORWARD_READ_DEADLINE } else { FORWARD_DEADLINE };
+        let response = match self.peers.call(leader, call, deadline).await {
             Err(error @ CallError::Unreachable(_)) => return Err(ForwardError::NotSent(error)),
             answered => answered?,
         };
@@ -117,6 +120,13 @@ pub enum ForwardError {
     /// Whether it was carried out is not known.
     #[error("the leader does not answer: {0}")]
     Unknown(#[from] CallError),
+}
+
+impl ForwardError {
+    /// Whether sending the request again can do no harm.
+    pub fn may_repeat(&self, request: &ApiRequest) -> bool {
+        matches!(self, Self::NotSent(_)) || matches!(request.method.as_str(), "GET" | "HEAD")
+    }
 }
 
 impl From<ForwardError> for Problem {

@@ -50,6 +50,7 @@ pub struct Running {
     /// The lease as renewed last.
     pub lease: watch::Receiver<Lease>,
     local: Arc<Local>,
+    service: Service,
     shutdown: CancellationToken,
     tasks: TaskTracker,
 }
@@ -179,7 +180,7 @@ impl Running {
             }
         });
         tracing::info!(node = %id, "this node is a member");
-        Ok(Arc::new(Self { member, consensus, lease, local, shutdown, tasks }))
+        Ok(Arc::new(Self { member, consensus, lease, local, service, shutdown, tasks }))
     }
 
     /// Makes this node the first member of its cluster.
@@ -199,6 +200,8 @@ impl Running {
             tracing::warn!("some tasks did not end in time");
         }
         self.consensus.shutdown().await;
+        // The mesh holds the service, which holds the member, which holds the mesh.
+        *self.service.member.write() = None;
     }
 }
 

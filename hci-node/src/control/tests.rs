@@ -67,7 +67,15 @@ impl Room {
 fn start(args: &Args) -> (CancellationToken, JoinHandle<anyhow::Result<()>>) {
     let shutdown = CancellationToken::new();
     let options = args.clone().complete().unwrap();
-    (shutdown.clone(), tokio::spawn(super::serve(options, shutdown)))
+    let served = super::serve(options, shutdown.clone());
+    let task = tokio::spawn(async move {
+        let ended = served.await;
+        if let Err(error) = &ended {
+            eprintln!("the node ended: {error:#}");
+        }
+        ended
+    });
+    (shutdown, task)
 }
 
 async fn exchange<S>(stream: S, request: Request<Full<Bytes>>) -> (StatusCode, Bytes)
