@@ -274,9 +274,15 @@ impl Core {
 
     /// Moves what is logged into the files and reclaims the log.
     pub(super) fn apply_pass(&self) -> Result<(), StoreError> {
+        self.apply_pass_while(|| ())
+    }
+
+    /// An applier pass during which something else happens: what tests need, since writes go on while the applier works.
+    pub(super) fn apply_pass_while(&self, meanwhile: impl FnOnce()) -> Result<(), StoreError> {
         let _pass = self.pass.lock();
         // Only what is durable in the log may touch a file: until then the old content is the one to come back to.
         let upto = self.sync()?;
+        meanwhile();
         let keys: Vec<SegmentKey> = self.state.lock().overlays.keys().copied().collect();
         for at in keys {
             while self.apply_batch(at, upto)? {}

@@ -72,6 +72,13 @@ enum Step {
     },
     Sync,
     Apply,
+    /// An applier pass, with a write in the middle.
+    ApplyDuring {
+        volume: u8,
+        segment: u32,
+        block: u32,
+        zeroes: bool,
+    },
     Generation {
         volume: u8,
     },
@@ -95,7 +102,10 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         12 => write,
         3 => Just(Step::Sync),
-        3 => Just(Step::Apply),
+        2 => Just(Step::Apply),
+        4 => (0u8..2, 0u32..2, 0..BLOCKS, any::<bool>()).prop_map(|(volume, segment, block, zeroes)| {
+            Step::ApplyDuring { volume, segment, block, zeroes }
+        }),
         1 => (0u8..2).prop_map(|volume| Step::Generation { volume }),
         1 => (0u8..2).prop_map(|volume| Step::Delete { volume }),
         1 => Just(Step::Restart),
@@ -141,6 +151,28 @@ impl Model {
             }
             Step::Sync => core.sync().map(|_| self.all_durable()),
             Step::Apply => core.apply_pass().map(|()| self.all_durable()),
+            Step::ApplyDuring { volume, segment, block, zeroes } => {
+                let mut written = Ok(());
+                let at = key(volume, segment);
+                let sequence = self.sequence + 1;
+                let applied = core.apply_pass_while(|| {
+                    written = write(core, at, write_of(block, 1, sequence, zeroes));
+                });
+                // What was there when the pass began is durable, whether or not the pass came to its end is unknown.
+                if applied.is_ok() {
+                    self.all_durable();
+                }
+                self.sequence = sequence;
+                self.blocks.entry((at, block)).or_insert_with(|| vec![0]).push(if zeroes {
+                    0
+                } else {
+                    sequence
+                });
+                if !zeroes {
+                    self.written.insert((at, block));
+                }
+                applied.and(written)
+            }
             Step::Generation { volume: n } => {
                 self.sequence += 1;
                 self.generations.entry(n).or_insert_with(|| vec![0]).push(self.sequence);
