@@ -398,3 +398,21 @@ fn invalid_requests_are_refused() {
     assert!(matches!(core.read(key(0, 0), 0, 0), Err(StoreError::Invalid(_))));
     assert!(core.read(key(0, 0), last, 1).is_ok());
 }
+
+#[test]
+fn a_durable_record_stays_until_the_one_that_replaced_it_is_durable() {
+    for seed in 0..40 {
+        let media = formatted();
+        let core = open(&media).unwrap();
+        let first = || write(&core, key(0, 0), write_of(0, 4, 1, false)).unwrap();
+        // The first write comes while a pass is under way, at whose end its log file is complete.
+        core.apply_pass_while(first).unwrap();
+        core.sync().unwrap();
+        // The second one replaces it before it is applied, and is not durable when the pass ends.
+        core.apply_pass_while(|| write(&core, key(0, 0), write_of(0, 1, 2, false)).unwrap()).unwrap();
+        let core = open(&media.power_cut(seed)).unwrap();
+        let data = core.read(key(0, 0), 0, 1).unwrap().data;
+        assert!(data == content_of(0, 1) || data == content_of(0, 2), "seed {seed}");
+        assert_eq!(core.read(key(0, 0), 1, 1).unwrap().data, content_of(1, 1));
+    }
+}
