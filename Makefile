@@ -41,7 +41,7 @@ unit:
 
 simulation:
 	@echo "== simulation and component tests"
-	cargo test -p vmm -p storage -p netfabric -p installer -p hci-node --tests --locked
+	cargo test -p vmm -p storage -p netfabric --locked --test '*'
 
 e2e: e2e-native e2e-lab
 

@@ -146,14 +146,16 @@ pub fn wait_node_state(cluster: &Cluster<'_>, node: &str, state: &str, progress:
 }
 
 fn add_disks(cluster: &Cluster<'_>, progress: &Progress) -> Result<()> {
-    let disks = cluster.list("disk list")?;
     for node in NODES {
-        let free: Vec<_> = disks
-            .iter()
-            .filter(|disk| text(disk, "/node") == node && text(disk, "/state") == "free")
-            .map(|disk| text(disk, "/path").to_owned())
-            .collect();
-        ensure!(free.len() == 2, "{node} has two blank data disks, but shows {free:?} of {disks:?}");
+        let free = progress.wait(&format!("{node} to show its two blank data disks"), 60 * SECOND, || {
+            let disks = cluster.list("disk list")?;
+            let free: Vec<_> = disks
+                .iter()
+                .filter(|disk| text(disk, "/node") == node && text(disk, "/state") == "free")
+                .map(|disk| text(disk, "/path").to_owned())
+                .collect();
+            Ok(if free.len() == 2 { Look::Done(free) } else { Look::NotYet(format!("{free:?}")) })
+        })?;
         cluster.hci(&format!("disk add {node} {}", free.join(" ")), COMMAND_LIMIT)?;
         progress.note(&format!("{node}: {}", free.join(" ")));
     }
