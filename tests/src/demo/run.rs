@@ -51,11 +51,12 @@ pub fn run(options: &Options, timeline: &mut Timeline) -> Result<Lab> {
         })?;
     let outcome = on_servers(&lab, options, timeline);
     if outcome.is_err() {
-        for server in 0..NODES.len() {
+        for server in lab.nodes() {
             println!(
-                "--- last lines of the console of {} ---\n{}",
-                NODES[server],
-                lab.node(server).console_tail(25)
+                "--- last lines of the console of {} ---
+{}",
+                server.name(),
+                server.console_tail(25)
             );
         }
     }
