@@ -16,7 +16,7 @@ const DETACH: u8 = 0x1d;
 /// Prints the ring of the last output.
 pub async fn log(client: &Client, path: &str) -> Result<(), CliError> {
     let log = client.get(&format!("{path}/log")).await?;
-    let text = log.as_str().map_or_else(|| log.to_string(), str::to_owned);
+    let text = log.as_str().unwrap_or_default();
     // A reader that went away has what it wanted.
     let _ = std::io::stdout().lock().write_all(text.as_bytes());
     Ok(())
