@@ -5,7 +5,7 @@
 //! device that needs a reset. The walk is our own because a request that is submitted again after a restart is known by its
 //! head alone.
 
-use super::geometry::{MAX_DISCARD_SECTORS, MAX_REQUEST_BYTES};
+use super::geometry::{MAX_DISCARD_SECTORS, MAX_REQUEST_BYTES, QUEUE_SIZE};
 use crate::device::{BlockError, BlockOp};
 use crate::ids::SECTOR_SIZE;
 use thiserror::Error;
@@ -23,6 +23,9 @@ const HEADER_LEN: usize = 16;
 /// Length of the range in a discard or write-zeroes request.
 const RANGE_LEN: usize = 16;
 const DESCRIPTOR_LEN: u64 = 16;
+/// Descriptors of a chain at most: those of the largest request. By the specification a chain is not longer than its queue, but
+/// Linux takes only the segments into account when it has indirect tables.
+const MAX_CHAIN: u16 = QUEUE_SIZE;
 
 /// A chain that cannot be answered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
@@ -30,7 +33,7 @@ pub(super) enum Malformed {
     /// A descriptor or table outside of memory, or an index outside of its table.
     #[error("a descriptor lies outside of the table or of memory")]
     Outside,
-    /// More descriptors than the queue has.
+    /// More descriptors than any request has.
     #[error("the chain is too long or has a loop")]
     TooLong,
     /// An indirect descriptor within an indirect table, or one with a chain behind it.
@@ -117,8 +120,8 @@ fn walk<M: GuestMemory>(memory: &M, ring: DescriptorTable, head: u16) -> Result<
     let mut table = ring;
     let mut index = head;
     let mut indirect = false;
-    // A chain is never longer than the queue, an indirect one included.
-    for _ in 0..=ring.size {
+    // One more for the descriptor that leads to an indirect table.
+    for _ in 0..=MAX_CHAIN {
         if index >= table.size {
             return Err(Malformed::Outside);
         }
@@ -127,7 +130,7 @@ fn walk<M: GuestMemory>(memory: &M, ring: DescriptorTable, head: u16) -> Result<
         if descriptor.refers_to_indirect_table() {
             let entries = u64::from(descriptor.len()) / DESCRIPTOR_LEN;
             let aligned = u64::from(descriptor.len()).is_multiple_of(DESCRIPTOR_LEN);
-            if indirect || descriptor.has_next() || !aligned || entries == 0 || entries > u64::from(ring.size)
+            if indirect || descriptor.has_next() || !aligned || entries == 0 || entries > u64::from(u16::MAX)
             {
                 return Err(Malformed::Indirect);
             }

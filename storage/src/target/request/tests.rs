@@ -55,6 +55,24 @@ fn a_read_in_pieces_through_an_indirect_table() {
 }
 
 #[test]
+fn an_indirect_chain_may_be_longer_than_the_queue() {
+    // Linux does so on a queue of 128 (QEMU's default) when the device allows more segments.
+    let memory = memory();
+    header(&memory, 0x1000, VIRTIO_BLK_T_OUT, 0);
+    descriptor(&memory, 0, 0, (0x2000, 256 * 16, INDIRECT, 0));
+    descriptor(&memory, 0x2000, 0, (0x1000, 16, NEXT, 1));
+    for index in 1..255 {
+        descriptor(&memory, 0x2000, index, (0x4000, 512, NEXT, index + 1));
+    }
+    descriptor(&memory, 0x2000, 255, (0x3000, 1, WRITE, 0));
+    let (action, _) = parse(&memory, TABLE, 0, LIMITS).unwrap();
+    let Action::Submit(BlockOp::Write { data, .. }) = action else { panic!("{action:?}") };
+    assert_eq!(data.len(), 254 * 512);
+    descriptor(&memory, 0x2000, 255, (0x3000, 1, WRITE | NEXT, 0));
+    assert!(parse(&memory, TABLE, 0, LIMITS).is_err());
+}
+
+#[test]
 fn broken_chains_are_told_apart() {
     let memory = memory();
     header(&memory, 0x1000, VIRTIO_BLK_T_FLUSH, 0);
