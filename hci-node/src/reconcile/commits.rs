@@ -74,11 +74,16 @@ impl CommitServer {
             }
             ReplicaIn::METHOD => {
                 let ReplicaIn { volume, generation, segment, disk } = request.decode()?;
+                let id = volume.into();
+                // Read before anything is proposed: a departure that is committed meanwhile refuses this return.
+                let departures =
+                    self.cluster.state().borrow().volumes.get(&id).map_or(0, |volume| volume.departures);
                 let op = Op::ReplicaIn {
-                    volume: volume.into(),
+                    volume: id,
                     generation: generation.into(),
                     segment: SegmentIndex(segment.0),
                     disk: disk.into(),
+                    departures,
                 };
                 answer::<ReplicaIn>(&self.volume(op).await)
             }

@@ -255,6 +255,9 @@ pub enum Op {
         segment: SegmentIndex,
         /// The disk.
         disk: DiskId,
+        /// [`Volume::departures`](super::model::Volume::departures) when the coordinator asked: a proposal that was
+        /// delayed must not undo a later departure.
+        departures: u64,
     },
     /// The coordinator has put the starting content into a volume.
     VolumeFilled {

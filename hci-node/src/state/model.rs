@@ -227,6 +227,8 @@ pub struct Volume {
     pub owner: VolumeOwner,
     /// What it starts with.
     pub fill: VolumeFill,
+    /// How often a disk left the in-sync sets. A return that was asked for before is refused.
+    pub departures: u64,
     /// When it was created.
     pub created: Timestamp,
 }

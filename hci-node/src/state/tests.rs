@@ -115,7 +115,7 @@ fn old_generations_change_nothing() {
     let (generation, disk, segment) = (Generation(1), disk_id(2), SegmentIndex(0));
     let old = [
         Op::ReplicasOut { volume, generation, disk, reason: String::new() },
-        Op::ReplicaIn { volume, generation, segment, disk },
+        Op::ReplicaIn { volume, generation, segment, disk, departures: 0 },
         Op::VolumeOpened { volume, generation },
         Op::CloseVolume { volume, generation, cleanliness: Cleanliness::Clean },
         Op::VolumeFilled { volume, generation },
@@ -144,10 +144,23 @@ fn a_degraded_volume_heals() {
     run(&mut state, Op::ReplicasOut { volume, generation, disk, reason: "reset".into() }).unwrap();
     for segment in (0..3).map(SegmentIndex) {
         assert!(state.volumes[&volume].is_degraded());
-        run(&mut state, Op::ReplicaIn { volume, generation, segment, disk }).unwrap();
+        run(&mut state, Op::ReplicaIn { volume, generation, segment, disk, departures: 1 }).unwrap();
     }
     assert!(!state.volumes[&volume].is_degraded());
     assert_eq!(state.events.back().unwrap().kind, "volume-healed");
+}
+
+#[test]
+fn a_delayed_return_does_not_undo_a_later_departure() {
+    let (mut state, vm, volume) = with_vm(3, 3);
+    run(&mut state, assign(vm, 1, 0, &[])).unwrap();
+    let (generation, disk, segment) = (Generation(1), disk_id(3), SegmentIndex(0));
+    let out = || Op::ReplicasOut { volume, generation, disk, reason: "reset".into() };
+    run(&mut state, out()).unwrap();
+    let asked = state.volumes[&volume].departures;
+    run(&mut state, out()).unwrap();
+    let late = Op::ReplicaIn { volume, generation, segment, disk, departures: asked };
+    assert_eq!(refused(&mut state, late), RefusalKind::Conflict);
 }
 
 #[test]
@@ -290,14 +303,17 @@ fn any_op() -> impl Strategy<Value = Op> {
             disk: disk_id(disk),
             reason: "reset".into()
         }),
-        (n.clone(), epoch.clone(), n.clone(), 0..4u32).prop_map(move |(n, generation, disk, segment)| {
-            Op::ReplicaIn {
-                volume: volume(n),
-                generation: Generation(generation),
-                segment: SegmentIndex(segment),
-                disk: disk_id(disk),
+        (n.clone(), epoch.clone(), n.clone(), 0..4u32, 0..3u64).prop_map(
+            move |(n, generation, disk, segment, departures)| {
+                Op::ReplicaIn {
+                    volume: volume(n),
+                    generation: Generation(generation),
+                    segment: SegmentIndex(segment),
+                    disk: disk_id(disk),
+                    departures,
+                }
             }
-        }),
+        ),
         (n.clone(), epoch.clone(), any::<bool>()).prop_map(move |(n, generation, clean)| Op::CloseVolume {
             volume: volume(n),
             generation: Generation(generation),

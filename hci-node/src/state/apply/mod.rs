@@ -81,8 +81,8 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
         Op::ReplicasOut { volume, generation, disk, reason } => {
             storage::replicas_out(state, *volume, *generation, *disk, reason, at)
         }
-        Op::ReplicaIn { volume, generation, segment, disk } => {
-            storage::replica_in(state, *volume, *generation, *segment, *disk, at)
+        Op::ReplicaIn { volume, generation, segment, disk, departures } => {
+            storage::replica_in(state, *volume, *generation, *segment, *disk, *departures, at)
         }
         Op::VolumeFilled { volume, generation } => storage::volume_filled(state, *volume, *generation),
 

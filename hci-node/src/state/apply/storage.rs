@@ -177,6 +177,7 @@ pub(super) fn plan_volume(
         owner,
         fill,
         created: at,
+        departures: 0,
     })
 }
 
@@ -402,6 +403,9 @@ pub(super) fn replicas_out(
             "bring the disk or its node back",
         ));
     }
+    // Also when the disk was out already: whoever is told that it is out must be able to rely on it.
+    after.departures += 1;
+    volume.departures = after.departures;
     if after != *volume {
         let message = format!(
             "volume {} is degraded: {} of {} copies; {disk_name} is out: {reason}",
@@ -421,9 +425,17 @@ pub(super) fn replica_in(
     generation: Generation,
     segment: SegmentIndex,
     disk: DiskId,
+    departures: u64,
     at: Timestamp,
 ) -> Result<Applied, Refusal> {
     let volume = current(state, id, generation)?;
+    if volume.departures != departures {
+        return Err(Refusal::new(
+            RefusalKind::Conflict,
+            format!("a disk left volume {} after its return was asked for", volume.name),
+            "compare the copies again, then ask again",
+        ));
+    }
     let degraded = volume.is_degraded();
     let replica = volume
         .segments
