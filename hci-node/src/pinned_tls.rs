@@ -6,10 +6,10 @@
 
 use std::sync::Arc;
 
-use netfabric::pki::{Fingerprint, Identity, PkiError};
+use netfabric::pki::Fingerprint;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs};
+use rustls::crypto::{WebPkiSupportedAlgorithms, aws_lc_rs};
 use rustls::server::ParsedCertificate;
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
@@ -22,7 +22,7 @@ use tokio_rustls::client::TlsStream;
 /// # Errors
 /// When the handshake fails, which includes a CA with another fingerprint.
 pub async fn connect(stream: TcpStream, ca: Fingerprint) -> std::io::Result<TlsStream<TcpStream>> {
-    connect_as(stream, Some(ca), None).await
+    connect_to(stream, Some(ca)).await
 }
 
 /// Opens TLS with whoever answers. Only for learning a CA that is proven by other means before anything is told.
@@ -30,48 +30,21 @@ pub async fn connect(stream: TcpStream, ca: Fingerprint) -> std::io::Result<TlsS
 /// # Errors
 /// When the handshake fails.
 pub async fn connect_unverified(stream: TcpStream) -> std::io::Result<TlsStream<TcpStream>> {
-    connect_as(stream, None, None).await
+    connect_to(stream, None).await
 }
 
-/// Opens TLS as a node of the cluster, with the cluster's CA pinned.
-///
-/// # Errors
-/// When the handshake fails, or the identity cannot be used.
-pub async fn connect_as_node(
-    stream: TcpStream,
-    identity: &Identity,
-) -> std::io::Result<TlsStream<TcpStream>> {
-    let ca = identity.ca_fingerprint().map_err(std::io::Error::other)?;
-    connect_as(stream, Some(ca), Some(identity)).await
-}
-
-async fn connect_as(
-    stream: TcpStream,
-    ca: Option<Fingerprint>,
-    identity: Option<&Identity>,
-) -> std::io::Result<TlsStream<TcpStream>> {
-    let config = client_config(ca, identity).map_err(std::io::Error::other)?;
+async fn connect_to(stream: TcpStream, ca: Option<Fingerprint>) -> std::io::Result<TlsStream<TcpStream>> {
+    let config = client_config(ca).map_err(std::io::Error::other)?;
     let name = ServerName::try_from("node.hci").map_err(std::io::Error::other)?;
     TlsConnector::from(Arc::new(config)).connect(name, stream).await
 }
 
-fn client_config(
-    ca: Option<Fingerprint>,
-    identity: Option<&Identity>,
-) -> Result<ClientConfig, rustls::Error> {
+fn client_config(ca: Option<Fingerprint>) -> Result<ClientConfig, rustls::Error> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let verifier = Arc::new(PinnedCa { ca, algorithms: provider.signature_verification_algorithms });
-    let config = builder(provider)?.dangerous().with_custom_certificate_verifier(verifier);
-    let Some(identity) = identity else { return Ok(config.with_no_client_auth()) };
-    let unusable = |error: PkiError| rustls::Error::General(error.to_string());
-    let chain = vec![identity.certificate().map_err(unusable)?];
-    config.with_client_auth_cert(chain, identity.private_key().map_err(unusable)?)
-}
-
-fn builder(
-    provider: Arc<CryptoProvider>,
-) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier>, rustls::Error> {
-    ClientConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13])
+    let builder =
+        ClientConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13])?;
+    Ok(builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth())
 }
 
 #[derive(Debug)]

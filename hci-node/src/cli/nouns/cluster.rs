@@ -49,7 +49,7 @@ pub enum Verb {
 pub enum TokenVerb {
     /// Make a token that lets nodes join.
     #[command(
-        after_help = "Examples:\n  hci cluster token create\n  hci cluster token create --uses 2 --expires 24h\nAPI: POST /v1/cluster/tokens"
+        after_help = "Examples:\n  hci cluster token create\n  hci cluster token create --uses 2 --expires 24h\n  hci cluster token create --admin --expires 7d\nAPI: POST /v1/cluster/tokens"
     )]
     Create {
         /// How many nodes may join with it.
@@ -58,6 +58,9 @@ pub enum TokenVerb {
         /// How long it can be used.
         #[arg(long, default_value = "1h", value_parser = parse_duration)]
         expires: Duration,
+        /// Make a token for the API instead, with all rights.
+        #[arg(long, conflicts_with = "uses")]
+        admin: bool,
     },
     /// List the tokens; their secrets are not kept and cannot be shown.
     #[command(
@@ -118,18 +121,24 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
                 &[],
             )
         }
-        Verb::Token(TokenVerb::Create { uses, expires }) => {
-            let body = json!({ "kind": "join", "uses": uses, "ttl_seconds": expires.as_secs() });
+        Verb::Token(TokenVerb::Create { uses, expires, admin }) => {
+            let ttl = expires.as_secs();
+            let body = if admin {
+                json!({ "kind": "admin", "ttl_seconds": ttl })
+            } else {
+                json!({ "kind": "join", "uses": uses, "ttl_seconds": ttl })
+            };
             let token = context.client.post("/v1/cluster/tokens", &body).await?;
-            if matches!(context.format, Format::Table | Format::Wide | Format::Name) {
-                output::line(token.get("token").and_then(|text| text.as_str()).unwrap_or_default());
-                say(&format!(
-                    "  lets {uses} node(s) join within {} s; on each: hci cluster join TOKEN",
-                    expires.as_secs()
-                ));
-                return Ok(());
+            if !matches!(context.format, Format::Table | Format::Wide | Format::Name) {
+                return output::print(context.format, &token, &[]);
             }
-            output::print(context.format, &token, &[])
+            output::line(token.get("token").and_then(|text| text.as_str()).unwrap_or_default());
+            if admin {
+                say(&format!("  opens the API for {ttl} s; give it as HCI_TOKEN"));
+            } else {
+                say(&format!("  lets {uses} node(s) join within {ttl} s; on each: hci cluster join TOKEN"));
+            }
+            Ok(())
         }
         Verb::Token(TokenVerb::List) => context.list("/v1/cluster/tokens", TOKEN_COLUMNS).await,
         Verb::Token(TokenVerb::Revoke { id }) => {
