@@ -260,9 +260,10 @@ fn degraded(cluster: &Cluster<'_>, progress: &Progress) -> Result<()> {
 /// Waits until each of these VMs has flushed something new.
 pub fn go_on(cluster: &Cluster<'_>, vms: &[&str], progress: &Progress) -> Result<()> {
     for vm in vms {
-        let before = flushed_by(cluster, vm)?;
-        progress.wait(&format!("{vm} to write on"), 60 * SECOND, || {
+        let mut before = None;
+        progress.wait(&format!("{vm} to write on"), 90 * SECOND, || {
             let now = flushed_by(cluster, vm)?;
+            let before = *before.get_or_insert(now);
             Ok(if now > before { Look::Done(()) } else { Look::NotYet(format!("still at record {now}")) })
         })?;
     }
