@@ -212,10 +212,33 @@ impl ClusterState {
         }
         let is_source =
             |other: &Volume| other.coordinator == Some(node) && other.fill == VolumeFill::CopyOf(volume.id);
-        if !volume.is_filled() || self.volumes.values().any(is_source) {
+        if !volume.is_filled() || self.volumes.values().any(is_source) || self.needs_healing(volume) {
             return VolumeUse::Internal;
         }
         VolumeUse::Nothing
+    }
+
+    /// Whether a volume that nobody uses is to be open only so that its copies are completed. It yields to whoever
+    /// wants the volume: a VM that is meant to run, or a copy that is to be made of it.
+    pub fn needs_healing(&self, volume: &Volume) -> bool {
+        let wanted_by_vm = match volume.owner {
+            VolumeOwner::Vm(vm) => self
+                .vms
+                .get(&vm)
+                .is_some_and(|vm| vm.desired == DesiredRun::Running || vm.assignment.is_some()),
+            VolumeOwner::Image(_) | VolumeOwner::None => false,
+        };
+        let is_copied = || self.volumes.values().any(|other| other.fill == VolumeFill::CopyOf(volume.id));
+        let in_reach = |replica: &Replica| {
+            replica.state == ReplicaState::OutOfSync
+                && self
+                    .nodes
+                    .get(&replica.node)
+                    .is_some_and(|node| node.availability == Availability::Available)
+                && self.disks.get(&replica.disk).is_some_and(|disk| disk.state == DiskState::Ready)
+        };
+        let curable = || volume.segments.iter().flat_map(|segment| &segment.replicas).any(in_reach);
+        volume.is_filled() && volume.is_degraded() && !wanted_by_vm && !is_copied() && curable()
     }
 
     /// The NICs of a network, on any node: what forwarding is made from.

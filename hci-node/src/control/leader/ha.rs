@@ -13,8 +13,9 @@ use super::scheduler;
 use crate::{
     control::lease::{LeaderLeases, LeaseStanding},
     state::{
-        Availability, ClusterState, Command, DesiredRun, Goal, ImagePart, NodeId, Op, PartState, RunEpoch,
-        Severity, Subject, Task, TaskError, TaskState, Timestamp, Vm, VmExit, VmId, Volume, VolumeFill,
+        Availability, ClusterState, Command, DesiredRun, Goal, ImagePart, NodeId, Op, PartState,
+        ReplicaState, RunEpoch, Severity, Subject, Task, TaskError, TaskState, Timestamp, Vm, VmExit, VmId,
+        Volume, VolumeFill,
         command::AssignReason,
         report::{NodeReport, VmRunState},
     },
@@ -79,6 +80,7 @@ impl Ha {
         }
         for volume in state.volumes.values() {
             fill(&view, volume, &mut commands);
+            heal(&view, volume, &mut commands);
         }
         imports(&view, &mut commands);
         for task in state.tasks.values().filter(|task| task.state == TaskState::Running) {
@@ -205,6 +207,30 @@ fn fill(view: &View<'_>, volume: &Volume, commands: &mut Vec<Command>) {
     }
 }
 
+/// A volume that nobody uses but that lacks copies is opened where a complete one is, so that the others are completed;
+/// it is closed when they are.
+fn heal(view: &View<'_>, volume: &Volume, commands: &mut Vec<Command>) {
+    let is_open = volume.coordinator.is_some_and(|node| !view.is_dead(node));
+    if is_open || !view.state.needs_healing(volume) {
+        return;
+    }
+    let complete = volume
+        .segments
+        .iter()
+        .flat_map(|segment| &segment.replicas)
+        .filter(|replica| replica.state == ReplicaState::InSync)
+        .map(|replica| replica.node)
+        .find(|node| view.live.contains_key(node));
+    if let Some(node) = complete {
+        commands.push(view.command(Op::OpenVolume {
+            volume: volume.id,
+            node,
+            expected: volume.generation,
+            unreachable: view.dead.clone(),
+        }));
+    }
+}
+
 /// An import ends with the node that had the upload.
 fn imports(view: &View<'_>, commands: &mut Vec<Command>) {
     for image in view.state.images.values() {
@@ -308,10 +334,9 @@ fn vm_is_stopped(view: &View<'_>, id: VmId) -> Verdict {
     if vm.desired == DesiredRun::Running {
         return failed(format!("VM {} was started again", vm.name), format!("hci vm get {}", vm.name));
     }
-    let open = vm.disks.iter().filter_map(|disk| view.state.volumes.get(disk)?.coordinator);
-    if vm.assignment.is_none() && open.into_iter().all(|node| view.is_dead(node)) {
-        Verdict::Done
-    } else {
-        Verdict::Wait
-    }
+    let mut volumes = vm.disks.iter().filter_map(|disk| view.state.volumes.get(disk));
+    let is_closed = |volume: &Volume| {
+        volume.coordinator.is_none_or(|node| view.is_dead(node)) || view.state.needs_healing(volume)
+    };
+    if vm.assignment.is_none() && volumes.all(is_closed) { Verdict::Done } else { Verdict::Wait }
 }

@@ -200,3 +200,34 @@ fn after_losing_two_of_three_copies_a_vm_waits_for_them() {
     world.pass(2);
     assert_eq!(world.node_of(vm), Some(node_id(2)));
 }
+
+#[test]
+fn a_closed_volume_that_lacks_a_copy_is_opened_until_it_has_it() {
+    let mut world = World::new();
+    let new = new_volume(7, 3);
+    let volume = new.id;
+    world.ask(Op::CreateVolume { volume: new, near: None, unreachable: vec![] }, 50).unwrap();
+    let open =
+        |node, expected| Op::OpenVolume { volume, node, expected: Generation(expected), unreachable: vec![] };
+    world.ask(open(node_id(1), 0), 51).unwrap();
+    let generation = Generation(1);
+    let disk = world.state.volumes[&volume].segments[0].replicas[2].disk;
+    world.ask(Op::ReplicasOut { volume, generation, disk, reason: "reset".into() }, 52).unwrap();
+    let cleanliness = Cleanliness::Clean;
+    world.ask(Op::CloseVolume { volume, generation, cleanliness }, 53).unwrap();
+
+    world.pass(1);
+    let healing = &world.state.volumes[&volume];
+    assert!(healing.coordinator.is_some());
+    assert_eq!(world.state.volume_use(healing), VolumeUse::Internal);
+
+    let (generation, departures) = (healing.generation, healing.departures);
+    for segment in (0..3).map(SegmentIndex) {
+        let back = Op::ReplicaIn { volume, generation, segment, disk, departures };
+        world.ask(back, 54 + u128::from(segment.0)).unwrap();
+    }
+    assert_eq!(world.state.volume_use(&world.state.volumes[&volume]), VolumeUse::Nothing);
+    world.ask(Op::CloseVolume { volume, generation, cleanliness }, 60).unwrap();
+    world.pass(1);
+    assert_eq!(world.state.volumes[&volume].coordinator, None, "a complete volume stays closed");
+}
