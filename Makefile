@@ -54,7 +54,8 @@ e2e-lab: release iso
 	$(BIN)/demo --iso $(TARGET)/image/hci.iso --lab target/lab --faults
 
 bench: setup release ## Our storage and overlay beside the raw medium and the bare link
-	@$(BIN)/bench --hci $(BIN)/hci --out target/bench
+	@$(BIN)/storage-bench target/bench
+	@$(BIN)/overlay-bench target/bench
 
 release:
 	@echo "== build (release)"
