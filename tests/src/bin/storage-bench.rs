@@ -74,10 +74,11 @@ fn main() -> Result<()> {
     for workload in WORKLOADS {
         rows.push(row("raw", workload, &raw(medium.path(), workload)?));
     }
-    let (runtimes, socket) = cluster(medium.path())?;
+    let (runtimes, nodes, socket) = cluster(medium.path())?;
     for workload in WORKLOADS {
         rows.push(row("volume, 3 copies", workload, &volume(&socket, workload)?));
     }
+    drop(nodes);
     for runtime in runtimes {
         runtime.shutdown_background();
     }
@@ -171,8 +172,8 @@ fn volume(socket: &Path, workload: Workload) -> Result<LoadReport> {
     )
 }
 
-/// Three nodes with a volume open on the first; returns its vhost-user-blk socket.
-fn cluster(medium: &Path) -> Result<(Vec<tokio::runtime::Runtime>, PathBuf)> {
+/// Three nodes with a volume open on the first, for as long as they are kept, and its vhost-user-blk socket.
+fn cluster(medium: &Path) -> Result<(Vec<tokio::runtime::Runtime>, Vec<Node>, PathBuf)> {
     let ca = ClusterCa::create("bench")?;
     let ids: Vec<_> = (0..3).map(|_| (NodeId::random(), DiskId::random())).collect();
     let socket = medium.join("blk.sock");
@@ -211,13 +212,15 @@ fn cluster(medium: &Path) -> Result<(Vec<tokio::runtime::Runtime>, PathBuf)> {
             .await
             .context("the volume did not open in time")??;
         let opened = async {
-            while storage.status().volumes.first().is_none_or(|volume| volume.state != VolumeState::Open) {
+            while !socket.exists()
+                || storage.status().volumes.first().is_none_or(|volume| volume.state != VolumeState::Open)
+            {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
         tokio::time::timeout(LIMIT, opened).await.context("the volume did not open in time")
     })?;
-    Ok((runtimes, socket))
+    Ok((runtimes, nodes, socket))
 }
 
 type Node = (Storage, Mesh, Vec<DiskConfig>);
