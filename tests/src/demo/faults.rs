@@ -41,7 +41,7 @@ pub fn all(lab: &Lab, cluster: &mut Cluster<'_>, timeline: &mut Timeline) -> Res
         let flushed = flushed_by(cluster, "web2")?;
         lab.node(server).link(Link::Down)?;
         restarted(cluster, "web2", &node, flushed, progress)?;
-        let left = lab.node(server).ssh("pgrep -cf 'hci vmm run' || true", 20 * SECOND)?;
+        let left = lab.node(server).ssh("pgrep -cf '[h]ci vmm run' || true", 20 * SECOND)?;
         ensure!(
             left.stdout.trim() == "0",
             "{node} still runs {} VMs after it was cut off",
