@@ -328,9 +328,9 @@ fn verify_all(cluster: &Cluster<'_>, progress: &Progress) -> Result<()> {
     let mut flushed = Vec::new();
     for vm in VMS {
         flushed.push(flushed_by(cluster, vm)?);
-        cluster.hci(&format!("vm restart {vm} --force --no-wait"), COMMAND_LIMIT)?;
+        cluster.hci(&format!("vm stop {vm} --force"), COMMAND_LIMIT)?;
+        cluster.hci(&format!("vm start {vm} --no-wait"), COMMAND_LIMIT)?;
     }
-    std::thread::sleep(5 * SECOND);
     for (vm, flushed) in VMS.iter().zip(flushed) {
         found_its_data(cluster, vm, flushed, progress)?;
     }

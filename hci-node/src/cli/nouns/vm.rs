@@ -79,17 +79,14 @@ pub enum Verb {
         #[arg(long)]
         force: bool,
     },
-    /// Stop a VM and start it again.
+    /// Stop a VM by its power button and start it again.
     #[command(
-        after_help = "Examples:\n  hci vm restart web1\n  hci vm restart web1 --force\nAPI: POST /v1/vms/NAME/restart"
+        after_help = "Examples:\n  hci vm restart web1\n  hci vm restart web1 --no-wait\nAPI: POST /v1/vms/NAME/restart"
     )]
     Restart {
         /// The VM's name or id.
         #[arg(add = names("/v1/vms"))]
         name: String,
-        /// Reset it at once, without its power button.
-        #[arg(long)]
-        force: bool,
     },
     /// Attach to a VM's serial console; Ctrl-] detaches.
     #[command(
@@ -145,9 +142,9 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
             let answer = context.client.post("/v1/vms", &body).await?;
             context.change(answer, "/v1/vms", &name, COLUMNS).await
         }
-        Verb::Start { name } => act(context, &name, "start", false).await,
-        Verb::Stop { name, force } => act(context, &name, "stop", force).await,
-        Verb::Restart { name, force } => act(context, &name, "restart", force).await,
+        Verb::Start { name } => act(context, &name, "start", json!({})).await,
+        Verb::Stop { name, force } => act(context, &name, "stop", json!({ "force": force })).await,
+        Verb::Restart { name } => act(context, &name, "restart", json!({})).await,
         Verb::Console { name, log } => {
             let path = format!("{}/console", object_path("/v1/vms", &name));
             if log {
@@ -170,9 +167,8 @@ async fn image_disk(context: &Context, image: &str) -> Result<Option<u64>, CliEr
     Ok(disk.and_then(|part| part.get("size_bytes")?.as_u64()))
 }
 
-async fn act(context: &Context, name: &str, action: &str, force: bool) -> Result<(), CliError> {
+async fn act(context: &Context, name: &str, action: &str, body: Value) -> Result<(), CliError> {
     let path = format!("{}/{action}", object_path("/v1/vms", name));
-    let body = if action == "start" { json!({}) } else { json!({ "force": force }) };
     let answer = context.client.post(&path, &body).await?;
     context.change(answer, "/v1/vms", name, COLUMNS).await
 }
