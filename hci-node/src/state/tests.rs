@@ -33,6 +33,23 @@ fn assign(vm: VmId, node: u128, expected: u64, unreachable: &[u128]) -> Op {
     }
 }
 
+fn open(volume: VolumeId, node: u128, expected: u64, unreachable: &[u128]) -> Op {
+    Op::OpenVolume {
+        volume,
+        node: node_id(node),
+        expected: Generation(expected),
+        unreachable: unreachable.iter().map(|n| node_id(*n)).collect(),
+    }
+}
+
+/// A volume that no VM has.
+fn with_volume(state: &mut ClusterState, replicas: u8) -> VolumeId {
+    let volume = new_volume(7, replicas);
+    let id = volume.id;
+    run(state, Op::CreateVolume { volume, near: None, unreachable: vec![] }).unwrap();
+    id
+}
+
 #[test]
 fn survives_postcard() {
     let (state, ..) = with_vm(3, 3);
@@ -77,13 +94,15 @@ fn opening_raises_the_generation_and_drops_the_unreachable() {
 
 #[test]
 fn a_volume_is_not_taken_from_a_coordinator_whose_lease_holds() {
-    let (mut state, vm, volume) = with_vm(3, 3);
+    let (mut state, vm, of_vm) = with_vm(3, 3);
     run(&mut state, assign(vm, 1, 0, &[])).unwrap();
-    let open =
-        |unreachable| Op::OpenVolume { volume, node: node_id(2), expected: Generation(1), unreachable };
-    assert_eq!(refused(&mut state, open(vec![])), RefusalKind::Conflict);
     assert_eq!(refused(&mut state, assign(vm, 2, 1, &[])), RefusalKind::Conflict);
-    run(&mut state, open(vec![node_id(1)])).unwrap();
+    assert_eq!(refused(&mut state, open(of_vm, 2, 1, &[])), RefusalKind::Conflict);
+
+    let volume = with_volume(&mut state, 3);
+    run(&mut state, open(volume, 1, 0, &[])).unwrap();
+    assert_eq!(refused(&mut state, open(volume, 2, 1, &[])), RefusalKind::Conflict);
+    run(&mut state, open(volume, 2, 1, &[1])).unwrap();
 }
 
 #[test]
@@ -99,11 +118,11 @@ fn the_last_complete_copy_stays() {
 
 #[test]
 fn a_volume_without_a_complete_copy_in_reach_is_not_opened() {
-    let (mut state, vm, volume) = with_vm(3, 2);
-    run(&mut state, assign(vm, 1, 0, &[])).unwrap();
+    let mut state = cluster(3);
+    let volume = with_volume(&mut state, 2);
     let nodes: Vec<_> =
         state.volumes[&volume].segments[0].replicas.iter().map(|replica| replica.node).collect();
-    let op = Op::OpenVolume { volume, node: node_id(3), expected: Generation(1), unreachable: nodes };
+    let op = Op::OpenVolume { volume, node: node_id(3), expected: Generation(0), unreachable: nodes };
     assert_eq!(refused(&mut state, op), RefusalKind::Unsafe);
 }
 
@@ -123,6 +142,16 @@ fn old_generations_change_nothing() {
     for op in old {
         assert_eq!(refused(&mut state, op), RefusalKind::Fenced);
     }
+}
+
+#[test]
+fn the_disk_of_a_running_vm_moves_with_the_vm_only() {
+    let (mut state, vm, volume) = with_vm(3, 3);
+    run(&mut state, assign(vm, 1, 0, &[])).unwrap();
+    assert_eq!(refused(&mut state, open(volume, 2, 1, &[1])), RefusalKind::Conflict);
+    run(&mut state, open(volume, 1, 1, &[])).unwrap();
+    run(&mut state, assign(vm, 2, 1, &[1])).unwrap();
+    assert_eq!(state.volumes[&volume].coordinator, Some(node_id(2)));
 }
 
 #[test]

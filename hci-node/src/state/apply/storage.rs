@@ -318,6 +318,17 @@ pub(super) fn open_volume(
     if present.generation != expected {
         return Err(fenced(present, expected));
     }
+    // The disk of a running VM moves with the VM, in one step (see `vms::assign`), never alone.
+    let user = state.vms.values().find_map(|vm| {
+        let runs_on = vm.assignment.filter(|_| vm.disks.contains(&id))?.node;
+        (runs_on != node).then_some((vm, runs_on))
+    });
+    if let Some((vm, runs_on)) = user {
+        return Err(conflict(
+            format!("the VM {} runs on it on node {}", vm.name, state.subject_name(&Subject::Node(runs_on))),
+            "stop the VM first",
+        ));
+    }
     let volume = plan_open(state, id, node, unreachable)?;
     commit_open(state, volume, at);
     Ok(answer_volume(state, "volume open", id))
