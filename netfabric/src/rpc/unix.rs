@@ -102,8 +102,7 @@ pub async fn serve_unix(
     }
     tasks.close();
     tasks.wait().await;
-    // Best effort: whoever serves next replaces it anyway.
-    let _ = std::fs::remove_file(path);
+    // The socket's file stays: a successor may have put its own in this place already, and replaces ours in any case.
     Ok(())
 }
 
