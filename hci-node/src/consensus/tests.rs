@@ -355,9 +355,10 @@ async fn garbage_and_strangers_are_refused_and_other_methods_are_passed_on() {
 
     // Certified, but not a member.
     let stranger = Node::new(&ca).await;
-    stranger.consensus().mesh().set_peers(BTreeMap::from([(to, nodes[0].address)]));
     let begun = Instant::now();
     let refused = loop {
+        // Said again each time: its consensus, which knows no members, may not have set its own peers yet.
+        stranger.consensus().mesh().set_peers(BTreeMap::from([(to, nodes[0].address)]));
         let change =
             Request::new(protocol::CHANGE_MEMBERSHIP, &protocol::MembershipChange::Remove { node: to });
         match stranger.consensus().mesh().call(to, change.unwrap(), LONG).await {
