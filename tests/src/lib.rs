@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`guest`] | the image that test VMs boot |
 //! | [`blkclient`] | a vhost-user-blk client without a VM |
+//! | [`native`] | nodes as processes in network namespaces, and the control plane that a test plays |
 //! | [`demo`] | the run in the lab: from the ISO to a lost server and back |
 //! | [`netclient`] | raw frames at a port of the overlay, without a VM |
 //! | [`overlay_node`] | the overlay of one node, without the rest of it |
@@ -13,6 +14,7 @@
 pub mod blkclient;
 pub mod demo;
 pub mod guest;
+pub mod native;
 pub mod netclient;
 pub mod overlay_node;
 pub mod tap;

@@ -1,0 +1,345 @@
+//! The data plane as it runs: three `hci data run` in network namespaces, one volume with three replicas, a vhost-user-blk
+//! client that checks every answer, and faults: processes killed, links cut, disks full, garbage on every port.
+
+use std::io::Write;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use hci_tests::blkclient::BlkClient;
+use hci_tests::native::checker::Checker;
+use hci_tests::native::cluster::{Cut, DataCluster, Disks, Options, PATIENCE};
+use hci_tests::native::control::LEASE;
+use hci_tests::native::fabric::Fabric;
+use hci_tests::native::load::{Load, connect, connect_with_patience};
+use netfabric::overlay::{NetworkConfig, OverlayConfig, PortConfig, PortId, Vni};
+use storage::ids::BLOCK_SIZE;
+use storage::status::{DiskHealth, VolumeState};
+
+const VOLUME: u64 = 64 << 20;
+/// Blocks that the loads work on: a part of the volume, so that "only what changed" can be told from "all".
+const HOT: u64 = 2048;
+/// A replica that is silent for 2.5 s is given up; the rest is for a busy machine.
+const GIVEN_UP: Duration = Duration::from_secs(5);
+/// Enough answers to know that I/O goes on.
+const SOME: u64 = 200;
+
+/// Runs a test on a cluster; a failure comes with the nodes' logs.
+fn on_cluster(options: &Options, test: impl FnOnce(&mut DataCluster) -> Result<()>) -> Result<()> {
+    let mut cluster = DataCluster::start(options)?;
+    let result = test(&mut cluster).and_then(|()| cluster.check_processes());
+    result.with_context(|| cluster.logs())
+}
+
+/// A checked load on the volume, which is open on that node and written once.
+fn start_load(cluster: &DataCluster, node: usize) -> Result<Load> {
+    start_load_on(connect(&cluster.socket(node))?)
+}
+
+fn start_load_on(mut client: BlkClient) -> Result<Load> {
+    let mut checker = Checker::new(HOT);
+    checker.fill(&mut client)?;
+    let load = Load::start(client, checker)?;
+    load.wait_for_answers(SOME, PATIENCE)?;
+    Ok(load)
+}
+
+/// Writes the part of the volume that the loads leave alone.
+fn fill_the_rest(client: &mut BlkClient) -> Result<()> {
+    const PIECE: u64 = 64 << 10;
+    for offset in (HOT * BLOCK_SIZE..VOLUME).step_by(PIECE as usize) {
+        client.write(offset, &vec![0x5a; PIECE as usize])?;
+    }
+    client.flush()
+}
+
+/// Ends the load, verifies everything, and compares what is on the disks.
+fn verify_all(cluster: &mut DataCluster, load: Load) -> Result<()> {
+    let (mut client, mut checker) = load.finish()?;
+    checker.verify(&mut client)?;
+    ensure!(checker.writes > SOME && checker.flushes > 0, "the load did nothing");
+    client.flush()?;
+    drop(client);
+    cluster.check_processes()?;
+    cluster.compare_replicas()
+}
+
+#[test]
+fn what_is_written_is_read_and_a_clean_close_needs_no_comparison() -> Result<()> {
+    on_cluster(&Options::default(), |cluster| {
+        let first = cluster.open(0)?;
+        let load = start_load(cluster, 0)?;
+        load.wait_for_answers(20 * SOME, PATIENCE)?;
+        let (mut client, mut checker) = load.finish()?;
+        checker.verify(&mut client)?;
+        ensure!(client.size()? == VOLUME, "the volume has the wrong size");
+        drop(client);
+        cluster.close()?;
+        // Open on another node: the same data.
+        ensure!(cluster.open(1)? > first, "the generation was not raised");
+        let mut client = connect(&cluster.socket(1))?;
+        checker.verify(&mut client)?;
+        ensure!(cluster.record().lock().in_sync() == 3, "a replica was lost on the way");
+        let metrics = cluster.metrics(1)?;
+        let made_equal = metrics
+            .lines()
+            .find(|line| line.starts_with("hci_volume_events_total") && line.contains("block_reconciled"))
+            .context("no such metric")?;
+        ensure!(made_equal.ends_with(" 0"), "replicas differed after a clean close: {made_equal}");
+        drop(client);
+        cluster.compare_replicas()
+    })
+}
+
+#[test]
+fn a_replica_that_is_killed_comes_back_with_what_changed() -> Result<()> {
+    on_cluster(&Options::default(), |cluster| {
+        cluster.open(0)?;
+        fill_the_rest(&mut connect(&cluster.socket(0))?)?;
+        let load = start_load(cluster, 0)?;
+        load.measure_gaps();
+        cluster.kill(&[2])?;
+        cluster.wait("the lost replica is taken out", GIVEN_UP, |c| c.record().lock().in_sync() == 2)?;
+        load.wait_for_answers(SOME, GIVEN_UP)?;
+        let gap = load.progress().longest_gap;
+        ensure!(gap < GIVEN_UP, "I/O stood still for {gap:?}");
+
+        cluster.start_node(2)?;
+        cluster.wait_in_sync()?;
+        let lost = cluster.disk(2);
+        let copied = cluster.volume(0).and_then(|volume| {
+            let replica = volume.replicas.into_iter().find(|replica| replica.disk == lost)?;
+            Some(replica.resync?.blocks_copied)
+        });
+        let copied = copied.context("no word of a resync")?;
+        // Some may be copied twice, because they are written meanwhile.
+        ensure!((1..=2 * HOT).contains(&copied), "{copied} blocks were copied, {HOT} may have changed");
+        load.wait_for_answers(SOME, PATIENCE)?;
+        verify_all(cluster, load)
+    })
+}
+
+#[test]
+fn a_coordinator_that_is_killed_goes_on_where_it_was() -> Result<()> {
+    on_cluster(&Options::default(), |cluster| {
+        let mut generation = cluster.open(0)?;
+        let load = start_load(cluster, 0)?;
+        for round in 0..2 {
+            cluster.restart(0)?;
+            let next = cluster.open(0)?;
+            ensure!(next > generation, "round {round}: generation {next} after {generation}");
+            generation = next;
+            load.wait_for_answers(SOME, PATIENCE)?;
+        }
+        cluster.wait_in_sync()?;
+        verify_all(cluster, load)
+    })
+}
+
+#[test]
+fn what_was_flushed_is_there_when_all_are_killed_at_once() -> Result<()> {
+    on_cluster(&Options::default(), |cluster| {
+        cluster.open(0)?;
+        let load = start_load(cluster, 0)?;
+        for _ in 0..2 {
+            load.wait_for_answers(SOME, PATIENCE)?;
+            cluster.kill(&[0, 1, 2])?;
+            // Answers that were in the ring already have been taken.
+            sleep(Duration::from_millis(200));
+            load.checker.lock().all_lost();
+            for node in 0..3 {
+                cluster.start_node(node)?;
+            }
+            for node in 0..3 {
+                cluster.wait_until_up(node)?;
+            }
+            cluster.open(0)?;
+            load.wait_for_answers(SOME, PATIENCE)?;
+        }
+        cluster.wait_in_sync()?;
+        verify_all(cluster, load)
+    })
+}
+
+#[test]
+fn a_coordinator_that_is_cut_off_completes_nothing_more() -> Result<()> {
+    for way in [Cut::BothWays, Cut::Outgoing] {
+        on_cluster(&Options::default(), |cluster| cut_off_coordinator(cluster, way))
+            .with_context(|| format!("{way:?}"))?;
+    }
+    Ok(())
+}
+
+fn cut_off_coordinator(cluster: &mut DataCluster, way: Cut) -> Result<()> {
+    cluster.open(0)?;
+    // Once node 0 has given the volume up, nobody will ever answer there.
+    let load = start_load_on(connect_with_patience(&cluster.socket(0), Duration::from_secs(2))?)?;
+    cluster.isolate(0, way)?;
+    // Its lease ends; only then may the volume be opened elsewhere.
+    sleep(LEASE + Duration::from_millis(500));
+    let at_the_end_of_the_lease = load.progress().answers;
+    cluster.open(1)?;
+    sleep(Duration::from_secs(1));
+    let later = load.progress().answers;
+    ensure!(later == at_the_end_of_the_lease, "{} answers after the lease", later - at_the_end_of_the_lease);
+
+    // All that the old one acknowledged is there; the new one goes on.
+    cluster.heal()?;
+    let fenced = |cluster: &DataCluster| {
+        let state = cluster.volume(0).map(|volume| volume.state);
+        matches!(state, None | Some(VolumeState::Fenced | VolumeState::Closed))
+    };
+    cluster.wait("the old coordinator gives up", PATIENCE, fenced)?;
+    let after_healing = load.progress().answers;
+    ensure!(after_healing == later, "{} answers by a coordinator that was replaced", after_healing - later);
+    let mut checker = load.abandon()?;
+    let mut client = connect(&cluster.socket(1))?;
+    checker.verify(&mut client)?;
+    let load = Load::start(client, checker)?;
+    load.wait_for_answers(SOME, PATIENCE)?;
+    cluster.wait_in_sync()?;
+    verify_all(cluster, load)
+}
+
+#[test]
+fn a_replica_that_is_heard_but_does_not_hear_is_taken_out_and_comes_back() -> Result<()> {
+    on_cluster(&Options::default(), |cluster| {
+        cluster.open(0)?;
+        let load = start_load(cluster, 0)?;
+        for (from, to) in [(2, 0), (0, 1)] {
+            load.measure_gaps();
+            cluster.fabric().cut_one_way(from, to)?;
+            cluster.wait("the replica is taken out", GIVEN_UP, |c| c.record().lock().in_sync() == 2)?;
+            load.wait_for_answers(SOME, GIVEN_UP)?;
+            let gap = load.progress().longest_gap;
+            ensure!(gap < GIVEN_UP, "I/O stood still for {gap:?}");
+            cluster.heal()?;
+            cluster.wait_in_sync()?;
+        }
+        load.wait_for_answers(SOME, PATIENCE)?;
+        verify_all(cluster, load)
+    })
+}
+
+/// What an attacker or a broken peer may send, from a scan to a length that promises the world.
+fn garbage() -> Vec<Vec<u8>> {
+    let noise = |length: usize| (0..length).map(|i| (i * 131 + i / 7) as u8).collect::<Vec<u8>>();
+    vec![
+        vec![0],
+        vec![0xff; 1200],
+        b"GET / HTTP/1.1\r\n\r\n".to_vec(),
+        noise(1200),
+        // A QUIC long header of a version that nobody has, and one of ours cut short.
+        [&[0xc3, 0xde, 0xad, 0xbe, 0xef, 8][..], &noise(1190)].concat(),
+        [&[0xc3, 0, 0, 0, 1, 20][..], &noise(40)].concat(),
+        // Lengths of 4 GiB in both byte orders, with a little behind them.
+        [&[0xff; 16][..], &noise(64)].concat(),
+        [&[1, 0, 0, 0, 1, 0, 0, 0, 0xff, 0xff, 0xff, 0x7f][..], &noise(64)].concat(),
+        noise(60_000),
+    ]
+}
+
+/// Sends each piece of garbage on a connection of its own.
+fn pester(socket: &Path) -> Result<()> {
+    for bytes in garbage() {
+        let mut stream = UnixStream::connect(socket).with_context(|| socket.display().to_string())?;
+        stream.set_write_timeout(Some(Duration::from_millis(200)))?;
+        // The other side may close at the first wrong byte, or serve somebody else now.
+        let _ = stream.write_all(&bytes);
+    }
+    Ok(())
+}
+
+#[test]
+fn garbage_on_every_port_harms_nobody() -> Result<()> {
+    on_cluster(&Options::default(), |cluster| {
+        let port = PortConfig {
+            id: PortId::random(),
+            vni: Vni::try_from(1)?,
+            mac: "02:00:00:00:00:01".parse()?,
+            ip: "198.19.0.10".parse()?,
+            hostname: "vm".to_owned(),
+            socket: cluster.paths(0).port_sockets().join("port.sock"),
+        };
+        let network = NetworkConfig {
+            vni: port.vni,
+            subnet: "198.19.0.0/24".parse()?,
+            gateway: "198.19.0.1".parse()?,
+            mtu: 1500,
+            dns: Vec::new(),
+            domain: String::new(),
+        };
+        let socket = port.socket.clone();
+        cluster.set_overlay(
+            0,
+            OverlayConfig { networks: vec![network], ports: vec![port], forwarding: Vec::new() },
+        );
+        cluster.wait("the port is there", PATIENCE, |_| socket.exists())?;
+        cluster.open(0)?;
+        // Nobody is connected yet: garbage comes first.
+        pester(&cluster.socket(0))?;
+        let load = start_load(cluster, 0)?;
+        for node in 0..3 {
+            cluster.fabric().node(node).enter(|| {
+                let own = UdpSocket::bind((Fabric::address(node), 0))?;
+                for port in [7401, 7402] {
+                    for target in 0..3 {
+                        for bytes in garbage() {
+                            own.send_to(&bytes, SocketAddr::from((Fabric::address(target), port)))?;
+                        }
+                    }
+                }
+                Ok(())
+            })?;
+            pester(&cluster.paths(node).data_socket())?;
+            // Calls that are begun and never ended, all at once.
+            let held: Vec<_> =
+                (0..20).map(|_| UnixStream::connect(cluster.paths(node).data_socket())).collect();
+            load.wait_for_answers(SOME, PATIENCE)?;
+            drop(held);
+        }
+        pester(&socket)?;
+        pester(&cluster.socket(0))?;
+        load.wait_for_answers(SOME, PATIENCE)?;
+        cluster.check_processes()?;
+        ensure!(cluster.record().lock().in_sync() == 3, "a replica was lost to garbage");
+        verify_all(cluster, load)
+    })
+}
+
+#[test]
+fn a_full_disk_is_left_out_and_reads_and_writes_go_on() -> Result<()> {
+    const SMALL: u64 = 40 << 20;
+    // The disk of another node, then that of the coordinator itself.
+    for full in [2, 0] {
+        let mut bytes = vec![512 << 20; 3];
+        bytes[full] = SMALL;
+        let options = Options { disks: Disks::Memory(bytes), ..Options::default() };
+        on_cluster(&options, |cluster| {
+            cluster.open(0)?;
+            let load = start_load(cluster, 0)?;
+            let (mut client, mut checker) = load.finish()?;
+            // More than the small disk holds.
+            fill_the_rest(&mut client)?;
+            let disk = cluster.disk(full);
+            cluster.wait("the full disk is left out", PATIENCE, |c| c.record().lock().in_sync() == 2)?;
+            cluster.wait("the full disk is reported", PATIENCE, |cluster| {
+                let record = cluster.record().lock();
+                let disks = record.nodes[full].observed.iter().flat_map(|seen| &seen.storage.disks);
+                disks.filter(|seen| seen.id == disk).any(|seen| seen.health == DiskHealth::Full)
+            })?;
+            checker.verify(&mut client)?;
+            let load = Load::start(client, checker)?;
+            load.wait_for_answers(SOME, PATIENCE)?;
+            let (mut client, mut checker) = load.finish()?;
+            checker.verify(&mut client)?;
+            ensure!(client.read(VOLUME - BLOCK_SIZE, BLOCK_SIZE as u32)? == vec![0x5a; BLOCK_SIZE as usize]);
+            Ok(())
+        })
+        .with_context(|| format!("the disk of node {full} is full"))?;
+    }
+    Ok(())
+}
