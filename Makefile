@@ -57,8 +57,7 @@ e2e-faults: setup release iso ## The demo with killed roles, a cut link and a po
 	$(BIN)/demo --iso $(TARGET)/image/hci.iso --lab target/lab --faults
 
 bench: setup release ## Our storage and overlay beside the raw medium and the bare link
-	@$(BIN)/storage-bench target/bench
-	@$(BIN)/overlay-bench target/bench
+	@$(BIN)/bench --hci $(BIN)/hci --out target/bench
 
 release:
 	@echo "== build (release)"

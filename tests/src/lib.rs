@@ -5,12 +5,14 @@
 //! |---|---|
 //! | [`guest`] | the image that test VMs boot |
 //! | [`blkclient`] | a vhost-user-blk client without a VM |
+//! | [`bench`] | `make bench`: figures of storage and overlay beside what they run on |
 //! | [`native`] | nodes as processes in network namespaces, and the control plane that a test plays |
 //! | [`demo`] | the run in the lab: from the ISO to a lost server and back |
 //! | [`netclient`] | raw frames at a port of the overlay, without a VM |
 //! | [`overlay_node`] | the overlay of one node, without the rest of it |
 //! | [`tap`] | a TAP device as a guest of the overlay |
 
+pub mod bench;
 pub mod blkclient;
 pub mod demo;
 pub mod guest;
