@@ -4,7 +4,7 @@ use crate::config::{Access, DiskConfig, StorageConfig, VolumeConfig};
 use crate::control::ControlPlane;
 use crate::coordinator::{Coordinator, Rim, Timing, VolumeDevice};
 use crate::device::{BlockDevice, BlockError, BlockOp};
-use crate::ids::{BLOCK_SIZE, DiskId, VolumeId};
+use crate::ids::{BLOCK_SIZE, DiskId, SegmentIndex, VolumeId};
 use crate::lease::Lease;
 use crate::mesh::ReplicaHandler;
 use crate::metrics::Metrics;
@@ -295,6 +295,16 @@ impl Storage {
     /// Removes what the disks of this node hold of a volume that no longer exists. Idempotent.
     pub async fn delete_volume(&self, volume: VolumeId) -> Result<(), StorageError> {
         Ok(self.shared.rim.replicas.delete_volume(volume).await?)
+    }
+
+    /// Removes what a disk of this node holds of segments whose replicas are elsewhere now. Idempotent.
+    pub async fn delete_segments(
+        &self,
+        volume: VolumeId,
+        disk: DiskId,
+        segments: &[SegmentIndex],
+    ) -> Result<(), StorageError> {
+        Ok(self.shared.rim.replicas.delete_segments(volume, disk, segments).await?)
     }
 
     /// Metrics.

@@ -34,7 +34,9 @@ use super::{
     disks::prepare,
     frames::Frames,
     metrics,
-    protocol::{CopyVolume, DataConfig, DataInstance, LeaseState, MonotonicTime, Observed, Readiness},
+    protocol::{
+        CopyVolume, DataConfig, DataInstance, DeleteSegments, LeaseState, MonotonicTime, Observed, Readiness,
+    },
     server::{blocking, chain},
     uplink::Uplink,
 };
@@ -287,6 +289,11 @@ impl Engine {
         self.storage.delete_volume(volume).await.map_err(|error| storage_error(&error))?;
         remove_if_there(&self.paths.inflight_of(state::VolumeId(volume.0)))
             .map_err(|error| RpcError::new(ErrorCode::Internal, format!("cannot forget requests: {error}")))
+    }
+
+    pub(crate) async fn delete_segments(&self, call: &DeleteSegments) -> Result<(), RpcError> {
+        let deleted = self.storage.delete_segments(call.volume, call.disk, &call.segments).await;
+        deleted.map_err(|error| storage_error(&error))
     }
 
     pub(crate) async fn copy(&self, range: CopyVolume) -> Result<u64, RpcError> {

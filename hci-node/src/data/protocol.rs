@@ -57,6 +57,7 @@ calls! { DataCall:
     0x0109 FormatDisk => FormattedDisk;
     0x010a ListDisks => Vec<LocalDisk>;
     0x010b DeleteVolume => ();
+    0x010c DeleteSegments => ();
 }
 
 calls! { ControlCall:
@@ -264,6 +265,17 @@ pub enum DiskUsage {
 pub struct DeleteVolume {
     /// The volume.
     pub volume: VolumeId,
+}
+
+/// Removes what a disk of this node holds of segments whose replicas are elsewhere now. Idempotent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeleteSegments {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The disk.
+    pub disk: DiskId,
+    /// The segments.
+    pub segments: Vec<SegmentIndex>,
 }
 
 /// What a data process does now.

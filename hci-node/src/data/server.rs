@@ -15,9 +15,9 @@ use super::{
     disks::{inventory, prepare},
     engine::Engine,
     protocol::{
-        Apply, CopyVolume, DataCall, DataConfig, DataInstance, DeleteVolume, FormatDisk, FormattedDisk,
-        LeaseState, ListDisks, LocalDisk, Metrics, Observed, Readiness, RenewLease, Status, VolumeFlush,
-        VolumeRead, VolumeWrite,
+        Apply, CopyVolume, DataCall, DataConfig, DataInstance, DeleteSegments, DeleteVolume, FormatDisk,
+        FormattedDisk, LeaseState, ListDisks, LocalDisk, Metrics, Observed, Readiness, RenewLease, Status,
+        VolumeFlush, VolumeRead, VolumeWrite,
     },
 };
 use crate::{paths::NodePaths, state};
@@ -99,6 +99,10 @@ impl Server {
             ListDisks::METHOD => answer(&request, |_: ListDisks| self.list_disks()).await,
             DeleteVolume::METHOD => {
                 answer(&request, async |call: DeleteVolume| self.engine()?.delete(call.volume).await).await
+            }
+            DeleteSegments::METHOD => {
+                answer(&request, async |call: DeleteSegments| self.engine()?.delete_segments(&call).await)
+                    .await
             }
             other => Err(RpcError::unknown_method(other)),
         }

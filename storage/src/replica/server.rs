@@ -8,12 +8,17 @@ use super::protocol::{
     AckWhen, BootEpoch, ReplicaAddress, ReplicaError, ReplicaOp, ReplicaOutcome, ReplicaReply,
     ReplicaRequest, Session,
 };
-use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT, DiskId, Generation, SegmentKey, VolumeId};
+use crate::ids::{
+    BLOCK_SIZE, BLOCKS_PER_SEGMENT, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId,
+};
 use crate::store::{DiskStore, ReplicaWrite, StoreError, WriteContent};
 use netfabric::NodeId;
 use parking_lot::{Mutex, RwLock};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+
+/// Blocks of a segment that are removed in one step.
+const CLEAR_BLOCKS: u32 = 16384;
 
 /// The coordinator that a replica is attached to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,6 +72,23 @@ impl ReplicaServer {
             self.gates.lock().remove(&(volume, disk));
         }
         result
+    }
+
+    /// Removes what one disk holds of some segments of a volume, none of which anybody reads or writes there any more.
+    /// Sessions go on: the disk may hold other segments of the volume.
+    pub(crate) async fn delete_segments(
+        &self,
+        volume: VolumeId,
+        disk: DiskId,
+        segments: &[SegmentIndex],
+    ) -> Result<(), StoreError> {
+        let store = self.disks.read().get(&disk).cloned();
+        let Some(store) = store else { return Err(StoreError::Io(format!("disk {disk} is not here"))) };
+        for segment in segments {
+            let at = SegmentKey { volume, segment: *segment, layer: LayerId::default() };
+            clear(store.as_ref(), at).await?;
+        }
+        store.flush().await
     }
 
     /// Serves one request of a node (this one included).
@@ -131,6 +153,22 @@ impl ReplicaServer {
     fn gate(&self, volume: VolumeId, disk: DiskId) -> Gate {
         self.gates.lock().entry((volume, disk)).or_default().clone()
     }
+}
+
+/// Makes every block of a segment as if it had never been written.
+async fn clear(store: &dyn DiskStore, at: SegmentKey) -> Result<(), StoreError> {
+    for start in (0..BLOCKS_PER_SEGMENT).step_by(CLEAR_BLOCKS as usize) {
+        let end = (start + CLEAR_BLOCKS).min(BLOCKS_PER_SEGMENT);
+        let stored = store.versions(at, start..end).await?;
+        for run in stored.chunk_by(|one, next| one.block + 1 == next.block) {
+            let Some(first) = run.first() else { continue };
+            let content = WriteContent::Zeroes { blocks: run.len() as u32 };
+            store
+                .write(at, ReplicaWrite { block: first.block, version: Version::default(), content })
+                .await?;
+        }
+    }
+    Ok(())
 }
 
 async fn attach(

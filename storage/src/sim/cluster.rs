@@ -234,6 +234,25 @@ impl Cluster {
         process.coordinator = Some((opening, coordinator));
     }
 
+    /// Changes the replica set of a segment, and has the coordinator take it over.
+    pub(super) fn change_set(&self, segment: SegmentIndex, change: impl FnOnce(&mut Vec<ReplicaConfig>)) {
+        let config = {
+            let mut record = self.raft.record.lock();
+            if let Some(segment) = record.volume.segments.iter_mut().find(|s| s.index == segment) {
+                change(&mut segment.replicas);
+            }
+            record.volume.clone()
+        };
+        if let Some((_, coordinator)) = self.coordinator() {
+            coordinator.configure(&config);
+        }
+    }
+
+    /// The replica server of a node.
+    pub(super) fn server(&self, n: usize) -> Option<Arc<ReplicaServer>> {
+        self.nodes[n].process.as_ref().map(|process| process.server.clone())
+    }
+
     /// The coordinators that there are, old ones on nodes cut off included, by opening.
     pub(super) fn devices(&self) -> BTreeMap<u64, VolumeDevice> {
         let coordinators = self.nodes.iter().filter_map(|n| n.process.as_ref()?.coordinator.as_ref());

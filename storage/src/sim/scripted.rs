@@ -7,7 +7,7 @@ use super::simulate;
 use crate::config::Durability;
 use crate::coordinator::VolumeDevice;
 use crate::device::{BlockError, BlockOp};
-use crate::ids::{BLOCK_SIZE, LayerId, SECTOR_SIZE, SegmentIndex, SegmentKey};
+use crate::ids::{BLOCK_SIZE, LayerId, SECTOR_SIZE, SEGMENT_SIZE, SegmentIndex, SegmentKey};
 use crate::status::{MemberState, VolumeState};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -222,5 +222,40 @@ fn sub_block_writes_and_bad_ranges() {
         ] {
             assert!(matches!(request(&device, op).await, Err(BlockError::Invalid(_))));
         }
+    });
+}
+
+#[test]
+fn a_replica_leaves_its_data_are_removed_and_a_new_one_is_filled() {
+    const LAST: SegmentIndex = SegmentIndex(1);
+    const LAST_BLOCKS: u64 = SEGMENT_SIZE / BLOCK_SIZE;
+    simulate(async {
+        let (mut cluster, device, n) = healthy(9, 2).await;
+        for block in [0, 1, LAST_BLOCKS, LAST_BLOCKS + 3] {
+            write(&device, block, block + 1).await;
+        }
+        let leaving = (n + 1) % 3;
+        let (disk, node) = (cluster.nodes[leaving].disk_id, cluster.nodes[leaving].id);
+        let volume = cluster.volume;
+        let held = |cluster: &Cluster, segment| {
+            let contents = cluster.nodes[leaving].disk.contents();
+            contents.keys().filter(|(key, _)| key.segment == segment).count()
+        };
+        cluster.change_set(LAST, |replicas| replicas.retain(|replica| replica.disk != disk));
+        assert!(timed_write(&mut cluster, &device, LAST_BLOCKS, 50).await < Duration::from_millis(500));
+        let server = cluster.server(leaving).unwrap();
+        server.delete_segments(volume, disk, &[LAST]).await.unwrap();
+        assert_eq!((held(&cluster, LAST), held(&cluster, SegmentIndex(0))), (0, 2), "and nothing else");
+        assert_eq!(read(&device, LAST_BLOCKS).await, Ok(50));
+        assert_eq!(cluster.raft.record.lock().volume.segments[0].replicas.len(), 3);
+
+        let state = crate::config::ReplicaState::OutOfSync;
+        cluster.change_set(LAST, |replicas| {
+            replicas.push(crate::config::ReplicaConfig { disk, node, state });
+        });
+        assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await, "the new replica is filled");
+        assert_eq!(held(&cluster, LAST), 2);
+        write(&device, LAST_BLOCKS + 3, 60).await;
+        assert_eq!(held(&cluster, LAST), 2);
     });
 }
