@@ -9,7 +9,7 @@ PACKAGES := $(shell grep -hv '^\#' installer/image/packages.txt tests/packages.t
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET)/release
 
-.PHONY: help setup demo lab-down test check fmt clippy unit simulation e2e e2e-native e2e-lab e2e-faults bench release image iso
+.PHONY: help setup demo lab-down test check fmt clippy unit simulation e2e e2e-native e2e-lab bench release image iso
 
 help: ## Show the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -50,11 +50,10 @@ e2e-native: release
 	HCI_BIN=$(abspath $(BIN)) cargo test -p tests --release --locked --test '*' -- --test-threads 1 --nocapture
 
 e2e-lab: release iso
-	@echo "== end to end: three servers in the lab"
-	$(BIN)/demo --iso $(TARGET)/image/hci.iso --lab target/lab
-
-e2e-faults: setup release iso ## The demo with killed roles, a cut link and a power loss everywhere
+	@echo "== end to end: three servers in the lab, with faults"
 	$(BIN)/demo --iso $(TARGET)/image/hci.iso --lab target/lab --faults
+	@echo "== end to end: an install that nobody attends"
+	$(BIN)/unattended --iso $(TARGET)/image/hci.iso --lab target/lab
 
 bench: setup release ## Our storage and overlay beside the raw medium and the bare link
 	@$(BIN)/bench --hci $(BIN)/hci --out target/bench

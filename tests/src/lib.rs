@@ -8,6 +8,7 @@
 //! | [`bench`] | `make bench`: figures of storage and overlay beside what they run on |
 //! | [`native`] | nodes as processes in network namespaces, and the control plane that a test plays |
 //! | [`demo`] | the run in the lab: from the ISO to a lost server and back |
+//! | [`unattended`] | the install in the lab that nobody attends, on servers of three kinds |
 //! | [`netclient`] | raw frames at a port of the overlay, without a VM |
 //! | [`overlay_node`] | the overlay of one node, without the rest of it |
 //! | [`tap`] | a TAP device as a guest of the overlay |
@@ -20,3 +21,4 @@ pub mod native;
 pub mod netclient;
 pub mod overlay_node;
 pub mod tap;
+pub mod unattended;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use installer::answer::AnswerFile;
 use installer::image::{self, Image};
-use installer::lab::{Lab, LabOptions, Link};
+use installer::lab::{Boot, Firmware, Lab, LabOptions, Link, Medium};
 
 /// Builds the appliance's image and ISO, and runs servers of it under QEMU.
 #[derive(Debug, Parser)]
@@ -60,6 +60,12 @@ enum LabCommand {
         /// The install ISO.
         #[arg(long, default_value = "target/image/hci.iso")]
         iso: PathBuf,
+        /// What they start with.
+        #[arg(long, value_enum, default_value_t)]
+        firmware: Firmware,
+        /// What holds the ISO.
+        #[arg(long, value_enum, default_value_t)]
+        medium: Medium,
     },
     /// End the lab and free its disks.
     Down,
@@ -151,8 +157,10 @@ fn lab(dir: &Path, command: LabCommand) -> Result<()> {
         Ok((lab, number - 1))
     };
     match command {
-        LabCommand::Up { iso } => {
-            let lab = Lab::up(&LabOptions::from_iso(dir, &iso), &mut |line| println!("  {line}"))?;
+        LabCommand::Up { iso, firmware, medium } => {
+            let mut options = LabOptions::from_iso(dir, &iso);
+            options.servers.fill(Boot { firmware, medium });
+            let lab = Lab::up(&options, &mut |line| println!("  {line}"))?;
             for server in lab.nodes() {
                 server.wait_ssh(INSTALL_LIMIT)?;
                 println!("{} is installed: {}", server.name(), server.ssh_command_line());

@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-pub use server::{Link, Server};
+pub use server::{Firmware, Link, Medium, Server};
 
 /// What a lab is made of.
 #[derive(Debug, Clone)]
@@ -34,12 +34,32 @@ pub struct LabOptions {
     pub dir: PathBuf,
     /// The install ISO.
     pub iso: PathBuf,
-    /// How many servers.
-    pub servers: usize,
+    /// The servers: how each starts.
+    pub servers: Vec<Boot>,
+    /// Whether they form a cluster by themselves.
+    pub forming: Forming,
     /// Memory of each, in MiB.
     pub memory_mib: u32,
     /// Size of each data disk, in MiB.
     pub data_disk_mib: u64,
+}
+
+/// How a server starts for the first time.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Boot {
+    /// Its firmware.
+    pub firmware: Firmware,
+    /// What it starts from.
+    pub medium: Medium,
+}
+
+/// How the servers become a cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Forming {
+    /// Somebody types the commands.
+    ByHand,
+    /// The answer file says it: the first server creates the cluster of this name, the others join it.
+    ByAnswerFile(String),
 }
 
 impl LabOptions {
@@ -48,7 +68,8 @@ impl LabOptions {
         Self {
             dir: dir.to_path_buf(),
             iso: iso.to_path_buf(),
-            servers: 3,
+            servers: vec![Boot::default(); 3],
+            forming: Forming::ByHand,
             memory_mib: 1536,
             data_disk_mib: 4096,
         }
@@ -83,9 +104,12 @@ impl Lab {
         let key = ssh::generate_key(&dir)?;
         let segment_port = free_udp_port()?;
         let mut state = LabState { segment_port, servers: Vec::new() };
-        for number in 1..=options.servers {
+        for (index, boot) in options.servers.iter().enumerate() {
+            let number = index + 1;
             let settings = server::Settings {
                 name: format!("n{number}"),
+                firmware: boot.firmware,
+                medium: boot.medium,
                 number,
                 dir: dir.join(format!("n{number}")),
                 iso: fs::canonicalize(&options.iso)?,
@@ -96,7 +120,7 @@ impl Lab {
                 key: key.clone(),
             };
             settings.make_disks(options.data_disk_mib)?;
-            fs::write(settings.answer_file(), answer(&settings, options.servers, &key)?)?;
+            fs::write(settings.answer_file(), answer(&settings, options, &key)?)?;
             state.servers.push(settings);
         }
         fs::write(dir.join(STATE_FILE), serde_json::to_string_pretty(&state)?)?;
@@ -149,15 +173,22 @@ impl Lab {
     }
 }
 
-/// The answer file of one server: its system disk, the lab's key, an address on the private segment.
-fn answer(settings: &server::Settings, servers: usize, key: &Path) -> Result<String> {
+/// The answer file of one server: its system disk, the lab's key, an address on the private segment, and the cluster.
+fn answer(settings: &server::Settings, options: &LabOptions, key: &Path) -> Result<String> {
     let public = fs::read_to_string(key.with_extension("pub"))?;
     let mut text = format!(
         "[install]\ndisk = {{ serial = \"{}-system\" }}\n\n[access]\nssh_keys = [{:?}]\n",
         settings.name,
         public.trim()
     );
-    for number in 1..=servers {
+    if let Forming::ByAnswerFile(cluster) = &options.forming {
+        text += &format!(
+            "\n[cluster]\nname = {cluster:?}\nfounder = \"n1\"\nfounder_address = \"10.10.0.1:7443\"\n\
+             secret = \"only this lab knows it, {}\"\n",
+            settings.segment_port
+        );
+    }
+    for number in 1..=options.servers.len() {
         text += &format!(
             "\n[[node]]\nmatch = {{ mac = \"{mac}\" }}\nhostname = \"n{number}\"\naddress = \"10.10.0.{number}\"\n\
              [[node.interface]]\nmac = \"{mac}\"\naddress = \"10.10.0.{number}/24\"\n\
@@ -189,6 +220,8 @@ mod tests {
         fs::write(key.with_extension("pub"), "ssh-ed25519 AAAA lab\n").unwrap();
         let settings = server::Settings {
             name: "n2".to_owned(),
+            firmware: Firmware::Bios,
+            medium: Medium::Cd,
             number: 2,
             dir: dir.path().to_path_buf(),
             iso: PathBuf::new(),
@@ -198,9 +231,14 @@ mod tests {
             api_port: 3,
             key: key.clone(),
         };
-        let parsed = AnswerFile::parse(&answer(&settings, 3, &key).unwrap()).unwrap();
-        let machine = Machine { serial: String::new(), macs: vec![server::mac(2, server::Nic::Segment)] };
-        assert_eq!(parsed.node_for(&machine).unwrap().hostname, "n2");
+        let mut options = LabOptions::from_iso(dir.path(), Path::new("hci.iso"));
+        for forming in [Forming::ByHand, Forming::ByAnswerFile("prod".to_owned())] {
+            options.forming = forming;
+            let parsed = AnswerFile::parse(&answer(&settings, &options, &key).unwrap()).unwrap();
+            let machine = Machine { serial: String::new(), macs: vec![server::mac(2, server::Nic::Segment)] };
+            assert_eq!(parsed.node_for(&machine).unwrap().hostname, "n2");
+            assert_eq!(parsed.cluster.is_some(), options.forming != Forming::ByHand);
+        }
     }
 
     #[test]

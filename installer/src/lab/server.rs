@@ -19,10 +19,47 @@ const SYSTEM_DISK_MIB: u64 = 8192;
 const LOOK: Duration = Duration::from_millis(500);
 const QMP_LIMIT: Duration = Duration::from_secs(5);
 
+/// What a server starts with, before any of our code runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub enum Firmware {
+    /// A PC BIOS.
+    #[default]
+    Bios,
+    /// UEFI, which starts anything.
+    Uefi,
+    /// UEFI, which starts only what is signed for Microsoft's keys.
+    SecureBoot,
+}
+
+/// What holds the ISO.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub enum Medium {
+    /// A CD in a drive.
+    #[default]
+    Cd,
+    /// A USB stick that the ISO was written to.
+    UsbStick,
+}
+
+impl Firmware {
+    /// The program and the store of variables that Debian's package has for it.
+    fn images(self) -> Option<(&'static str, &'static str)> {
+        match self {
+            Self::Bios => None,
+            Self::Uefi => Some(("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd")),
+            Self::SecureBoot => {
+                Some(("/usr/share/OVMF/OVMF_CODE_4M.ms.fd", "/usr/share/OVMF/OVMF_VARS_4M.ms.fd"))
+            }
+        }
+    }
+}
+
 /// What a server is made of; kept in the lab's state file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Settings {
     pub(super) name: String,
+    pub(super) firmware: Firmware,
+    pub(super) medium: Medium,
     pub(super) number: usize,
     pub(super) dir: PathBuf,
     pub(super) iso: PathBuf,
@@ -80,9 +117,13 @@ impl Settings {
         self.dir.join("answer.toml")
     }
 
-    /// Blank disks; they take space only for what is written.
+    /// Blank disks, which take space only for what is written, and the firmware's variables as they leave the factory.
     pub(super) fn make_disks(&self, data_disk_mib: u64) -> Result<()> {
         fs::create_dir_all(&self.dir)?;
+        if let Some((_, variables)) = self.firmware.images() {
+            fs::copy(variables, self.firmware_variables())
+                .with_context(|| format!("cannot copy {variables}; `make setup` installs ovmf"))?;
+        }
         for (disk, size) in [("system", SYSTEM_DISK_MIB), ("data1", data_disk_mib), ("data2", data_disk_mib)]
         {
             let path = self.disk(disk);
@@ -101,27 +142,65 @@ impl Settings {
         self.dir.join(format!("{name}.raw"))
     }
 
+    fn firmware_variables(&self) -> PathBuf {
+        self.dir.join("firmware-variables.fd")
+    }
+
+    /// A socket of the server. Paths of Unix sockets are short, so they are not in the lab's folder.
+    pub(super) fn socket(&self, name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("hci-lab-{}-{}-{name}", self.ssh_port, self.name))
+    }
+
+    fn add_firmware(&self, qemu: &mut Command) {
+        let smm = if self.firmware == Firmware::SecureBoot { "on" } else { "off" };
+        qemu.args(["-M", &format!("q35,smm={smm}")]);
+        let Some((program, _)) = self.firmware.images() else { return };
+        let variables = self.firmware_variables();
+        qemu.args(["-drive", &format!("if=pflash,unit=0,format=raw,readonly=on,file={program}")])
+            .args(["-drive", &format!("if=pflash,unit=1,format=raw,file={}", variables.display())]);
+        if self.firmware == Firmware::SecureBoot {
+            // Only the firmware itself, in system management mode, may change its variables.
+            qemu.args(["-global", "driver=cfi.pflash01,property=secure,value=on"])
+                .args(["-global", "ICH9-LPC.disable_s3=1"]);
+        }
+    }
+
+    fn add_medium(&self, qemu: &mut Command) {
+        let iso = self.iso.display();
+        match self.medium {
+            Medium::Cd => qemu
+                .args(["-drive", &format!("if=none,id=iso,file={iso},format=raw,media=cdrom,readonly=on")])
+                .args(["-device", "ide-cd,drive=iso,bootindex=2"]),
+            // A stick can be written to; what is written is not kept.
+            Medium::UsbStick => qemu
+                .args(["-device", "qemu-xhci"])
+                .args(["-drive", &format!("if=none,id=iso,file={iso},format=raw,snapshot=on")])
+                .args(["-device", "usb-storage,drive=iso,removable=on,bootindex=2"]),
+        };
+    }
+
     fn command(&self) -> Command {
         let path = |name: &str| self.dir.join(name).display().to_string();
         let mut qemu = Command::new("qemu-system-x86_64");
+        self.add_firmware(&mut qemu);
         if kvm_nests() {
             qemu.args(["-accel", "kvm", "-cpu", "host"]);
         } else {
             qemu.args(["-accel", "tcg,thread=multi", "-cpu", "EPYC-Milan,+svm,+npt"]);
         }
-        qemu.args(["-M", "q35", "-smp", "1", "-nodefaults", "-display", "none", "-name", &self.name])
+        qemu.args(["-smp", "1", "-nodefaults", "-display", "none", "-name", &self.name])
             .args(["-m", &self.memory_mib.to_string()])
             .args(["-device", "virtio-rng-pci"])
             .args([
                 "-chardev",
                 &format!(
                     "socket,id=console,path={},server=on,wait=off,logfile={},logappend=on",
-                    path("console.sock"),
+                    self.socket("console").display(),
                     path("console.log")
                 ),
             ])
             .args(["-serial", "chardev:console"])
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", path("qmp.sock"))])
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", self.socket("qmp").display())])
             .args(["-fw_cfg", &format!("name=opt/org.hci/answer,file={}", self.answer_file().display())])
             .args(["-pidfile", &path("qemu.pid")]);
         for (number, disk) in ["system", "data1", "data2"].iter().enumerate() {
@@ -141,12 +220,8 @@ impl Settings {
                 ),
             ]);
         }
+        self.add_medium(&mut qemu);
         qemu.args([
-            "-drive",
-            &format!("if=none,id=iso,file={},format=raw,media=cdrom,readonly=on", self.iso.display()),
-        ])
-        .args(["-device", "ide-cd,drive=iso,bootindex=2"])
-        .args([
             "-netdev",
             &format!("socket,id=segment,mcast=230.0.0.7:{},localaddr=127.0.0.1", self.segment_port),
         ])
@@ -209,7 +284,7 @@ impl Server {
             .spawn()
             .context("cannot start qemu-system-x86_64; `make setup` installs it")?;
         let started = Instant::now();
-        while self.pid().is_none() || UnixStream::connect(self.settings.dir.join("qmp.sock")).is_err() {
+        while self.pid().is_none() || UnixStream::connect(self.settings.socket("qmp")).is_err() {
             let ended = child.try_wait()?;
             if ended.is_some() || started.elapsed() > Duration::from_secs(20) {
                 let said = fs::read_to_string(self.settings.dir.join("qemu.log")).unwrap_or_default();
@@ -333,7 +408,12 @@ impl Server {
         all[all.len().saturating_sub(lines)..].join("\n")
     }
 
+    /// Removes its disks and sockets; it is off.
     pub(super) fn remove_disks(&self) -> Result<()> {
+        for socket in ["qmp", "console"] {
+            // A killed QEMU leaves them, one that ended by itself does not.
+            let _ = fs::remove_file(self.settings.socket(socket));
+        }
         for disk in ["system", "data1", "data2"] {
             let path = self.settings.disk(disk);
             if path.exists() {
@@ -348,8 +428,7 @@ impl Server {
     }
 
     fn qmp(&self, command: &str) -> Result<()> {
-        let socket = self.settings.dir.join("qmp.sock");
-        let mut stream = UnixStream::connect(&socket).with_context(|| format!("{} is off", self.name()))?;
+        let mut stream = UnixStream::connect(self.settings.socket("qmp")).with_context(|| format!("{} is off", self.name()))?;
         stream.set_read_timeout(Some(QMP_LIMIT))?;
         let mut answers = BufReader::new(stream.try_clone()?);
         let mut line = String::new();

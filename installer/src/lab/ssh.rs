@@ -64,14 +64,9 @@ fn options(settings: &Settings) -> Vec<String> {
     options
 }
 
-/// Unix socket paths are short, so the connection's socket is not in the lab's folder.
-fn connection(settings: &Settings) -> PathBuf {
-    std::env::temp_dir().join(format!("hci-lab-{}-{}", settings.ssh_port, settings.name))
-}
-
 fn ssh(settings: &Settings) -> Command {
     let mut command = Command::new("ssh");
-    command.args(options(settings)).arg("-S").arg(connection(settings)).args([
+    command.args(options(settings)).arg("-S").arg(settings.socket("ssh")).args([
         "-p",
         &settings.ssh_port.to_string(),
         "root@127.0.0.1",
@@ -98,7 +93,7 @@ pub(super) fn ready(settings: &Settings) -> bool {
     command
         .args(options(settings))
         .args(["-M", "-N", "-f", "-S"])
-        .arg(connection(settings))
+        .arg(settings.socket("ssh"))
         .args(["-p", &settings.ssh_port.to_string(), "root@127.0.0.1"])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -112,7 +107,7 @@ pub(super) fn forget(settings: &Settings) {
     command.args(["-O", "exit"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     // Without a connection there is nothing to forget.
     let _ = command.status();
-    let _ = std::fs::remove_file(connection(settings));
+    let _ = std::fs::remove_file(settings.socket("ssh"));
 }
 
 pub(super) fn run(settings: &Settings, command: &str, limit: Duration) -> Result<Output> {
