@@ -17,8 +17,7 @@ use crate::install::layout::BIOS_BOOT_START;
 const GRUB_ISO: &str = include_str!("../../image/grub-iso.cfg");
 const GRUB_DISK: &str = include_str!("../../image/grub-disk.cfg");
 const GRUB_BIOS: &str = "/usr/lib/grub/i386-pc";
-const ISO_MODULES: &str =
-    "biosdisk iso9660 part_gpt part_msdos linux normal configfile serial terminal echo test search";
+const ISO_MODULES: &str = "biosdisk iso9660 fat part_gpt part_msdos linux normal configfile serial terminal echo test search loadenv";
 const DISK_MODULES: &str =
     "biosdisk part_gpt part_msdos fat linux normal configfile serial terminal echo test search loadenv";
 const EFI_SYSTEM: &str = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B";

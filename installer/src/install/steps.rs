@@ -15,6 +15,8 @@ use super::settings::SettingsFile;
 const PIECE: usize = 1 << 20;
 /// The kernel shows new partitions at once; this is for slow controllers.
 const DEVICE_LIMIT: Duration = Duration::from_secs(20);
+/// On the ESP; `grub-iso.cfg` looks for it.
+const INSTALLED_MARK: &str = "grub/installed";
 const MOUNT_POINT: &str = "/tmp/install";
 
 /// Partitions the disk and fills it from the medium.
@@ -58,6 +60,11 @@ pub(super) fn write_system(
         &device(Partition::Data),
     ]))?;
     with_mounted(&device(Partition::Data), "rw", |data| write_settings(data, settings))?;
+    // Last of all: the medium, should it stay in, starts a system with this mark instead of installing again.
+    with_mounted(&device(Partition::Esp), "rw", |esp| {
+        let mark = esp.join(INSTALLED_MARK);
+        fs::write(&mark, "").map_err(|source| file_error("cannot write", &mark, source))
+    })?;
     say("installed");
     Ok(())
 }

@@ -167,6 +167,8 @@ impl Settings {
 
     fn add_medium(&self, qemu: &mut Command) {
         let iso = self.iso.display();
+        // This BIOS tries one hard disk only, and a stick is one to it.
+        let place = if self.firmware == Firmware::Bios { 0 } else { 2 };
         match self.medium {
             Medium::Cd => qemu
                 .args(["-drive", &format!("if=none,id=iso,file={iso},format=raw,media=cdrom,readonly=on")])
@@ -175,7 +177,7 @@ impl Settings {
             Medium::UsbStick => qemu
                 .args(["-device", "qemu-xhci"])
                 .args(["-drive", &format!("if=none,id=iso,file={iso},format=raw,snapshot=on")])
-                .args(["-device", "usb-storage,drive=iso,removable=on,bootindex=2"]),
+                .args(["-device", &format!("usb-storage,drive=iso,removable=on,bootindex={place}")]),
         };
     }
 
@@ -428,7 +430,8 @@ impl Server {
     }
 
     fn qmp(&self, command: &str) -> Result<()> {
-        let mut stream = UnixStream::connect(self.settings.socket("qmp")).with_context(|| format!("{} is off", self.name()))?;
+        let mut stream = UnixStream::connect(self.settings.socket("qmp"))
+            .with_context(|| format!("{} is off", self.name()))?;
         stream.set_read_timeout(Some(QMP_LIMIT))?;
         let mut answers = BufReader::new(stream.try_clone()?);
         let mut line = String::new();
