@@ -44,6 +44,11 @@ impl Class {
         }
     }
 
+    /// Whether calls share one stream a side (a lane) instead of having one each.
+    pub(super) fn has_lanes(self) -> bool {
+        self == Self::Storage
+    }
+
     /// UDP port unless configured otherwise.
     pub const fn default_port(self) -> u16 {
         match self {

@@ -9,6 +9,7 @@
 //! | `tls` | mutual TLS 1.3 from a node's identity |
 //! | `hello` | the first exchange on a connection: which process is this |
 //! | `peer` | one peer: its link, the arbitration of duplicates, the dialler |
+//! | `lane` | many calls on one stream, where calls are many and small |
 //! | `serve` | what peers start: connections, calls, datagrams |
 //! | `stats` | figures for metrics |
 //!
@@ -22,6 +23,7 @@
 
 pub mod config;
 mod hello;
+mod lane;
 mod mtu;
 mod peer;
 mod serve;
@@ -214,6 +216,9 @@ impl Mesh {
         deadline: Duration,
     ) -> Result<Response, CallError> {
         let link = self.link(to).ok_or_else(|| CallError::Unreachable(format!("node {to}")))?;
+        if let Some(lane) = &link.lane {
+            return lane.call(&request, deadline).await;
+        }
         let encoded = frame::encode_request(&request).map_err(|e| CallError::Invalid(e.to_string()))?;
         let exchange = async {
             let reset = |error: &dyn std::fmt::Display| CallError::Reset(error.to_string());

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::config::{BACKOFF, HANDSHAKE_TIMEOUT, RETIRE_AFTER};
 use super::hello::Instance;
+use super::lane::Lane;
 use super::stats::Totals;
 use super::{PeerEvent, Shared, serve};
 use crate::NodeId;
@@ -31,6 +32,8 @@ pub(super) enum CloseCode {
     Superseded = 4,
     /// The first exchange failed.
     BadHello = 5,
+    /// A lane ended or had bytes on it that are no frame.
+    BrokenLane = 6,
 }
 
 impl From<CloseCode> for VarInt {
@@ -110,6 +113,8 @@ pub(super) struct Link {
     pub(super) dialer: NodeId,
     /// Which process is at the other end.
     pub(super) instance: Instance,
+    /// The stream for our calls, in classes that have one.
+    pub(super) lane: Option<Arc<Lane>>,
 }
 
 #[derive(Debug, Default)]
@@ -244,7 +249,7 @@ async fn dial_once(shared: &Arc<Shared>, peer: &Arc<Peer>) -> Result<(), String>
             connection.close(CloseCode::BadHello.into(), b"no hello");
             e.to_string()
         })?;
-        Ok::<_, String>(Link { connection, dialer: shared.node, instance: hello.instance })
+        Ok::<_, String>(Link { connection, dialer: shared.node, instance: hello.instance, lane: None })
     };
     let link = timeout(HANDSHAKE_TIMEOUT, attempt)
         .await
@@ -285,7 +290,7 @@ fn arbitrate(present: (NodeId, Instance), new: (NodeId, Instance), lower: NodeId
     }
 }
 
-fn adopt(shared: &Arc<Shared>, peer: &Arc<Peer>, new: Link) {
+fn adopt(shared: &Arc<Shared>, peer: &Arc<Peer>, mut new: Link) {
     let mut slot = peer.slot.lock();
     let present = slot.link.as_ref().map(|(link, _)| link).filter(|l| l.connection.close_reason().is_none());
     let verdict = present.map(|present| {
@@ -296,6 +301,9 @@ fn adopt(shared: &Arc<Shared>, peer: &Arc<Peer>, new: Link) {
     if verdict == Some(Verdict::Keep) {
         retire(shared, new.connection);
         return;
+    }
+    if shared.config.class.has_lanes() {
+        new.lane = Some(Lane::open(shared, &new.connection));
     }
     shared.tasks.spawn(watch_link(shared.clone(), peer.clone(), new.connection.clone()));
     tracing::debug!(class = %shared.config.class, peer = %peer.node, ?verdict, "link up");

@@ -9,6 +9,7 @@ use tokio::time::timeout;
 
 use super::config::{Admission, Class, HANDSHAKE_TIMEOUT, TRANSFER_DEADLINE};
 use super::hello::{self, Hello, HelloError, ReadFrameError};
+use super::lane;
 use super::peer::{self, CloseCode, Link};
 use super::{Shared, tls};
 use crate::NodeId;
@@ -68,7 +69,7 @@ async fn accept_one(shared: &Arc<Shared>, incoming: quinn::Incoming) -> Result<(
         Ok::<_, HelloError>(theirs)
     };
     let hello = greeted.await.map_err(|e| refuse(CloseCode::BadHello, e.to_string()))?;
-    let link = Link { connection: connection.clone(), dialer: node, instance: hello.instance };
+    let link = Link { connection: connection.clone(), dialer: node, instance: hello.instance, lane: None };
     peer::adopt_incoming(shared, node, link);
     Ok(())
 }
@@ -85,6 +86,10 @@ async fn serve_calls(shared: Arc<Shared>, node: NodeId, connection: quinn::Conne
     // Ends with the connection; how many streams are open at a time is bounded by the transport settings.
     while let Ok((send, receive)) = connection.accept_bi().await {
         let shared = shared.clone();
+        if shared.config.class.has_lanes() {
+            shared.tasks.clone().spawn(lane::serve(shared, node, connection.clone(), (send, receive)));
+            continue;
+        }
         shared.tasks.clone().spawn(async move {
             if let Err(error) = serve_call(&shared, node, send, receive).await {
                 tracing::debug!(class = %shared.config.class, peer = %node, %error, "dropped a call");

@@ -112,6 +112,48 @@ async fn every_node_calls_every_other_and_knows_who_calls() {
 }
 
 #[tokio::test]
+async fn many_calls_share_a_lane_and_each_gets_its_own_answer() {
+    let ca = ClusterCa::create("lab").unwrap();
+    let (a, b) = (node(&ca, Class::Storage).await, node(&ca, Class::Storage).await);
+    connect(&[&a, &b]).await;
+    let calls = (0..2000_usize).map(|i| {
+        let (a, to) = (a.clone(), b.node());
+        async move {
+            let bulk = Bytes::from(vec![i as u8; if i % 500 == 0 { 1 << 20 } else { i % 5000 }]);
+            let response = echo(&a, to, bulk.clone()).await.unwrap();
+            assert!(response.bulk == bulk, "call {i}");
+        }
+    });
+    futures_util::future::join_all(calls).await;
+    let unknown = b.call(a.node(), Request { method: 99, ..Request::default() }, LONG).await;
+    assert!(matches!(unknown, Err(CallError::Remote(RpcError { code: ErrorCode::UnknownMethod, .. }))));
+}
+
+#[tokio::test]
+async fn calls_on_a_lane_have_deadlines_and_fail_with_the_link() {
+    let ca = ClusterCa::create("lab").unwrap();
+    let (a, b) = (node(&ca, Class::Storage).await, node(&ca, Class::Storage).await);
+    connect(&[&a, &b]).await;
+    let hang = || Request { method: HANG, ..Request::default() };
+    let late = a.call(b.node(), hang(), Duration::from_millis(50)).await;
+    assert_eq!(late, Err(CallError::Timeout));
+    // One that hangs holds up no other.
+    let hanging = tokio::spawn({
+        let (a, to) = (a.clone(), b.node());
+        async move { a.call(to, hang(), LONG).await }
+    });
+    echo(&a, b.node(), Bytes::from_static(b"x")).await.unwrap();
+    let panicked = a.call(b.node(), Request { method: PANIC, ..Request::default() }, LONG).await;
+    assert!(
+        matches!(panicked, Err(CallError::Remote(RpcError { code: ErrorCode::Internal, .. }))),
+        "{panicked:?}"
+    );
+    b.close().await;
+    let broken = timeout(LONG, hanging).await.unwrap().unwrap();
+    assert!(matches!(broken, Err(CallError::Reset(_) | CallError::Remote(_))), "{broken:?}");
+}
+
+#[tokio::test]
 async fn a_node_of_another_ca_is_refused_by_both_sides() {
     let (ca, foreign) = (ClusterCa::create("lab").unwrap(), ClusterCa::create("lab").unwrap());
     let (ours, theirs) = (node(&ca, Class::Control).await, node(&foreign, Class::Control).await);

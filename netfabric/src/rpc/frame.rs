@@ -24,7 +24,7 @@ const STATUS_OK: u16 = 0;
 const STATUS_ERROR: u16 = 1;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     Request = 1,
     Response = 2,
 }
@@ -70,23 +70,52 @@ pub struct Encoded {
 
 /// Makes the bytes of a request.
 pub fn encode_request(request: &Request) -> Result<Encoded, FrameError> {
-    encode(Kind::Request, request.method, &request.header, &request.bulk)
+    encode_behind(&[], request.into())
 }
 
 /// Makes the bytes of an answer.
 pub fn encode_response(result: &Result<Response, RpcError>) -> Result<Encoded, FrameError> {
+    encode_response_behind(&[], result)
+}
+
+/// The same behind some other bytes.
+pub(super) fn encode_response_behind(
+    front: &[u8],
+    result: &Result<Response, RpcError>,
+) -> Result<Encoded, FrameError> {
     match result {
-        Ok(response) => encode(Kind::Response, STATUS_OK, &response.header, &response.bulk),
+        Ok(Response { header, bulk }) => {
+            encode_behind(front, Parts { kind: Kind::Response, code: STATUS_OK, header, bulk })
+        }
         Err(error) => {
             let header = codec::encode(error).map_err(|_| FrameError::Status)?;
-            encode(Kind::Response, STATUS_ERROR, &header, &Bytes::new())
+            let bulk = Bytes::new();
+            let parts = Parts { kind: Kind::Response, code: STATUS_ERROR, header: &header, bulk: &bulk };
+            encode_behind(front, parts)
         }
     }
 }
 
-fn encode(kind: Kind, code: u16, header: &Bytes, bulk: &Bytes) -> Result<Encoded, FrameError> {
+/// What a frame is made of.
+pub(super) struct Parts<'a> {
+    kind: Kind,
+    code: u16,
+    header: &'a Bytes,
+    bulk: &'a Bytes,
+}
+
+impl<'a> From<&'a Request> for Parts<'a> {
+    fn from(request: &'a Request) -> Self {
+        Self { kind: Kind::Request, code: request.method, header: &request.header, bulk: &request.bulk }
+    }
+}
+
+/// Makes the bytes of a frame behind some others, with one allocation.
+pub(super) fn encode_behind(front: &[u8], parts: Parts<'_>) -> Result<Encoded, FrameError> {
+    let Parts { kind, code, header, bulk } = parts;
     check_lengths(header.len(), bulk.len())?;
-    let mut head = BytesMut::with_capacity(PRELUDE + header.len());
+    let mut head = BytesMut::with_capacity(front.len() + PRELUDE + header.len());
+    head.extend_from_slice(front);
     head.extend_from_slice(&MAGIC);
     head.extend_from_slice(&code.to_le_bytes());
     head.extend_from_slice(&(kind as u16).to_le_bytes());
@@ -108,14 +137,14 @@ fn check_lengths(header: usize, bulk: usize) -> Result<(), FrameError> {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Prelude {
+pub(super) struct Prelude {
     code: u16,
     header: usize,
     bulk: usize,
 }
 
 impl Prelude {
-    fn parse(mut bytes: &[u8], expected: Kind) -> Result<Self, FrameError> {
+    pub(super) fn parse(mut bytes: &[u8], expected: Kind) -> Result<Self, FrameError> {
         if bytes.len() < PRELUDE {
             return Err(FrameError::Truncated);
         }
@@ -135,7 +164,33 @@ impl Prelude {
     }
 
     fn total(&self) -> usize {
-        PRELUDE + self.header + self.bulk
+        PRELUDE + self.body()
+    }
+
+    /// Length of the header.
+    pub(super) fn header_len(&self) -> usize {
+        self.header
+    }
+
+    /// Length of all that follows.
+    pub(super) fn body(&self) -> usize {
+        self.header + self.bulk
+    }
+
+    pub(super) fn into_request(self, header: Bytes, bulk: Bytes) -> Request {
+        Request { method: self.code, header, bulk }
+    }
+
+    pub(super) fn into_response(
+        self,
+        header: Bytes,
+        bulk: Bytes,
+    ) -> Result<Result<Response, RpcError>, FrameError> {
+        match self.code {
+            STATUS_OK => Ok(Ok(Response { header, bulk })),
+            STATUS_ERROR => codec::decode(&header).map(Err).map_err(|_| FrameError::Status),
+            _ => Err(FrameError::Status),
+        }
     }
 }
 
@@ -203,17 +258,13 @@ impl Assembler {
     /// The request, once the stream has ended.
     pub fn into_request(self) -> Result<Request, FrameError> {
         let (prelude, header, bulk) = self.finish()?;
-        Ok(Request { method: prelude.code, header, bulk })
+        Ok(prelude.into_request(header, bulk))
     }
 
     /// The answer, once the stream has ended.
     pub fn into_response(self) -> Result<Result<Response, RpcError>, FrameError> {
         let (prelude, header, bulk) = self.finish()?;
-        match prelude.code {
-            STATUS_OK => Ok(Ok(Response { header, bulk })),
-            STATUS_ERROR => codec::decode(&header).map(Err).map_err(|_| FrameError::Status),
-            _ => Err(FrameError::Status),
-        }
+        prelude.into_response(header, bulk)
     }
 }
 

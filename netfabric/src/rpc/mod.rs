@@ -2,11 +2,12 @@
 //!
 //! A call is one bidirectional stream (between nodes, see [`crate::mesh`]) or one connection (to a unix socket
 //! inside a node, see [`call_unix`] and [`serve_unix`]). The caller writes one frame and the callee answers with
-//! one. A fresh stream for each call costs as little as a shared one, and a slow call holds up no other.
+//! one. A slow call holds up no other. Where calls are many and small they share a stream, each frame behind its call's number.
 //!
 //! | module | it is |
 //! |---|---|
 //! | [`frame`] | the bytes of a frame, and the assembler that reads them from whatever pieces arrive |
+//! | `tagged` | frames of many calls on one stream |
 //! | [`codec`] | typed headers: one version byte, then postcard |
 //! | `unix` | calls over unix sockets |
 //!
@@ -16,6 +17,7 @@
 
 pub mod codec;
 pub mod frame;
+pub(crate) mod tagged;
 mod unix;
 
 use bytes::Bytes;
