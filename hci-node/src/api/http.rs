@@ -321,6 +321,7 @@ fn unjoined() -> api::Status {
         disks: 0,
         volumes: 0,
         volumes_degraded: 0,
+        moves: 0,
         vms: 0,
         vms_running: 0,
         raw_bytes: 0,

@@ -2,7 +2,10 @@
 //!
 //! Only what needs the state to understand is checked here; whether a command is allowed is decided where it is applied.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+};
 
 use ipnet::Ipv4Net;
 
@@ -11,7 +14,8 @@ use super::{
     types as api,
 };
 use crate::state::{
-    ClusterState, DesiredRun, DiskId, DiskState, ImageId, ImagePart, NetworkId, NodeId, Op, PortId, StopMode,
+    ClusterState, DesiredRun, Disk, DiskId, DiskService, DiskState, Durability, ImageId, ImagePart,
+    NetworkId, Node, NodeId, NodeService, Op, PoolPolicy, PortId, Rebalancing, Segment, StopMode, Subject,
     VmId, VolumeId, WipePolicy,
     command::{NewPort, NewVm, NewVolume},
     report::NodeReport,
@@ -45,6 +49,13 @@ pub fn not_found(what: &str, name: &str) -> Problem {
 
 fn invalid(detail: impl Into<String>, next: &str) -> Problem {
     Problem::new(ProblemKind::Invalid, detail, next)
+}
+
+fn durability(asked: api::Durability) -> Durability {
+    match asked {
+        api::Durability::WriteBack => Durability::WriteBack,
+        api::Durability::WriteThrough => Durability::WriteThrough,
+    }
 }
 
 impl Context<'_> {
@@ -87,10 +98,150 @@ impl Context<'_> {
                 size_bytes: request.size_bytes,
                 replicas: request.replicas.unwrap_or_else(|| self.usual_replicas()),
                 min_in_sync: request.min_in_sync,
+                durability: durability(request.durability),
             },
             near: None,
             unreachable: self.silent.clone(),
         }
+    }
+
+    /// A disk of the pool by its id, or as `NODE:PATH`.
+    fn disk(&self, name: &str) -> Result<&Disk, Problem> {
+        let by_id = || name.parse::<DiskId>().ok().and_then(|id| self.state.disks.get(&id));
+        let by_path = || {
+            let (node, path) = name.split_once(':')?;
+            let node = self.state.find_node(node)?.id;
+            self.state.disks.values().find(|disk| disk.node == node && disk.path == path)
+        };
+        by_id().or_else(by_path).ok_or_else(|| not_found("disk", name))
+    }
+
+    /// `POST /v1/disks/DISK/evict`.
+    pub fn evict_disk(&self, name: &str, request: api::EvictDisk) -> Result<Op, Problem> {
+        let disk = self.disk(name)?;
+        let shown = self.state.subject_name(&Subject::Disk(disk.id));
+        if request.force {
+            return Ok(Op::SetDiskService { disk: disk.id, service: DiskService::Dead });
+        }
+        let lost = self.state.nodes.get(&disk.node).is_none_or(Node::is_lost);
+        if lost || matches!(disk.state, DiskState::Failed { .. }) {
+            return Err(Problem::new(
+                ProblemKind::Refused,
+                format!("disk {shown} cannot be read, so nothing can be moved off it"),
+                format!("have its copies rebuilt from the others: hci disk evict {shown} --force"),
+            ));
+        }
+        self.check_places(&[disk.id])?;
+        Ok(Op::SetDiskService { disk: disk.id, service: DiskService::Draining })
+    }
+
+    /// `POST /v1/disks/DISK/resume`.
+    pub fn resume_disk(&self, name: &str) -> Result<Op, Problem> {
+        Ok(Op::SetDiskService { disk: self.disk(name)?.id, service: DiskService::InService })
+    }
+
+    /// Whether what is on these disks can go elsewhere, as far as nodes go: each copy needs one that has none yet.
+    fn check_places(&self, leaving: &[DiskId]) -> Result<(), Problem> {
+        let stays = |disk: &&Disk| {
+            let node = self.state.nodes.get(&disk.node);
+            !leaving.contains(&disk.id)
+                && disk.takes_replicas()
+                && !self.silent.contains(&disk.node)
+                && node.is_some_and(|node| node.service == NodeService::InService)
+        };
+        let nodes: BTreeSet<_> = self.state.disks.values().filter(stays).map(|disk| disk.node).collect();
+        for volume in self.state.volumes.values() {
+            let has_place = |segment: &Segment| {
+                let keeps = segment.replicas.iter().filter(|copy| !leaving.contains(&copy.disk));
+                let taken: BTreeSet<_> = keeps.map(|copy| copy.node).collect();
+                nodes.difference(&taken).next().is_some()
+            };
+            let is_hit = |segment: &&Segment| leaving.iter().any(|disk| segment.on(*disk).is_some());
+            if volume.segments.iter().filter(is_hit).any(|segment| !has_place(segment)) {
+                return Err(Problem::new(
+                    ProblemKind::Capacity,
+                    format!(
+                        "the {} copies of volume {} need {} nodes with usable disks, and without this there are {}",
+                        volume.replicas,
+                        volume.name,
+                        volume.replicas,
+                        nodes.len()
+                    ),
+                    format!(
+                        "add a disk first (hci disk add NODE PATH), or use fewer copies: hci volume set {} --replicas {}",
+                        volume.name,
+                        volume.replicas.saturating_sub(1).max(1)
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn node(&self, name: &str) -> Result<&Node, Problem> {
+        self.state.find_node(name).ok_or_else(|| not_found("node", name))
+    }
+
+    /// `PATCH /v1/nodes/NAME`.
+    pub fn set_node(&self, name: &str, request: api::SetNode) -> Result<Op, Problem> {
+        let node = self.node(name)?.id;
+        match request.rack {
+            Some(rack) => Ok(Op::SetNodeRack { node, rack: Some(rack).filter(|rack| !rack.is_empty()) }),
+            None => Err(invalid("nothing is to be changed", "hci node set NAME --rack RACK")),
+        }
+    }
+
+    /// `POST /v1/nodes/NAME/drain`, `resume` and `evict`.
+    pub fn set_node_service(&self, name: &str, service: NodeService) -> Result<Op, Problem> {
+        let node = self.node(name)?;
+        if service == NodeService::Leaving && !node.is_lost() {
+            let disks = self.state.disks.values().filter(|disk| disk.node == node.id);
+            self.check_places(&disks.map(|disk| disk.id).collect::<Vec<_>>())?;
+        }
+        Ok(Op::SetNodeService { node: node.id, service })
+    }
+
+    /// `PATCH /v1/pool`.
+    pub fn set_pool(&self, request: api::SetPool) -> Op {
+        let now = self.state.pool;
+        let rebalancing = match request.rebalance {
+            Some(true) => Rebalancing::On,
+            Some(false) => Rebalancing::Off,
+            None => now.rebalancing,
+        };
+        Op::SetPoolPolicy(PoolPolicy {
+            rebuild_grace_seconds: request.rebuild_grace_seconds.unwrap_or(now.rebuild_grace_seconds),
+            reserve_percent: request.reserve_percent.unwrap_or(now.reserve_percent),
+            moves_per_disk: request.moves_per_disk.unwrap_or(now.moves_per_disk),
+            rebalancing,
+        })
+    }
+
+    fn volume(&self, name: &str) -> Result<VolumeId, Problem> {
+        Ok(self.state.find_volume(name).ok_or_else(|| not_found("volume", name))?.id)
+    }
+
+    /// `PATCH /v1/volumes/NAME`.
+    pub fn set_volume(&self, name: &str, request: api::SetVolume) -> Result<Op, Problem> {
+        if request == api::SetVolume::default() {
+            return Err(invalid("nothing is to be changed", "hci volume set NAME --replicas 3"));
+        }
+        Ok(Op::SetVolume {
+            volume: self.volume(name)?,
+            replicas: request.replicas,
+            min_in_sync: request.min_in_sync,
+            durability: request.durability.map(durability),
+            unreachable: self.silent.clone(),
+        })
+    }
+
+    /// `POST /v1/volumes/NAME/grow`.
+    pub fn grow_volume(&self, name: &str, request: api::GrowVolume) -> Result<Op, Problem> {
+        Ok(Op::GrowVolume {
+            volume: self.volume(name)?,
+            size_bytes: request.size_bytes,
+            unreachable: self.silent.clone(),
+        })
     }
 
     /// The volume of an image's disk.
@@ -101,6 +252,7 @@ impl Context<'_> {
             size_bytes,
             replicas: self.usual_replicas(),
             min_in_sync: None,
+            durability: Durability::WriteBack,
         }
     }
 
@@ -159,6 +311,7 @@ impl Context<'_> {
             size_bytes: disk.size_bytes,
             replicas: disk.replicas.unwrap_or_else(|| self.usual_replicas()),
             min_in_sync: None,
+            durability: Durability::WriteBack,
         };
         let desired = match request.stopped {
             false => DesiredRun::Running,

@@ -26,8 +26,8 @@ use crate::{
         replicated::ReplicationError,
     },
     state::{
-        ClusterState, Command, DesiredRun, NodeId, Op, Outcome, Refusal, RefusalKind, StopMode, TaskId,
-        Timestamp, Token, TokenId, TokenKind, report::NodeReport,
+        ClusterState, Command, DesiredRun, NodeId, NodeService, Op, Outcome, Refusal, RefusalKind, StopMode,
+        TaskId, Timestamp, Token, TokenId, TokenKind, report::NodeReport,
     },
 };
 
@@ -167,12 +167,14 @@ pub async fn answer_here(member: &Arc<Member>, request: &ApiRequest) -> Result<A
     let path: Vec<&str> = elements.iter().map(String::as_str).collect();
     match request.method.as_str() {
         "GET" | "HEAD" => read(member, &path, &request.path),
-        "POST" | "DELETE" if member.replicated.leadership().borrow().leader.is_none() => Err(Problem::new(
-            ProblemKind::Unavailable,
-            "the cluster has no leader now: no majority of its nodes answers",
-            "wait a few seconds and try again; see which nodes are there: hci node list",
-        )),
-        "POST" | "DELETE" => write(member, request, &path).await,
+        "POST" | "PATCH" | "DELETE" if member.replicated.leadership().borrow().leader.is_none() => {
+            Err(Problem::new(
+                ProblemKind::Unavailable,
+                "the cluster has no leader now: no majority of its nodes answers",
+                "wait a few seconds and try again; see which nodes are there: hci node list",
+            ))
+        }
+        "POST" | "PATCH" | "DELETE" => write(member, request, &path).await,
         _ => Err(Problem::new(
             ProblemKind::MethodNotAllowed,
             format!("{} {} does not exist", request.method, request.path),
@@ -203,8 +205,13 @@ fn read(member: &Arc<Member>, path: &[&str], full: &str) -> Result<ApiResponse, 
             Some(node) => ApiResponse::json(200, &views.node(node)),
             None => Err(not_found("node", name)),
         },
+        ["pool"] => ApiResponse::json(200, &views.pool()),
         ["disks"] => list(views.disks()),
-        ["disks", id] => match views.disks().into_iter().find(|disk| disk.id.as_deref() == Some(*id)) {
+        ["disks", id] => match views
+            .disks()
+            .into_iter()
+            .find(|disk| disk.id.as_deref() == Some(*id) || *id == format!("{}:{}", disk.node, disk.path))
+        {
             Some(disk) => ApiResponse::json(200, &disk),
             None => Err(not_found("disk", id)),
         },
@@ -256,7 +263,16 @@ async fn write(member: &Arc<Member>, request: &ApiRequest, path: &[&str]) -> Res
         ("DELETE", ["cluster", "tokens", id]) => {
             Op::RevokeToken(id.parse::<TokenId>().map_err(|_| not_found("token", id))?)
         }
+        ("PATCH", ["pool"]) => context.set_pool(parse(body)?),
         ("POST", ["disks"]) => context.add_disk(parse(body)?)?,
+        ("POST", ["disks", disk, "evict"]) => context.evict_disk(disk, parse(body)?)?,
+        ("POST", ["disks", disk, "resume"]) => context.resume_disk(disk)?,
+        ("PATCH", ["nodes", node]) => context.set_node(node, parse(body)?)?,
+        ("POST", ["nodes", node, "drain"]) => context.set_node_service(node, NodeService::Draining)?,
+        ("POST", ["nodes", node, "resume"]) => context.set_node_service(node, NodeService::InService)?,
+        ("POST", ["nodes", node, "evict"]) => context.set_node_service(node, NodeService::Leaving)?,
+        ("PATCH", ["volumes", volume]) => context.set_volume(volume, parse(body)?)?,
+        ("POST", ["volumes", volume, "grow"]) => context.grow_volume(volume, parse(body)?)?,
         ("POST", ["volumes"]) => context.create_volume(parse(body)?),
         ("DELETE", ["volumes", name]) => {
             Op::DeleteVolume(state.find_volume(name).ok_or_else(|| not_found("volume", name))?.id)
@@ -282,6 +298,7 @@ async fn write(member: &Arc<Member>, request: &ApiRequest, path: &[&str]) -> Res
                     let mode = if force { StopMode::Force } else { StopMode::Graceful };
                     Op::SetVmDesired { vm, desired: DesiredRun::Stopped(mode) }
                 }
+                "restart" if parse::<api::RestartVm>(body)?.force => Op::ResetVm(vm),
                 "restart" => Op::RestartVm(vm),
                 _ => return Err(unknown_path(&request.path)),
             }

@@ -48,6 +48,8 @@ pub struct Status {
     pub volumes: u32,
     /// Volumes with fewer copies than wanted.
     pub volumes_degraded: u32,
+    /// Copies on their way to another disk.
+    pub moves: u32,
     /// VMs in all.
     pub vms: u32,
     /// VMs that run.
@@ -215,10 +217,26 @@ pub struct Node {
     pub vms: u32,
     /// Disks of the pool in it.
     pub disks: u32,
+    /// Whether it is meant to carry anything.
+    pub service: NodeService,
+    /// The failure domain that it shares with others.
+    pub rack: Option<String>,
     /// Whether its data process answers.
     pub data_process_up: Option<bool>,
     /// When it joined.
     pub joined: String,
+}
+
+/// Whether a node is meant to carry anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NodeService {
+    /// It is.
+    InService,
+    /// It is emptied of VMs.
+    Draining,
+    /// It is emptied and leaves the cluster.
+    Leaving,
 }
 
 /// Whether a node is there.
@@ -242,6 +260,8 @@ pub struct Disk {
     pub path: String,
     /// How it is.
     pub state: DiskState,
+    /// Segments with a copy on it.
+    pub segments: u32,
     /// Why it is not well, or what it holds.
     pub message: Option<String>,
     /// Capacity.
@@ -270,6 +290,107 @@ pub enum DiskState {
     Failed,
     /// Its node is lost.
     Unreachable,
+    /// It is emptied and leaves the pool.
+    Draining,
+    /// It was declared dead and leaves the pool.
+    Dead,
+    /// It has only its reserve left and gets no new copies.
+    Reserved,
+}
+
+/// `POST /v1/disks/DISK/evict`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvictDisk {
+    /// Whether it is declared dead: its copies are rebuilt from the others instead of being moved.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// `GET /v1/pool`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Pool {
+    /// How long a node may be lost before its copies are rebuilt elsewhere.
+    pub rebuild_grace_seconds: u32,
+    /// Share of each disk that placement and rebuilding leave free.
+    pub reserve_percent: u8,
+    /// Segments that are copied to or away from one disk at a time.
+    pub moves_per_disk: u8,
+    /// Whether copies are moved to even out how full the disks are.
+    pub rebalance: bool,
+    /// Copies on their way to another disk.
+    pub moves: u32,
+    /// Segments with fewer complete copies than they should have.
+    pub segments_degraded: u32,
+    /// Segments in all.
+    pub segments: u32,
+    /// Data of copies that have left their disks and are still to be removed there, in segments.
+    pub segments_to_remove: u32,
+    /// Capacity of all disks.
+    pub raw_bytes: u64,
+    /// Used on all disks.
+    pub used_bytes: u64,
+}
+
+/// `PATCH /v1/pool`: what is given is changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetPool {
+    /// See [`Pool`].
+    #[serde(default)]
+    pub rebuild_grace_seconds: Option<u32>,
+    /// See [`Pool`].
+    #[serde(default)]
+    pub reserve_percent: Option<u8>,
+    /// See [`Pool`].
+    #[serde(default)]
+    pub moves_per_disk: Option<u8>,
+    /// See [`Pool`].
+    #[serde(default)]
+    pub rebalance: Option<bool>,
+}
+
+/// `PATCH /v1/nodes/NAME`: what is given is changed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetNode {
+    /// The failure domain that it shares with others; empty takes the label away.
+    #[serde(default)]
+    pub rack: Option<String>,
+}
+
+/// `PATCH /v1/volumes/NAME`: what is given is changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetVolume {
+    /// How many copies.
+    #[serde(default)]
+    pub replicas: Option<u8>,
+    /// Writes wait below this many copies.
+    #[serde(default)]
+    pub min_in_sync: Option<u8>,
+    /// When a write counts as complete.
+    #[serde(default)]
+    pub durability: Option<Durability>,
+}
+
+/// `POST /v1/volumes/NAME/grow`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GrowVolume {
+    /// Its new size.
+    pub size_bytes: u64,
+}
+
+/// When a write counts as complete.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Durability {
+    /// When all in-sync copies have it; a flush makes it durable.
+    #[default]
+    WriteBack,
+    /// When it is durable on all in-sync copies.
+    WriteThrough,
 }
 
 /// `POST /v1/disks`.
@@ -310,8 +431,22 @@ pub struct Volume {
     pub coordinator: Option<String>,
     /// `vm NAME`, `image NAME` or nothing.
     pub used_by: Option<String>,
+    /// When a write counts as complete.
+    pub durability: Durability,
     /// Blocks that are still to be resynced.
     pub resync_blocks_left: Option<u64>,
+    /// Segments in all.
+    pub segments: u32,
+    /// Segments with fewer complete copies than they should have.
+    pub segments_degraded: u32,
+    /// Copies on their way to another disk.
+    pub moves: u32,
+    /// How far it is to full redundancy, 0 to 1.
+    pub progress: f64,
+    /// What may be lost without harm, as a sentence.
+    pub tolerates: String,
+    /// What would stop its I/O, one sentence for each node or disk; empty when any one may be lost.
+    pub at_risk: Vec<String>,
     /// Its copies, one entry for each disk that holds some.
     pub placement: Vec<VolumePlacement>,
     /// When it was created.
@@ -325,10 +460,32 @@ pub struct VolumePlacement {
     pub node: String,
     /// The device.
     pub disk: String,
+    /// The rack of the node.
+    pub rack: Option<String>,
     /// Segments on it.
     pub segments: u32,
     /// Segments on it that are complete.
     pub in_sync: u32,
+    /// How its copies are.
+    pub state: CopyState,
+    /// Copies on it that are to replace others, or to be replaced.
+    pub moving: u32,
+}
+
+/// How the copies on a disk are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CopyState {
+    /// All complete.
+    InSync,
+    /// Some are being completed.
+    Syncing,
+    /// Their node is lost; they are waited for.
+    Waiting,
+    /// They are moved to other disks.
+    Leaving,
+    /// They are not counted on any more.
+    Gone,
 }
 
 /// How a volume is.
@@ -363,6 +520,9 @@ pub struct CreateVolume {
     /// Writes wait below this many copies.
     #[serde(default)]
     pub min_in_sync: Option<u8>,
+    /// When a write counts as complete.
+    #[serde(default)]
+    pub durability: Durability,
 }
 
 /// An image.
@@ -599,6 +759,15 @@ pub struct CreateVmDisk {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StopVm {
+    /// Whether it is killed instead of asked.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// `POST /v1/vms/NAME/restart`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestartVm {
     /// Whether it is killed instead of asked.
     #[serde(default)]
     pub force: bool,

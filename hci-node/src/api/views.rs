@@ -1,4 +1,7 @@
-//! From cluster state and reports to the resources of the API. Pure.
+//! From cluster state and reports to the resources of the API. Pure. Volumes, and what may happen to them, are in
+//! `volumes`.
+
+mod volumes;
 
 use std::collections::BTreeMap;
 
@@ -6,12 +9,10 @@ use super::types as api;
 use crate::{
     control::replicated::{Member, MemberRole},
     state::{
-        Availability, ClusterState, DesiredRun, Disk, DiskState, Event, Image, Network, Node, NodeId,
-        PartState, Severity, Subject, Task, TaskState, Token, TokenKind, Vm, VmExit, Volume, VolumeId,
-        VolumeOwner,
-        report::{
-            CandidateDisk, DiskHealth, NodeReport, ProcessState, VmRunState, VolumeReport, VolumeRunState,
-        },
+        Availability, ClusterState, DesiredRun, Disk, DiskRoom, DiskService, DiskState, Event, Image,
+        Network, Node, NodeId, NodeService, PartState, Rebalancing, Severity, Subject, Task, TaskState,
+        Token, TokenKind, Vm, VmExit, VolumeId,
+        report::{CandidateDisk, DiskHealth, NodeReport, ProcessState, VmRunState},
     },
 };
 
@@ -28,13 +29,28 @@ pub struct Views<'a> {
 }
 
 impl Views<'_> {
-    fn node_name(&self, node: NodeId) -> String {
-        self.state.subject_name(&Subject::Node(node))
+    /// What holds for the pool as a whole, and how it is.
+    pub fn pool(&self) -> api::Pool {
+        let policy = self.state.pool;
+        let volumes = || self.state.volumes.values();
+        let disks: Vec<_> = self.disks().into_iter().filter(|disk| disk.id.is_some()).collect();
+        let left = self.state.retired.values().flat_map(|disks| disks.values());
+        api::Pool {
+            rebuild_grace_seconds: policy.rebuild_grace_seconds,
+            reserve_percent: policy.reserve_percent,
+            moves_per_disk: policy.moves_per_disk,
+            rebalance: policy.rebalancing == Rebalancing::On,
+            moves: volumes().map(volumes::moves).sum(),
+            segments_degraded: volumes().map(volumes::degraded).sum(),
+            segments: count(volumes().flat_map(|volume| &volume.segments)),
+            segments_to_remove: count(left.flat_map(|retired| &retired.segments)),
+            raw_bytes: disks.iter().map(|disk| disk.capacity_bytes).sum(),
+            used_bytes: disks.iter().filter_map(|disk| disk.used_bytes).sum(),
+        }
     }
 
-    fn volume_report(&self, volume: &Volume) -> Option<&VolumeReport> {
-        let reports = &self.reports.get(&volume.coordinator?)?.local.volumes;
-        reports.iter().find(|report| report.volume == volume.id && report.generation == volume.generation)
+    fn node_name(&self, node: NodeId) -> String {
+        self.state.subject_name(&Subject::Node(node))
     }
 
     /// The cluster.
@@ -78,6 +94,12 @@ impl Views<'_> {
             memory_available_bytes: report.map(|report| report.machine.memory_available_bytes),
             vms: count(self.state.vms_on(node.id)),
             disks: count(self.state.disks.values().filter(|disk| disk.node == node.id)),
+            service: match node.service {
+                NodeService::InService => api::NodeService::InService,
+                NodeService::Draining => api::NodeService::Draining,
+                NodeService::Leaving => api::NodeService::Leaving,
+            },
+            rack: node.rack.clone(),
             data_process_up: report.map(|report| report.local.data_process == ProcessState::Up),
             joined: node.joined.to_string(),
         }
@@ -105,10 +127,17 @@ impl Views<'_> {
         );
         let (state, message) = match (&disk.state, seen.map(|seen| &seen.health)) {
             (DiskState::Preparing, _) => (api::DiskState::Preparing, None),
+            _ if disk.service == DiskService::Dead => {
+                (api::DiskState::Dead, Some("its copies are rebuilt elsewhere".to_owned()))
+            }
             (DiskState::Failed { reason }, _) => (api::DiskState::Failed, Some(reason.clone())),
             (DiskState::Ready, Some(DiskHealth::Failed(why))) => (api::DiskState::Failed, Some(why.clone())),
             (DiskState::Ready, Some(DiskHealth::Full)) => (api::DiskState::Full, None),
             (DiskState::Ready, _) if lost => (api::DiskState::Unreachable, None),
+            (DiskState::Ready, _) if disk.service == DiskService::Draining => {
+                (api::DiskState::Draining, Some("its copies are moved to other disks".to_owned()))
+            }
+            (DiskState::Ready, _) if disk.room == DiskRoom::Reserved => (api::DiskState::Reserved, None),
             (DiskState::Ready, _) => (api::DiskState::Ready, None),
         };
         api::Disk {
@@ -116,6 +145,7 @@ impl Views<'_> {
             node: self.node_name(disk.node),
             path: disk.path.clone(),
             state,
+            segments: self.state.segments_on(disk.id),
             message,
             capacity_bytes: seen.map_or(disk.capacity_bytes, |seen| seen.capacity_bytes),
             used_bytes: seen.map(|seen| seen.used_bytes),
@@ -129,71 +159,12 @@ impl Views<'_> {
             node: self.node_name(node),
             path: candidate.path.clone(),
             state: if candidate.holds.is_some() { api::DiskState::Foreign } else { api::DiskState::Free },
+            segments: 0,
             message: candidate.holds.as_ref().map(|what| format!("holds {what}")),
             capacity_bytes: candidate.size_bytes,
             used_bytes: None,
             model: Some(candidate.model.clone()).filter(|model| !model.is_empty()),
         }
-    }
-
-    /// A volume.
-    pub fn volume(&self, volume: &Volume) -> api::Volume {
-        let report = self.volume_report(volume);
-        let degraded = volume.is_degraded();
-        let resync = report.map(|report| report.resync_blocks_left);
-        let (state, message) = match (volume.coordinator, report.map(|report| &report.state)) {
-            (_, Some(VolumeRunState::Waiting(why))) => (api::VolumeState::Waiting, Some(why.clone())),
-            (_, Some(VolumeRunState::Fenced)) => {
-                (api::VolumeState::Waiting, Some("a newer generation exists".to_owned()))
-            }
-            (_, Some(VolumeRunState::Open)) if degraded && resync.is_some_and(|left| left > 0) => {
-                (api::VolumeState::Resyncing, None)
-            }
-            _ if degraded => (api::VolumeState::Degraded, None),
-            (Some(_), Some(VolumeRunState::Open)) => (api::VolumeState::Healthy, None),
-            (Some(_), _) => (api::VolumeState::Opening, None),
-            (None, _) => (api::VolumeState::Closed, None),
-        };
-        let used_by = match volume.owner {
-            VolumeOwner::None => None,
-            VolumeOwner::Vm(vm) => Some(format!("vm {}", self.state.subject_name(&Subject::Vm(vm)))),
-            VolumeOwner::Image(image) => {
-                Some(format!("image {}", self.state.subject_name(&Subject::Image(image))))
-            }
-        };
-        api::Volume {
-            id: volume.id.to_string(),
-            name: volume.name.clone(),
-            size_bytes: volume.size_bytes,
-            replicas: volume.replicas,
-            in_sync: u8::try_from(volume.fewest_in_sync()).unwrap_or(u8::MAX),
-            min_in_sync: volume.min_in_sync,
-            state,
-            message,
-            generation: volume.generation.0,
-            coordinator: volume.coordinator.map(|node| self.node_name(node)),
-            used_by,
-            resync_blocks_left: resync,
-            placement: self.placement(volume),
-            created: volume.created.to_string(),
-        }
-    }
-
-    fn placement(&self, volume: &Volume) -> Vec<api::VolumePlacement> {
-        let mut disks = BTreeMap::new();
-        for replica in volume.segments.iter().flat_map(|segment| &segment.replicas) {
-            let entry = disks.entry(replica.disk).or_insert_with(|| api::VolumePlacement {
-                node: self.node_name(replica.node),
-                disk: self.state.disks.get(&replica.disk).map(|disk| disk.path.clone()).unwrap_or_default(),
-                segments: 0,
-                in_sync: 0,
-            });
-            entry.segments += 1;
-            if replica.state == crate::state::ReplicaState::InSync {
-                entry.in_sync += 1;
-            }
-        }
-        disks.into_values().collect()
     }
 
     /// An image.
@@ -341,6 +312,7 @@ impl Views<'_> {
             disks: count(pool.iter()),
             volumes: count(self.state.volumes.values()),
             volumes_degraded: count(self.state.volumes.values().filter(|volume| volume.is_degraded())),
+            moves: self.state.volumes.values().map(volumes::moves).sum(),
             vms: count(self.state.vms.values()),
             vms_running: count(
                 self.state.vms.values().filter(|vm| self.vm_state(vm).0 == api::VmState::Running),
@@ -380,8 +352,13 @@ impl Views<'_> {
             }
         }
         for disk in self.disks() {
-            if matches!(disk.state, api::DiskState::Failed | api::DiskState::Full) {
-                let word = if disk.state == api::DiskState::Full { "full" } else { "failed" };
+            use api::DiskState::{Dead, Failed, Full, Reserved};
+            if matches!(disk.state, Failed | Full | Reserved | Dead) {
+                let word = match disk.state {
+                    Full => "full",
+                    Reserved => "only its reserve is left, it gets no new copies",
+                    _ => "failed",
+                };
                 let message = disk.message.unwrap_or_else(|| word.to_owned());
                 add(api::Health::Degraded, "disk", format!("{}:{}", disk.node, disk.path), message);
             }
@@ -392,9 +369,15 @@ impl Views<'_> {
                 let message = view.message.unwrap_or_else(|| "I/O waits".to_owned());
                 add(api::Health::Critical, "volume", view.name, message);
             } else if volume.is_degraded() {
-                let mut message = format!("{} of {} copies", view.in_sync, view.replicas);
+                let mut message = format!(
+                    "{} of {} copies, {} of {} segments lack some",
+                    view.in_sync, view.replicas, view.segments_degraded, view.segments
+                );
+                if view.state == api::VolumeState::Resyncing {
+                    message.push_str(&format!(", rebuilding, {:.0} % there", view.progress * 100.0));
+                }
                 if let Some(left) = view.resync_blocks_left.filter(|left| *left > 0) {
-                    message.push_str(&format!(", resyncing, {left} blocks left"));
+                    message.push_str(&format!(", {left} blocks left"));
                 }
                 add(api::Health::Degraded, "volume", view.name, message);
             }
@@ -415,11 +398,8 @@ impl Views<'_> {
             count(self.state.nodes.values().filter(|node| node.availability != Availability::Available));
         let voters = count(self.members.iter().filter(|member| member.role == MemberRole::Voter));
         let consensus = (voters.saturating_sub(1) / 2).saturating_sub(lost);
-        let data = |volume: &Volume| {
-            let spare = volume.fewest_in_sync().saturating_sub(usize::from(volume.min_in_sync));
-            u32::try_from(spare).unwrap_or(u32::MAX)
-        };
-        let volumes = self.state.volumes.values().map(data).min().unwrap_or(u32::MAX);
+        let volumes = self.state.volumes.values().map(|volume| self.spare_copies(volume)).min();
+        let volumes = volumes.unwrap_or(u32::MAX);
         let nodes = consensus.min(volumes);
         let sentence = match nodes {
             0 if consensus == 0 => "nothing: one more node lost and there is no majority".to_owned(),

@@ -95,6 +95,9 @@ enum Command {
     /// The physical disks.
     #[command(subcommand)]
     Disk(nouns::disk::Verb),
+    /// All disks together: redundancy, reserve, rebuilding.
+    #[command(subcommand)]
+    Pool(nouns::pool::Verb),
     /// The replicated block devices.
     #[command(subcommand)]
     Volume(nouns::volume::Verb),
@@ -218,6 +221,7 @@ async fn ask(global: Global, command: Command) -> Result<Exit, CliError> {
         Command::Cluster(verb) => nouns::cluster::run(&context, verb).await?,
         Command::Node(NodeCommand::Ask(verb)) => nouns::node::run(&context, verb).await?,
         Command::Disk(verb) => nouns::disk::run(&context, verb).await?,
+        Command::Pool(verb) => nouns::pool::run(&context, verb).await?,
         Command::Volume(verb) => nouns::volume::run(&context, verb).await?,
         Command::Image(verb) => nouns::image::run(&context, verb).await?,
         Command::Network(verb) => nouns::network::run(&context, verb).await?,

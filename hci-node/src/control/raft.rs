@@ -124,4 +124,9 @@ impl Replicated for RaftState {
         }
         .boxed()
     }
+
+    fn expel(&self, node: NodeId) -> BoxFuture<'static, Result<(), ReplicationError>> {
+        let consensus = self.consensus.clone();
+        async move { Ok(consensus.remove_member(node).await?) }.boxed()
+    }
 }

@@ -64,4 +64,7 @@ pub trait Replicated: Send + Sync + 'static {
 
     /// Makes a node a learner, and a voter once it has caught up. Only on the leader; harmless when repeated.
     fn admit(&self, node: NodeId, control: SocketAddr) -> BoxFuture<'static, Result<(), ReplicationError>>;
+
+    /// Takes a node out of the consensus group. Only on the leader, which hands over first when it is the one.
+    fn expel(&self, node: NodeId) -> BoxFuture<'static, Result<(), ReplicationError>>;
 }

@@ -304,7 +304,7 @@ async fn bad_requests_and_bad_uploads_change_nothing() {
     for (method, path, value, status) in [
         (Method::GET, "/v1/nothing", Value::Null, 404),
         (Method::GET, "/v1/vms/none", Value::Null, 404),
-        (Method::PATCH, "/v1/vms", Value::Null, 405),
+        (Method::PUT, "/v1/vms", Value::Null, 405),
         (Method::POST, "/v1/networks", json!({ "name": "lan" }), 400),
         (Method::POST, "/v1/networks", json!({ "name": "lan", "subnet": "nonsense" }), 400),
         (Method::POST, "/v1/networks", json!({ "name": "../lan", "subnet": "10.9.0.0/24" }), 400),

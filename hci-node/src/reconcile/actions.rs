@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use netfabric::rpc::{CallError, ErrorCode};
+use storage::ids::SegmentIndex;
 use tokio::sync::Notify;
 
 use super::{
@@ -17,7 +18,7 @@ use super::{
 use crate::{
     data::{
         client::{DataClient, SLOW},
-        protocol::{CopyVolume, DataInstance, DeleteVolume, FormatDisk, VolumeFlush, Wipe},
+        protocol::{CopyVolume, DataInstance, DeleteSegments, DeleteVolume, FormatDisk, VolumeFlush, Wipe},
     },
     paths::NodePaths,
     state::{
@@ -117,6 +118,18 @@ impl Tools {
                 let delete = DeleteVolume { volume: volume.into() };
                 self.data.call(&delete, SLOW).await.map_err(ActionError::Data)?;
                 self.propose(Op::VolumePurged { volume, disks }).await?;
+            }
+            Action::ReleaseReplicas { volume, generation, disk, segments } => {
+                self.propose(Op::ReplicasReleased { volume, generation, disk, segments }).await?;
+            }
+            Action::PurgeReplicas { volume, disk, segments } => {
+                let delete = DeleteSegments {
+                    volume: volume.into(),
+                    disk: disk.into(),
+                    segments: segments.iter().map(|segment| SegmentIndex(segment.0)).collect(),
+                };
+                self.data.call(&delete, SLOW).await.map_err(ActionError::Data)?;
+                self.propose(Op::ReplicasPurged { volume, disk, segments }).await?;
             }
             Action::PrepareDisk { disk, path, wipe } => self.prepare_disk(disk, path, wipe).await?,
             Action::ReportDisk { disk, failed } => {

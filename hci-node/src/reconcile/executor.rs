@@ -26,7 +26,9 @@ use super::{
 };
 use crate::{
     data::protocol::DataInstance,
-    state::{ClusterState, ContentHash, Generation, RunEpoch, VmId, VolumeId, report::LocalReport},
+    state::{
+        ClusterState, ContentHash, DiskId, Generation, Retired, RunEpoch, VmId, VolumeId, report::LocalReport,
+    },
 };
 
 /// How often is looked when nothing happens: VMMs that another control process started tell nobody when they end.
@@ -61,6 +63,8 @@ pub(super) struct Executor {
     standing: Standing,
     grants: BTreeMap<VolumeId, (DataInstance, Generation)>,
     pressed: BTreeMap<VmId, (RunEpoch, Instant)>,
+    /// Copies that are free to be removed, and since when this was seen.
+    purgeable: BTreeMap<(VolumeId, DiskId), (Retired, Instant)>,
     pauses: BTreeMap<ActionKey, Pause>,
     running: JoinSet<Finished>,
     under_way: BTreeMap<ActionKey, tokio::task::Id>,
@@ -84,6 +88,7 @@ impl Executor {
             standing: Standing::Unknown,
             grants: BTreeMap::new(),
             pressed: BTreeMap::new(),
+            purgeable: BTreeMap::new(),
             pauses: BTreeMap::new(),
             running: JoinSet::new(),
             under_way: BTreeMap::new(),
@@ -152,7 +157,25 @@ impl Executor {
             data: self.data_view(),
             runs,
             boot_files: boot_files::held(&self.tools.paths)?,
+            purgeable_for: self.purgeable_for(state, now),
         })
+    }
+
+    /// Time counts from when exactly these copies were free.
+    fn purgeable_for(
+        &mut self,
+        state: &ClusterState,
+        now: Instant,
+    ) -> BTreeMap<(VolumeId, DiskId), Duration> {
+        let mut seen = std::mem::take(&mut self.purgeable);
+        let free = plan::data::purgeable(state, self.tools.me).map(|(volume, disk, retired)| {
+            let key = (volume, disk.id);
+            let since = seen.remove(&key).filter(|(before, _)| before == retired).map(|(_, since)| since);
+            (key, (retired.clone(), since.unwrap_or(now)))
+        });
+        self.purgeable = free.collect();
+        let waited = |since: Instant| now.saturating_duration_since(since);
+        self.purgeable.iter().map(|(key, (_, since))| (*key, waited(*since))).collect()
     }
 
     fn data_view(&mut self) -> Option<DataView> {

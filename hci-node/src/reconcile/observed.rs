@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, collections::BTreeSet, sync::Arc, time::Duratio
 
 use crate::{
     data::protocol::{DataConfig, DataInstance, Observed as DataStatus},
-    state::{ContentHash, Generation, RunEpoch, VmId, VolumeId},
+    state::{ContentHash, DiskId, Generation, RunEpoch, VmId, VolumeId},
     vmm_role::record::Ended,
 };
 
@@ -19,6 +19,8 @@ pub struct Observed {
     pub runs: BTreeMap<VmId, Run>,
     /// Kernels and initramfs that are complete on this node.
     pub boot_files: BTreeSet<ContentHash>,
+    /// For how long copies on this node's disks have been free to be removed.
+    pub purgeable_for: BTreeMap<(VolumeId, DiskId), Duration>,
 }
 
 /// Whether this node may run guests.

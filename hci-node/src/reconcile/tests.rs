@@ -152,6 +152,8 @@ fn cluster_of(id: NodeId) -> ClusterState {
         certificate_pem: String::new(),
         joined: Timestamp(0),
         availability: Availability::Available,
+        rack: None,
+        service: NodeService::InService,
     };
     let cluster = crate::state::Cluster {
         id: ClusterId::random(),
@@ -177,6 +179,7 @@ fn new_volume(name: &str) -> command::NewVolume {
         size_bytes: SIZE,
         replicas: 1,
         min_in_sync: None,
+        durability: Durability::WriteBack,
     }
 }
 

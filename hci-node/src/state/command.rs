@@ -62,6 +62,8 @@ pub struct NewVolume {
     pub replicas: u8,
     /// Fewer in-sync copies than this make writes wait; the usual one when none.
     pub min_in_sync: Option<u8>,
+    /// When a write counts as complete.
+    pub durability: Durability,
 }
 
 /// A NIC that is to be created; its addresses are allocated while applying.
@@ -408,6 +410,110 @@ pub enum Op {
         /// The sentence for people.
         message: String,
     },
+
+    // replica sets
+    /// A segment gets another copy: out of sync, to be filled by its volume's coordinator.
+    AddReplica {
+        /// The volume.
+        volume: VolumeId,
+        /// The segment.
+        segment: SegmentIndex,
+        /// Where the copy goes.
+        disk: DiskId,
+        /// The copy that leaves once this one is complete.
+        replaces: Option<DiskId>,
+    },
+    /// A copy leaves its set, if enough others are complete; its data are removed later.
+    RemoveReplica {
+        /// The volume.
+        volume: VolumeId,
+        /// The segment.
+        segment: SegmentIndex,
+        /// Where the copy is.
+        disk: DiskId,
+    },
+    /// The coordinator no longer uses copies that have left their sets.
+    ReplicasReleased {
+        /// The volume.
+        volume: VolumeId,
+        /// The coordinator's generation.
+        generation: Generation,
+        /// Where the copies were.
+        disk: DiskId,
+        /// Of which segments.
+        segments: Vec<SegmentIndex>,
+    },
+    /// A node removed the data of copies that have left their sets.
+    ReplicasPurged {
+        /// The volume.
+        volume: VolumeId,
+        /// Where the copies were.
+        disk: DiskId,
+        /// Of which segments.
+        segments: Vec<SegmentIndex>,
+    },
+
+    // the pool, its disks and nodes
+    /// Changes what holds for the pool as a whole.
+    SetPoolPolicy(PoolPolicy),
+    /// A disk is emptied and leaves the pool, is declared dead, or is in service again.
+    SetDiskService {
+        /// The disk.
+        disk: DiskId,
+        /// What it is meant to do.
+        service: DiskService,
+    },
+    /// The leader saw that a disk reached the reserve, or has room again.
+    SetDiskRoom {
+        /// The disk.
+        disk: DiskId,
+        /// Whether new replicas may be put on it.
+        room: DiskRoom,
+    },
+    /// A disk that is to leave the pool and that nothing refers to any more is forgotten.
+    RemoveDisk(DiskId),
+    /// Says which failure domain a node is in.
+    SetNodeRack {
+        /// The node.
+        node: NodeId,
+        /// The rack; none takes the label away.
+        rack: Option<String>,
+    },
+    /// A node is emptied for maintenance or for good, or is in service again.
+    SetNodeService {
+        /// The node.
+        node: NodeId,
+        /// What it is meant to do.
+        service: NodeService,
+    },
+    /// A node that is to leave the cluster and carries nothing any more is forgotten.
+    RemoveNode(NodeId),
+
+    // volumes that change
+    /// Changes how many copies a volume has, and what is asked of them.
+    SetVolume {
+        /// The volume.
+        volume: VolumeId,
+        /// How many copies.
+        replicas: Option<u8>,
+        /// Fewer in-sync copies than this make writes wait.
+        min_in_sync: Option<u8>,
+        /// When a write counts as complete.
+        durability: Option<Durability>,
+        /// Nodes that cannot take copies now.
+        unreachable: Vec<NodeId>,
+    },
+    /// Makes a volume larger.
+    GrowVolume {
+        /// The volume.
+        volume: VolumeId,
+        /// Its new size.
+        size_bytes: u64,
+        /// Nodes that cannot take copies now.
+        unreachable: Vec<NodeId>,
+    },
+    /// Kills the present run of a VM and starts another.
+    ResetVm(VmId),
 }
 
 /// What a command that was accepted answers.

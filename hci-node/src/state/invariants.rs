@@ -2,7 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use super::{ClusterState, Subject, VolumeOwner};
+use super::{ClusterState, Segment, Subject, Volume, VolumeOwner};
+
+/// Three copies and as many that replace them.
+const MOST_COPIES: usize = 6;
 
 /// Every violation found, as sentences; empty when all is well.
 pub fn violations(state: &ClusterState) -> Vec<String> {
@@ -20,6 +23,7 @@ pub fn violations(state: &ClusterState) -> Vec<String> {
     unique("VMs", state.vms.values().map(|vm| &vm.name).collect());
     volumes(state, &mut found);
     vms(state, &mut found);
+    leftovers(state, &mut found);
     let addresses: BTreeSet<_> = state.ports.values().map(|port| (port.network, port.ip)).collect();
     let macs: BTreeSet<_> = state.ports.values().map(|port| port.mac).collect();
     if addresses.len() != state.ports.len() || macs.len() != state.ports.len() {
@@ -35,13 +39,7 @@ fn volumes(state: &ClusterState, found: &mut Vec<String>) {
             if segment.in_sync() == 0 {
                 found.push(format!("segment {index} of {name} has no complete copy"));
             }
-            let nodes: BTreeSet<_> = segment.replicas.iter().map(|replica| replica.node).collect();
-            if nodes.len() != usize::from(volume.replicas) || segment.replicas.len() != nodes.len() {
-                found.push(format!(
-                    "copies of segment {index} of {name} are not on {} nodes",
-                    volume.replicas
-                ));
-            }
+            copies(state, volume, index, segment, found);
             for replica in &segment.replicas {
                 if state.disks.get(&replica.disk).is_none_or(|disk| disk.node != replica.node) {
                     found.push(format!("segment {index} of {name} is on an unknown disk"));
@@ -59,6 +57,53 @@ fn volumes(state: &ClusterState, found: &mut Vec<String>) {
         if state.purge.contains_key(&volume.id) {
             found.push(format!("{name} is deleted and there"));
         }
+    }
+}
+
+/// Copies are on distinct disks of distinct nodes, but for one that replaces another; no disk has one where data of a
+/// former one are still to be removed.
+fn copies(state: &ClusterState, volume: &Volume, index: usize, segment: &Segment, found: &mut Vec<String>) {
+    let name = &volume.name;
+    let retired = state.retired.get(&volume.id);
+    for (number, replica) in segment.replicas.iter().enumerate() {
+        for other in &segment.replicas[number + 1..] {
+            let related = replica.replaces == Some(other.disk) || other.replaces == Some(replica.disk);
+            if replica.disk == other.disk || (replica.node == other.node && !related) {
+                found.push(format!("two copies of segment {index} of {name} are in one place"));
+            }
+        }
+        if replica.replaces.is_some_and(|old| old == replica.disk || segment.on(old).is_none()) {
+            found.push(format!("a copy of segment {index} of {name} replaces one that is not there"));
+        }
+        if retired.is_some_and(|disks| disks.contains_key(&replica.disk)) {
+            let other = retired.and_then(|disks| disks.get(&replica.disk));
+            if other.is_some_and(|other| other.segments.iter().any(|there| there.0 as usize == index)) {
+                found.push(format!("segment {index} of {name} is in use and to be removed"));
+            }
+        }
+    }
+    if segment.replicas.len() > MOST_COPIES {
+        found.push(format!("segment {index} of {name} has too many copies"));
+    }
+}
+
+/// Disks belong to members, and what is to be removed belongs to disks of the pool and to volumes that are there.
+fn leftovers(state: &ClusterState, found: &mut Vec<String>) {
+    if state.disks.values().any(|disk| !state.nodes.contains_key(&disk.node)) {
+        found.push("a disk is in a node that is no member".to_owned());
+    }
+    let purged = state.purge.values().flatten();
+    if purged
+        .chain(state.retired.values().flat_map(|disks| disks.keys()))
+        .any(|disk| !state.disks.contains_key(disk))
+    {
+        found.push("data are to be removed from a disk that is not in the pool".to_owned());
+    }
+    if state.retired.keys().any(|volume| !state.volumes.contains_key(volume)) {
+        found.push("copies of a deleted volume are kept apart".to_owned());
+    }
+    if state.nodes.keys().any(|node| state.removed_nodes.contains(node)) {
+        found.push("a removed node is a member".to_owned());
     }
 }
 

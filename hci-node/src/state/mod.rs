@@ -70,6 +70,12 @@ pub struct ClusterState {
     pub next_event: u64,
     /// The next free network number.
     pub next_vni: u32,
+    /// What holds for the pool as a whole.
+    pub pool: PoolPolicy,
+    /// Data of copies that have left their sets, still to be removed.
+    pub retired: BTreeMap<VolumeId, BTreeMap<DiskId, Retired>>,
+    /// Nodes that left the cluster for good: their certificates are not accepted any more.
+    pub removed_nodes: BTreeSet<NodeId>,
 }
 
 impl ClusterState {
@@ -218,6 +224,19 @@ impl ClusterState {
         VolumeUse::Nothing
     }
 
+    /// The segments of all volumes that have a copy on a disk.
+    pub fn segments_on(&self, disk: DiskId) -> u32 {
+        let copies = self.volumes.values().flat_map(|volume| &volume.segments);
+        u32::try_from(copies.filter(|segment| segment.on(disk).is_some()).count()).unwrap_or(u32::MAX)
+    }
+
+    /// Whether the data of copies that left their sets may be removed: no coordinator can still be using them.
+    pub fn may_purge(&self, volume: VolumeId, retired: &Retired) -> bool {
+        let holder = self.volumes.get(&volume).filter(|volume| volume.coordinator.is_some());
+        retired.custody == Custody::Nobody
+            || holder.is_none_or(|volume| volume.generation != retired.generation)
+    }
+
     /// Whether a volume that nobody uses is to be open only so that its copies are completed. It yields to whoever
     /// wants the volume: a VM that is meant to run, or a copy that is to be made of it.
     pub fn needs_healing(&self, volume: &Volume) -> bool {
@@ -238,7 +257,7 @@ impl ClusterState {
                 && self.disks.get(&replica.disk).is_some_and(|disk| disk.state == DiskState::Ready)
         };
         let curable = || volume.segments.iter().flat_map(|segment| &segment.replicas).any(in_reach);
-        volume.is_filled() && volume.is_degraded() && !wanted_by_vm && !is_copied() && curable()
+        volume.is_filled() && !wanted_by_vm && !is_copied() && curable()
     }
 
     /// The NICs of a network, on any node: what forwarding is made from.

@@ -72,6 +72,18 @@ pub enum Availability {
     },
 }
 
+/// Whether a node is meant to carry anything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeService {
+    /// It is.
+    #[default]
+    InService,
+    /// Its VMs go elsewhere and no new ones come; its disks stay. For maintenance.
+    Draining,
+    /// Its VMs and its data go elsewhere, then it leaves the cluster.
+    Leaving,
+}
+
 /// A member of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {
@@ -89,6 +101,17 @@ pub struct Node {
     pub joined: Timestamp,
     /// Whether it is there.
     pub availability: Availability,
+    /// The failure domain that it shares with others: copies go to distinct racks when there are enough.
+    pub rack: Option<String>,
+    /// Whether it is meant to carry anything.
+    pub service: NodeService,
+}
+
+impl Node {
+    /// Whether its lease ran out.
+    pub fn is_lost(&self) -> bool {
+        matches!(self.availability, Availability::Lost { .. })
+    }
 }
 
 /// How far a disk is.
@@ -114,6 +137,29 @@ pub enum WipePolicy {
     Wipe,
 }
 
+/// Whether a disk is meant to hold replicas.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskService {
+    /// It is.
+    #[default]
+    InService,
+    /// Its replicas are moved to other disks, then it leaves the pool.
+    Draining,
+    /// It was declared dead: nothing of it is counted on any more, and it leaves the pool once nothing refers to it.
+    Dead,
+}
+
+/// Whether new replicas may be put on a disk. The leader compares what the disk's node reports with the pool's reserve;
+/// it is in the state so that placement is the same on every node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskRoom {
+    /// They may.
+    #[default]
+    Free,
+    /// What is left is the reserve.
+    Reserved,
+}
+
 /// A physical disk of the pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Disk {
@@ -133,6 +179,53 @@ pub struct Disk {
     pub wipe: WipePolicy,
     /// When it was added.
     pub added: Timestamp,
+    /// Whether it is meant to hold replicas.
+    pub service: DiskService,
+    /// Whether new replicas may be put on it.
+    pub room: DiskRoom,
+}
+
+impl Disk {
+    /// Whether new replicas may be put on it, as far as the disk itself is concerned.
+    pub fn takes_replicas(&self) -> bool {
+        self.state == DiskState::Ready
+            && self.service == DiskService::InService
+            && self.room == DiskRoom::Free
+    }
+}
+
+/// What holds for the pool as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolPolicy {
+    /// How long a node may be lost before its replicas are rebuilt elsewhere.
+    pub rebuild_grace_seconds: u32,
+    /// Share of each disk that placement and rebuilding leave free.
+    pub reserve_percent: u8,
+    /// Segments that are copied to or away from one disk at a time.
+    pub moves_per_disk: u8,
+    /// Whether replicas are moved to even out how full the disks are.
+    pub rebalancing: Rebalancing,
+}
+
+impl Default for PoolPolicy {
+    fn default() -> Self {
+        Self {
+            rebuild_grace_seconds: 600,
+            reserve_percent: 10,
+            moves_per_disk: 2,
+            rebalancing: Rebalancing::On,
+        }
+    }
+}
+
+/// Whether replicas are moved to even out how full the disks are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Rebalancing {
+    /// In the background, while nothing is degraded.
+    #[default]
+    On,
+    /// Never.
+    Off,
 }
 
 /// Whether a replica has every completed write.
@@ -153,16 +246,54 @@ pub struct Replica {
     pub node: NodeId,
     /// Whether it is complete.
     pub state: ReplicaState,
+    /// The copy of the same segment that leaves once this one is complete.
+    pub replaces: Option<DiskId>,
+}
+
+/// Data of former copies on a disk, still to be removed there. While there is an entry for a volume and a disk, the
+/// disk gets no new copies of that volume, so that removing can never hit anything that is in use.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Retired {
+    /// The volume's generation when the latest of them left.
+    pub generation: Generation,
+    /// The segments.
+    pub segments: BTreeSet<SegmentIndex>,
+    /// Whether the coordinator of that generation may still use them.
+    pub custody: Custody,
+}
+
+/// Whether a coordinator may still use copies that have left their sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Custody {
+    /// It has not said that it does not.
+    Coordinator,
+    /// Nobody does.
+    Nobody,
 }
 
 /// 1 GiB of a volume and where its copies are.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
-    /// Its copies, on disks of distinct nodes.
+    /// Its copies, on disks of distinct nodes; one that replaces another may be in the same node.
     pub replicas: Vec<Replica>,
 }
 
 impl Segment {
+    /// The copy on a disk.
+    pub fn on(&self, disk: DiskId) -> Option<&Replica> {
+        self.replicas.iter().find(|replica| replica.disk == disk)
+    }
+
+    /// Whether a copy is to leave once another one is complete.
+    pub fn is_replaced(&self, disk: DiskId) -> bool {
+        self.replicas.iter().any(|replica| replica.replaces == Some(disk))
+    }
+
+    /// How many copies there are, not counting those that are to leave.
+    pub fn staying(&self) -> usize {
+        self.replicas.iter().filter(|replica| !self.is_replaced(replica.disk)).count()
+    }
+
     /// How many copies are complete.
     pub fn in_sync(&self) -> usize {
         self.replicas.iter().filter(|replica| replica.state == ReplicaState::InSync).count()
@@ -202,6 +333,16 @@ pub enum VolumeFill {
     Done,
 }
 
+/// When a write counts as complete.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Durability {
+    /// When all in-sync copies have it in their log; a flush makes it durable.
+    #[default]
+    WriteBack,
+    /// When it is durable on all in-sync copies.
+    WriteThrough,
+}
+
 /// A replicated block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Volume {
@@ -231,6 +372,10 @@ pub struct Volume {
     pub departures: u64,
     /// When it was created.
     pub created: Timestamp,
+    /// What [`Self::min_in_sync`] becomes once all copies are there: raising it earlier would stop writes.
+    pub min_wanted: u8,
+    /// When a write counts as complete.
+    pub durability: Durability,
 }
 
 impl Volume {
@@ -242,6 +387,26 @@ impl Volume {
     /// Whether some segment has fewer complete copies than wanted.
     pub fn is_degraded(&self) -> bool {
         self.fewest_in_sync() < usize::from(self.replicas)
+    }
+
+    /// Whether every segment has exactly the copies that it should have, all complete.
+    pub fn is_settled(&self) -> bool {
+        let wanted = usize::from(self.replicas);
+        self.min_in_sync == self.min_wanted
+            && self
+                .segments
+                .iter()
+                .all(|segment| segment.replicas.len() == wanted && segment.in_sync() == wanted)
+    }
+
+    /// How many bytes of it a segment has.
+    pub fn segment_bytes(&self, segment: SegmentIndex) -> u64 {
+        SEGMENT_BYTES.min(self.size_bytes.saturating_sub(u64::from(segment.0) * SEGMENT_BYTES))
+    }
+
+    /// Its segments with their numbers.
+    pub fn numbered(&self) -> impl Iterator<Item = (SegmentIndex, &Segment)> {
+        (0..).map(SegmentIndex).zip(&self.segments)
     }
 
     /// Whether it holds the content it was created for, so that a VM may use it.
@@ -397,6 +562,15 @@ pub enum StopMode {
     Force,
 }
 
+/// A run that is to end so that the next one starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restart {
+    /// Which run.
+    pub epoch: RunEpoch,
+    /// How it is ended.
+    pub mode: StopMode,
+}
+
 /// Where a VM runs now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Assignment {
@@ -436,7 +610,7 @@ pub struct Vm {
     /// Where it runs; none while it is stopped or waits for a node.
     pub assignment: Option<Assignment>,
     /// The run that a restart asked to end: its node stops it, then the VM is assigned again.
-    pub restart: Option<RunEpoch>,
+    pub restart: Option<Restart>,
     /// How its last run ended.
     pub last_exit: Option<VmExit>,
     /// When it was created.
@@ -519,6 +693,24 @@ pub enum Goal {
     DiskReady(DiskId),
     /// That part of the image is there.
     ImagePartReady(ImageId, ImagePart),
+    /// The disk has left the pool.
+    DiskGone {
+        /// The disk.
+        disk: DiskId,
+        /// Segments with a copy on it when it was asked for.
+        segments: u32,
+    },
+    /// No VM is assigned to the node and it has no volume open.
+    NodeDrained(NodeId),
+    /// The node has left the cluster.
+    NodeGone {
+        /// The node.
+        node: NodeId,
+        /// Segments with a copy on its disks when it was asked for.
+        segments: u32,
+    },
+    /// Every segment of the volume has its copies.
+    VolumeSettled(VolumeId),
 }
 
 /// How far a task is.

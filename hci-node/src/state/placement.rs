@@ -1,24 +1,43 @@
 //! Placement: on which disks the copies of a segment go.
 //!
-//! Copies are on disks of distinct nodes. The first one is on the node that will run the VM, so that its reads are
-//! local; the rest go where the most room is left. Room is what is not yet *promised*: volumes are thin, so promises
-//! may exceed the capacity up to [`OVERCOMMIT`], and the choice stays deterministic because it never looks at usage.
+//! Copies are on disks of distinct nodes, and of distinct racks when there are enough racks. The first one is on the
+//! node that will run the VM, so that its reads are local; the rest go where the most room is left. Room is what is not
+//! yet *promised*: volumes are thin, so promises may exceed the capacity up to [`OVERCOMMIT`]. The choice stays
+//! deterministic because it never looks at usage; disks that have only their reserve left are marked in the state.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    ClusterState, DiskId, DiskState, NodeId, Refusal, RefusalKind, Replica, ReplicaState, SEGMENT_BYTES,
+    ClusterState, DiskId, NodeId, NodeService, Refusal, RefusalKind, Replica, ReplicaState, SEGMENT_BYTES,
     Segment,
 };
 
 /// How much more than its capacity may be promised on a disk.
 pub const OVERCOMMIT: u64 = 4;
 
+/// What fails together: a rack, or a node that is in none.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Domain {
+    /// A rack.
+    Rack(String),
+    /// A node of its own.
+    Node(NodeId),
+}
+
+/// The failure domain of a node.
+pub fn domain(state: &ClusterState, node: NodeId) -> Domain {
+    match state.nodes.get(&node).and_then(|node| node.rack.clone()) {
+        Some(rack) => Domain::Rack(rack),
+        None => Domain::Node(node),
+    }
+}
+
 /// What placement knows of a disk.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Room {
     disk: DiskId,
     node: NodeId,
+    domain: Domain,
     capacity: u64,
     promised: u64,
 }
@@ -39,20 +58,25 @@ impl Room {
 pub struct Wish<'a> {
     /// Size of the volume.
     pub size_bytes: u64,
+    /// Segments that it has already: only further ones are placed.
+    pub have: usize,
     /// How many copies.
     pub replicas: u8,
     /// The node for the first one.
     pub near: Option<NodeId>,
     /// Nodes that cannot take any.
     pub unreachable: &'a [NodeId],
+    /// Disks that must not take any.
+    pub avoid: &'a [DiskId],
 }
 
-/// Chooses the disks of a new volume.
+/// Chooses the disks of a volume's new segments.
 pub fn place(state: &ClusterState, wish: &Wish<'_>) -> Result<Vec<Segment>, Refusal> {
-    let mut rooms = rooms(state, wish.unreachable);
+    let mut rooms = rooms(state, wish);
     let nodes: BTreeSet<_> = rooms.iter().map(|room| room.node).collect();
     let wanted = usize::from(wish.replicas);
-    if nodes.len() < wanted {
+    let count = wish.size_bytes.div_ceil(SEGMENT_BYTES);
+    if nodes.len() < wanted && count > wish.have as u64 {
         return Err(Refusal::new(
             RefusalKind::Capacity,
             format!(
@@ -71,33 +95,42 @@ pub fn place(state: &ClusterState, wish: &Wish<'_>) -> Result<Vec<Segment>, Refu
             },
         ));
     }
-    let count = wish.size_bytes.div_ceil(SEGMENT_BYTES);
     let mut segments = Vec::new();
-    for index in 0..count {
+    for index in wish.have as u64..count {
         let bytes = SEGMENT_BYTES.min(wish.size_bytes - index * SEGMENT_BYTES);
         segments.push(place_segment(&mut rooms, wish, bytes)?);
     }
     Ok(segments)
 }
 
-fn rooms(state: &ClusterState, unreachable: &[NodeId]) -> Vec<Room> {
+/// Bytes of volumes that each disk holds copies of, as if they were full.
+pub fn promised(state: &ClusterState) -> BTreeMap<DiskId, u64> {
     let mut promised: BTreeMap<DiskId, u64> = BTreeMap::new();
     for volume in state.volumes.values() {
-        for (index, segment) in volume.segments.iter().enumerate() {
-            let start = index as u64 * SEGMENT_BYTES;
-            let bytes = SEGMENT_BYTES.min(volume.size_bytes.saturating_sub(start));
+        for (index, segment) in volume.numbered() {
+            let bytes = volume.segment_bytes(index);
             for replica in &segment.replicas {
                 *promised.entry(replica.disk).or_default() += bytes;
             }
         }
     }
+    promised
+}
+
+fn rooms(state: &ClusterState, wish: &Wish<'_>) -> Vec<Room> {
+    let promised = promised(state);
+    let stays = |node: NodeId| {
+        !wish.unreachable.contains(&node)
+            && state.nodes.get(&node).is_some_and(|node| node.service != NodeService::Leaving)
+    };
     state
         .disks
         .values()
-        .filter(|disk| disk.state == DiskState::Ready && !unreachable.contains(&disk.node))
+        .filter(|disk| disk.takes_replicas() && stays(disk.node) && !wish.avoid.contains(&disk.id))
         .map(|disk| Room {
             disk: disk.id,
             node: disk.node,
+            domain: domain(state, disk.node),
             capacity: disk.capacity_bytes,
             promised: promised.get(&disk.id).copied().unwrap_or(0),
         })
@@ -105,13 +138,16 @@ fn rooms(state: &ClusterState, unreachable: &[NodeId]) -> Vec<Room> {
 }
 
 fn place_segment(rooms: &mut [Room], wish: &Wish<'_>, bytes: u64) -> Result<Segment, Refusal> {
-    let mut used = BTreeSet::new();
+    let (mut used, mut domains) = (BTreeSet::new(), BTreeSet::new());
     let mut replicas = Vec::new();
     for copy in 0..wish.replicas {
         let best = rooms
             .iter_mut()
             .filter(|room| !used.contains(&room.node) && room.takes(bytes))
-            .min_by_key(|room| (copy == 0 && Some(room.node) != wish.near, room.load(), room.disk));
+            .min_by_key(|room| {
+                let is_far = copy == 0 && Some(room.node) != wish.near;
+                (is_far, domains.contains(&room.domain), room.load(), room.disk)
+            });
         let Some(room) = best else {
             return Err(Refusal::new(
                 RefusalKind::Capacity,
@@ -125,7 +161,13 @@ fn place_segment(rooms: &mut [Room], wish: &Wish<'_>, bytes: u64) -> Result<Segm
         };
         room.promised += bytes;
         used.insert(room.node);
-        replicas.push(Replica { disk: room.disk, node: room.node, state: ReplicaState::InSync });
+        domains.insert(room.domain.clone());
+        replicas.push(Replica {
+            disk: room.disk,
+            node: room.node,
+            state: ReplicaState::InSync,
+            replaces: None,
+        });
     }
     Ok(Segment { replicas })
 }

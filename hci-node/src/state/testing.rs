@@ -107,6 +107,7 @@ pub(crate) fn new_volume(n: u128, replicas: u8) -> NewVolume {
         size_bytes: 3 << 30,
         replicas,
         min_in_sync: None,
+        durability: Durability::WriteBack,
     }
 }
 

@@ -298,6 +298,211 @@ fn a_repeated_request_is_the_same_task() {
     assert_eq!(state.revision, revision);
 }
 
+fn set_of(state: &ClusterState, volume: VolumeId, segment: usize) -> Vec<(DiskId, ReplicaState)> {
+    state.volumes[&volume].segments[segment].replicas.iter().map(|copy| (copy.disk, copy.state)).collect()
+}
+
+/// Four nodes, a volume with three copies that node 1 has open, and a disk that has none of them.
+fn with_spare() -> (ClusterState, VolumeId, DiskId) {
+    let mut state = cluster(4);
+    let volume = with_volume(&mut state, 3);
+    run(&mut state, open(volume, 1, 0, &[])).unwrap();
+    let used: Vec<_> = set_of(&state, volume, 0).into_iter().map(|(disk, _)| disk).collect();
+    let spare = (1..=4).map(disk_id).find(|disk| !used.contains(disk)).unwrap();
+    (state, volume, spare)
+}
+
+#[test]
+fn a_move_never_leaves_fewer_complete_copies_and_ends_in_one_step() {
+    let (mut state, volume, spare) = with_spare();
+    let (segment, generation) = (SegmentIndex(0), Generation(1));
+    let old = set_of(&state, volume, 0)[2].0;
+    run(&mut state, Op::AddReplica { volume, segment, disk: spare, replaces: Some(old) }).unwrap();
+    assert_eq!(set_of(&state, volume, 0).len(), 4);
+    assert_eq!(state.volumes[&volume].segments[0].in_sync(), 3);
+    assert_eq!(
+        refused(&mut state, Op::RemoveReplica { volume, segment, disk: old }),
+        RefusalKind::Unsafe,
+        "the new one is not complete"
+    );
+    run(&mut state, Op::ReplicaIn { volume, generation, segment, disk: spare, departures: 0 }).unwrap();
+    let disks = set_of(&state, volume, 0);
+    assert!(disks.contains(&(spare, ReplicaState::InSync)) && disks.iter().all(|(disk, _)| *disk != old));
+    assert_eq!((disks.len(), state.volumes[&volume].segments[0].in_sync()), (3, 3));
+    assert!(state.retired[&volume].contains_key(&old));
+}
+
+#[test]
+fn data_of_a_copy_that_left_are_kept_until_the_coordinator_lets_go() {
+    let (mut state, volume, spare) = with_spare();
+    let (segment, generation) = (SegmentIndex(0), Generation(1));
+    let old = set_of(&state, volume, 0)[2].0;
+    run(&mut state, Op::AddReplica { volume, segment, disk: spare, replaces: Some(old) }).unwrap();
+    run(&mut state, Op::ReplicaIn { volume, generation, segment, disk: spare, departures: 0 }).unwrap();
+    let segments = vec![segment];
+    let purged = || Op::ReplicasPurged { volume, disk: old, segments: vec![segment] };
+    assert_eq!(refused(&mut state, purged()), RefusalKind::Conflict);
+    let back = Op::AddReplica { volume, segment, disk: old, replaces: Some(spare) };
+    assert_eq!(refused(&mut state, back.clone()), RefusalKind::Conflict, "its data are about to go");
+    let stale =
+        Op::ReplicasReleased { volume, generation: Generation(0), disk: old, segments: segments.clone() };
+    assert_eq!(refused(&mut state, stale), RefusalKind::Fenced);
+    run(&mut state, Op::ReplicasReleased { volume, generation, disk: old, segments }).unwrap();
+    run(&mut state, purged()).unwrap();
+    assert!(state.retired.is_empty());
+    run(&mut state, back).unwrap();
+}
+
+#[test]
+fn a_copy_that_left_while_nobody_had_the_volume_open_is_free_at_once() {
+    let mut state = cluster(4);
+    let volume = with_volume(&mut state, 3);
+    run(&mut state, open(volume, 1, 0, &[])).unwrap();
+    run(&mut state, Op::CloseVolume { volume, generation: Generation(1), cleanliness: Cleanliness::Clean })
+        .unwrap();
+    run(
+        &mut state,
+        Op::SetVolume { volume, replicas: Some(2), min_in_sync: None, durability: None, unreachable: vec![] },
+    )
+    .unwrap();
+    let disk = set_of(&state, volume, 0)[2].0;
+    run(&mut state, Op::RemoveReplica { volume, segment: SegmentIndex(0), disk }).unwrap();
+    assert!(state.may_purge(volume, &state.retired[&volume][&disk]));
+    let next = set_of(&state, volume, 0)[1].0;
+    let one_too_many = Op::RemoveReplica { volume, segment: SegmentIndex(0), disk: next };
+    assert_eq!(refused(&mut state, one_too_many), RefusalKind::Unsafe);
+    run(&mut state, Op::DeleteVolume(volume)).unwrap();
+    assert!(state.retired.is_empty() && state.purge[&volume].contains(&disk));
+}
+
+#[test]
+fn more_copies_raise_the_minimum_only_once_they_are_there() {
+    let mut state = cluster(3);
+    let volume = with_volume(&mut state, 1);
+    run(&mut state, open(volume, 1, 0, &[])).unwrap();
+    let set = |replicas| Op::SetVolume {
+        volume,
+        replicas: Some(replicas),
+        min_in_sync: None,
+        durability: None,
+        unreachable: vec![],
+    };
+    assert_eq!(refused(&mut state, set(4)), RefusalKind::Invalid);
+    run(&mut state, set(3)).unwrap();
+    assert_eq!(state.volumes[&volume].min_in_sync, 1, "writes go on");
+    for segment in 0..3 {
+        let used = set_of(&state, volume, segment as usize)[0].0;
+        let segment = SegmentIndex(segment);
+        for disk in (1..=3).map(disk_id).filter(|disk| *disk != used) {
+            run(&mut state, Op::AddReplica { volume, segment, disk, replaces: None }).unwrap();
+            assert!(!state.volumes[&volume].is_settled());
+            let generation = Generation(1);
+            run(&mut state, Op::ReplicaIn { volume, generation, segment, disk, departures: 0 }).unwrap();
+        }
+    }
+    assert_eq!(state.volumes[&volume].min_in_sync, 2);
+    assert!(state.volumes[&volume].is_settled());
+}
+
+#[test]
+fn a_volume_grows_and_does_not_shrink() {
+    let mut state = cluster(3);
+    let volume = with_volume(&mut state, 3);
+    let grow = |size_bytes| Op::GrowVolume { volume, size_bytes, unreachable: vec![] };
+    run(&mut state, grow((7 << 30) + 1)).unwrap();
+    let grown = &state.volumes[&volume];
+    assert_eq!((grown.size_bytes, grown.segments.len()), ((7 << 30) + 4096, 8));
+    assert_eq!(refused(&mut state, grow(4 << 30)), RefusalKind::Invalid);
+    run(&mut state, grow((7 << 30) + 4096)).expect("asked twice");
+    assert_eq!(invariants::violations(&state), Vec::<String>::new());
+}
+
+#[test]
+fn a_dead_disk_leaves_unless_it_holds_the_last_copy() {
+    let mut state = cluster(3);
+    let (safe, alone) = (with_volume(&mut state, 3), new_volume(8, 1));
+    let lonely = alone.id;
+    run(&mut state, Op::CreateVolume { volume: alone, near: Some(node_id(2)), unreachable: vec![] }).unwrap();
+    let dead = |n| Op::SetDiskService { disk: disk_id(n), service: DiskService::Dead };
+    let refusal = run(&mut state, dead(2)).unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::Unsafe);
+    assert!(refusal.detail.contains(&state.volumes[&lonely].name), "{refusal}");
+    run(&mut state, dead(3)).unwrap();
+    assert_eq!(state.volumes[&safe].fewest_in_sync(), 2, "it is not counted on any more");
+    assert_eq!(refused(&mut state, Op::RemoveDisk(disk_id(3))), RefusalKind::Conflict);
+    for segment in (0..3).map(SegmentIndex) {
+        run(&mut state, Op::RemoveReplica { volume: safe, segment, disk: disk_id(3) }).unwrap();
+    }
+    run(&mut state, Op::RemoveDisk(disk_id(3))).unwrap();
+    assert!(!state.disks.contains_key(&disk_id(3)) && state.retired.is_empty());
+}
+
+#[test]
+fn a_drained_disk_leaves_when_it_is_empty_and_its_task_ends() {
+    let mut state = cluster(3);
+    let task = TaskId(id(9));
+    let service = DiskService::Draining;
+    let op = Op::SetDiskService { disk: disk_id(3), service };
+    state.apply(&Command { at: Timestamp(1), task: Some(task), op }).unwrap();
+    let taken = Op::CreateVolume { volume: new_volume(1, 3), near: None, unreachable: vec![] };
+    assert_eq!(refused(&mut state, taken), RefusalKind::Capacity, "it takes nothing new");
+    run(&mut state, Op::RemoveDisk(disk_id(3))).unwrap();
+    assert_eq!(state.tasks[&task].state, TaskState::Done);
+    assert_eq!(refused(&mut state, Op::RemoveDisk(disk_id(2))), RefusalKind::Conflict);
+}
+
+#[test]
+fn a_node_leaves_empty_and_for_good() {
+    let mut state = cluster(4);
+    let leave = Op::SetNodeService { node: node_id(4), service: NodeService::Leaving };
+    assert_eq!(refused(&mut state, Op::RemoveNode(node_id(4))), RefusalKind::Conflict);
+    run(&mut state, leave).unwrap();
+    assert_eq!(state.disks[&disk_id(4)].service, DiskService::Draining);
+    assert_eq!(refused(&mut state, Op::RemoveNode(node_id(4))), RefusalKind::Conflict, "its disk is there");
+    run(&mut state, Op::RemoveDisk(disk_id(4))).unwrap();
+    run(&mut state, Op::RemoveNode(node_id(4))).unwrap();
+    let again = Op::AddNode { node: new_node(4), token: TokenId(id(502)) };
+    assert_eq!(refused(&mut state, again), RefusalKind::Conflict);
+}
+
+#[test]
+fn copies_go_to_distinct_racks_while_there_are_enough() {
+    let mut state = cluster(4);
+    for (n, rack) in [(1, "r1"), (2, "r1"), (3, "r2"), (4, "r3")] {
+        run(&mut state, Op::SetNodeRack { node: node_id(n), rack: Some(rack.into()) }).unwrap();
+    }
+    let volume = with_volume(&mut state, 3);
+    for segment in &state.volumes[&volume].segments {
+        let racks: std::collections::BTreeSet<_> =
+            segment.replicas.iter().map(|copy| state.nodes[&copy.node].rack.clone()).collect();
+        assert_eq!(racks.len(), 3);
+    }
+    run(&mut state, Op::SetNodeRack { node: node_id(4), rack: Some("r2".into()) }).unwrap();
+    run(&mut state, Op::CreateVolume { volume: new_volume(2, 3), near: None, unreachable: vec![] })
+        .expect("two racks are too few for three copies, three nodes are enough");
+}
+
+#[test]
+fn a_disk_at_its_reserve_gets_no_new_copies() {
+    let mut state = cluster(3);
+    run(&mut state, Op::SetDiskRoom { disk: disk_id(2), room: DiskRoom::Reserved }).unwrap();
+    let wanted =
+        |replicas| Op::CreateVolume { volume: new_volume(1, replicas), near: None, unreachable: vec![] };
+    assert_eq!(refused(&mut state, wanted(3)), RefusalKind::Capacity);
+    run(&mut state, wanted(2)).unwrap();
+    assert_eq!(state.segments_on(disk_id(2)), 0);
+}
+
+#[test]
+fn a_forced_restart_stays_forced() {
+    let (mut state, vm, _) = with_vm(3, 3);
+    assert_eq!(refused(&mut state, Op::ResetVm(vm)), RefusalKind::Conflict);
+    run(&mut state, assign(vm, 1, 0, &[])).unwrap();
+    run(&mut state, Op::ResetVm(vm)).unwrap();
+    run(&mut state, Op::RestartVm(vm)).unwrap();
+    assert_eq!(state.vms[&vm].restart, Some(Restart { epoch: RunEpoch(1), mode: StopMode::Force }));
+}
+
 /// What a random history may do; numbers are reduced to things that exist.
 fn any_op() -> impl Strategy<Value = Op> {
     let n = 1..4u128;
@@ -362,10 +567,126 @@ fn any_op() -> impl Strategy<Value = Op> {
     ]
 }
 
+/// What a random history may do to replica sets, disks and nodes.
+fn any_change() -> impl Strategy<Value = Op> {
+    let volume = |n: u128| VolumeId(id(1000 + n));
+    let (n, disk, segment) = (1..4u128, 1..9u128, 0..5u32);
+    let picked = (n.clone(), segment, disk.clone());
+    let disk_service =
+        prop_oneof![Just(DiskService::InService), Just(DiskService::Draining), Just(DiskService::Dead)];
+    let node_service = prop_oneof![
+        2 => Just(NodeService::InService),
+        1 => Just(NodeService::Draining),
+        1 => Just(NodeService::Leaving)
+    ];
+    prop_oneof![
+        6 => (picked.clone(), proptest::option::of(disk.clone())).prop_map(move |((n, segment, disk), replaces)| {
+            Op::AddReplica {
+                volume: volume(n),
+                segment: SegmentIndex(segment),
+                disk: disk_id(disk),
+                replaces: replaces.map(disk_id),
+            }
+        }),
+        3 => picked.clone().prop_map(move |(n, segment, disk)| Op::RemoveReplica {
+            volume: volume(n),
+            segment: SegmentIndex(segment),
+            disk: disk_id(disk),
+        }),
+        // Departures are not guessed right often enough to have copies come in.
+        6 => (picked.clone(), 0..3u64, 0..2u64).prop_map(move |((n, segment, disk), generation, departures)| {
+            Op::ReplicaIn {
+                volume: volume(n),
+                generation: Generation(generation),
+                segment: SegmentIndex(segment),
+                disk: disk_id(disk),
+                departures,
+            }
+        }),
+        2 => (picked.clone(), 0..3u64).prop_map(move |((n, segment, disk), generation)| Op::ReplicasReleased {
+            volume: volume(n),
+            generation: Generation(generation),
+            disk: disk_id(disk),
+            segments: vec![SegmentIndex(segment)],
+        }),
+        2 => picked.prop_map(move |(n, segment, disk)| Op::ReplicasPurged {
+            volume: volume(n),
+            disk: disk_id(disk),
+            segments: vec![SegmentIndex(segment)],
+        }),
+        1 => (n.clone(), disk.clone()).prop_map(move |(n, disk)| Op::VolumePurged {
+            volume: volume(n),
+            disks: vec![disk_id(disk)]
+        }),
+        2 => (disk.clone(), disk_service)
+            .prop_map(|(disk, service)| Op::SetDiskService { disk: disk_id(disk), service }),
+        1 => disk.clone().prop_map(|disk| Op::RemoveDisk(disk_id(disk))),
+        1 => (disk, any::<bool>()).prop_map(|(disk, full)| Op::SetDiskRoom {
+            disk: disk_id(disk),
+            room: if full { DiskRoom::Reserved } else { DiskRoom::Free },
+        }),
+        1 => (1..5u128, node_service)
+            .prop_map(|(node, service)| Op::SetNodeService { node: node_id(node), service }),
+        1 => (1..5u128, any::<bool>()).prop_map(|(node, lost)| Op::SetAvailability {
+            node: node_id(node),
+            availability: if lost {
+                Availability::Lost { since: Timestamp(0) }
+            } else {
+                Availability::Available
+            },
+        }),
+        1 => (1..5u128).prop_map(|node| Op::RemoveNode(node_id(node))),
+        2 => (n.clone(), proptest::option::of(0..5u8), proptest::option::of(0..4u8)).prop_map(
+            move |(n, replicas, min_in_sync)| Op::SetVolume {
+                volume: volume(n),
+                replicas,
+                min_in_sync,
+                durability: None,
+                unreachable: vec![],
+            }
+        ),
+        1 => (n, 0..6u64).prop_map(move |(n, gib)| Op::GrowVolume {
+            volume: volume(n),
+            size_bytes: gib << 30,
+            unreachable: vec![],
+        }),
+    ]
+}
+
+/// Four nodes with two disks each.
+fn eight_disks() -> ClusterState {
+    let mut state = cluster(4);
+    for n in 5..=8 {
+        let (disk, node) = (disk_id(n), node_id(n - 4));
+        run(&mut state, Op::AddDisk { disk, node, path: "/dev/vdc".into(), wipe: WipePolicy::Refuse })
+            .unwrap();
+        run(&mut state, Op::DiskReady { disk, store: "/store".into(), capacity_bytes: 100 << 30 }).unwrap();
+    }
+    state
+}
+
+/// No change of a replica set by itself takes complete copies away that are needed.
+fn check_redundancy(op: &Op, before: &ClusterState, after: &ClusterState) -> Result<(), TestCaseError> {
+    let own_decision = matches!(
+        op,
+        Op::AddReplica { .. } | Op::RemoveReplica { .. } | Op::ReplicaIn { .. } | Op::SetVolume { .. }
+    );
+    for (id, volume) in &after.volumes {
+        let Some(old) = before.volumes.get(id).filter(|_| own_decision) else { continue };
+        for (now, was) in volume.segments.iter().zip(&old.segments) {
+            let enough = usize::from(volume.replicas).min(was.in_sync());
+            prop_assert!(now.in_sync() >= enough, "{op:?} took a copy that is needed");
+        }
+    }
+    Ok(())
+}
+
 proptest! {
     #[test]
-    fn random_histories_keep_the_invariants(ops in proptest::collection::vec(any_op(), 1..60)) {
-        let mut state = cluster(3);
+    fn random_histories_keep_the_invariants(
+        ops in proptest::collection::vec(prop_oneof![any_op(), any_change()], 1..80)
+    ) {
+        let mut state = eight_disks();
         let mut twin = state.clone();
         for (step, op) in ops.into_iter().enumerate() {
             let before = state.clone();
@@ -375,6 +696,7 @@ proptest! {
                 op,
             };
             let result = state.apply(&asked);
+            check_redundancy(&asked.op, &before, &state)?;
             prop_assert_eq!(&twin.apply(&asked), &result);
             prop_assert_eq!(&twin, &state);
             if result.is_err() {

@@ -3,7 +3,7 @@
 use clap::Subcommand;
 use serde_json::json;
 
-use super::Context;
+use super::{Context, object_path, say};
 use crate::cli::completion::names;
 use crate::cli::exit::CliError;
 use crate::cli::output::{Column, Show, column};
@@ -30,6 +30,34 @@ pub enum Verb {
         #[arg(long)]
         wipe: bool,
     },
+    /// Show one disk.
+    #[command(
+        after_help = "Examples:\n  hci disk get n1:/dev/vdb\n  hci disk get n1:/dev/vdb -o json\nAPI: GET /v1/disks/DISK"
+    )]
+    Get {
+        /// The disk, as NODE:PATH or by its id.
+        disk: String,
+    },
+    /// Move everything off a disk, then take it out of the pool.
+    #[command(
+        alias = "remove",
+        after_help = "Examples:\n  hci disk evict n1:/dev/vdb\n  hci disk evict n1:/dev/vdb --force --yes\nAPI: POST /v1/disks/DISK/evict"
+    )]
+    Evict {
+        /// The disk, as NODE:PATH or by its id.
+        disk: String,
+        /// Declare it dead: its copies are rebuilt from the others at once.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Keep a disk that is being emptied.
+    #[command(
+        after_help = "Examples:\n  hci disk resume n1:/dev/vdb\n  hci disk resume n1:/dev/vdb --no-wait\nAPI: POST /v1/disks/DISK/resume"
+    )]
+    Resume {
+        /// The disk, as NODE:PATH or by its id.
+        disk: String,
+    },
 }
 
 const COLUMNS: &[Column] = &[
@@ -38,6 +66,7 @@ const COLUMNS: &[Column] = &[
     column("STATE", "/state"),
     column("SIZE", "/capacity_bytes").shown(Show::Bytes),
     column("USED", "/used_bytes").shown(Show::Bytes),
+    column("SEGMENTS", "/segments"),
     column("MODEL", "/model"),
     column("MESSAGE", "/message"),
     column("ID", "/id").wide(),
@@ -59,6 +88,23 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
                 let answer = context.client.post("/v1/disks", &body).await?;
                 finish(&context.client, context.wait, answer).await?;
             }
+            context.list("/v1/disks", COLUMNS).await
+        }
+        Verb::Get { disk } => context.show("/v1/disks", &disk).await,
+        Verb::Evict { disk, force } => {
+            if force {
+                context.confirm(&disk, &format!("gives up everything on {disk}"))?;
+            }
+            let path = format!("{}/evict", object_path("/v1/disks", &disk));
+            let answer = context.client.post(&path, &json!({ "force": force })).await?;
+            finish(&context.client, context.wait, answer).await?;
+            say(&format!("{disk} has left the pool"));
+            Ok(())
+        }
+        Verb::Resume { disk } => {
+            let path = format!("{}/resume", object_path("/v1/disks", &disk));
+            let answer = context.client.post(&path, &json!({})).await?;
+            finish(&context.client, context.wait, answer).await?;
             context.list("/v1/disks", COLUMNS).await
         }
     }

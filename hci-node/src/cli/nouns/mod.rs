@@ -6,6 +6,7 @@ pub mod event;
 pub mod image;
 pub mod network;
 pub mod node;
+pub mod pool;
 pub mod status;
 pub mod task;
 pub mod vm;

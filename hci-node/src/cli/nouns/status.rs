@@ -42,6 +42,10 @@ fn summary(status: &Value) -> String {
         let text = |key: &str| problem.get(key).and_then(Value::as_str).unwrap_or("-");
         lines.push(format!("{}: {} {}: {}", text("health"), text("kind"), text("name"), text("message")));
     }
+    match number("/moves") {
+        0 => {}
+        moves => lines.push(format!("{moves} segments are on their way to other disks")),
+    }
     lines.push(format!("can lose now: {}", text("/can_lose")));
     lines.join("\n")
 }

@@ -79,14 +79,17 @@ pub enum Verb {
         #[arg(long)]
         force: bool,
     },
-    /// Stop a VM by its power button and start it again.
+    /// Stop a VM by its power button and start it again; it is switched off when it does not react within a minute.
     #[command(
-        after_help = "Examples:\n  hci vm restart web1\n  hci vm restart web1 --no-wait\nAPI: POST /v1/vms/NAME/restart"
+        after_help = "Examples:\n  hci vm restart web1\n  hci vm restart web1 --force\nAPI: POST /v1/vms/NAME/restart"
     )]
     Restart {
         /// The VM's name or id.
         #[arg(add = names("/v1/vms"))]
         name: String,
+        /// Switch it off at once, as a reset button does.
+        #[arg(long)]
+        force: bool,
     },
     /// Attach to a VM's serial console; Ctrl-] detaches.
     #[command(
@@ -144,7 +147,7 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
         }
         Verb::Start { name } => act(context, &name, "start", json!({})).await,
         Verb::Stop { name, force } => act(context, &name, "stop", json!({ "force": force })).await,
-        Verb::Restart { name } => act(context, &name, "restart", json!({})).await,
+        Verb::Restart { name, force } => act(context, &name, "restart", json!({ "force": force })).await,
         Verb::Console { name, log } => {
             let path = format!("{}/console", object_path("/v1/vms", &name));
             if log {

@@ -1,9 +1,10 @@
 //! `hci volume`: the replicated block devices of the pool.
 
 use clap::Subcommand;
+use hyper::Method;
 use serde_json::json;
 
-use super::Context;
+use super::{Context, object_path};
 use crate::cli::completion::names;
 use crate::cli::exit::CliError;
 use crate::cli::output::{Column, Show, column};
@@ -37,6 +38,40 @@ pub enum Verb {
         /// How many copies on different nodes; 3 if there are as many nodes with disks.
         #[arg(long, value_parser = clap::value_parser!(u8).range(1..=3))]
         replicas: Option<u8>,
+        /// When a write counts as complete: write-back (a flush makes it durable) or write-through (durable at once).
+        #[arg(long, default_value = "write-back", value_parser = ["write-back", "write-through"])]
+        durability: String,
+    },
+    /// Change how many copies a volume has, while it is in use.
+    #[command(
+        after_help = "Examples:\n  hci volume set data1 --replicas 3\n  hci volume set scratch --replicas 1 --no-wait\nAPI: PATCH /v1/volumes/NAME"
+    )]
+    Set {
+        /// The volume's name or id.
+        #[arg(add = names("/v1/volumes"))]
+        name: String,
+        /// How many copies on different nodes.
+        #[arg(long, value_parser = clap::value_parser!(u8).range(1..=3))]
+        replicas: Option<u8>,
+        /// Writes wait while fewer copies than this are complete.
+        #[arg(long, value_parser = clap::value_parser!(u8).range(1..=3))]
+        min_in_sync: Option<u8>,
+        /// When a write counts as complete; holds from the next time that the volume is opened.
+        #[arg(long, value_parser = ["write-back", "write-through"])]
+        durability: Option<String>,
+    },
+    /// Make a volume larger, while it is in use.
+    #[command(
+        alias = "resize",
+        after_help = "Examples:\n  hci volume grow data1 --size 200GiB\n  hci volume grow data1 --size 1TiB -o json\nAPI: POST /v1/volumes/NAME/grow"
+    )]
+    Grow {
+        /// The volume's name or id.
+        #[arg(add = names("/v1/volumes"))]
+        name: String,
+        /// Its new size.
+        #[arg(long, value_parser = parse_size)]
+        size: u64,
     },
     /// Delete a volume and its data; refused while something uses it.
     #[command(
@@ -55,6 +90,8 @@ const COLUMNS: &[Column] = &[
     column("SIZE", "/size_bytes").shown(Show::Bytes),
     column("REPLICAS", "/replicas"),
     column("IN SYNC", "/in_sync"),
+    column("PROGRESS", "/progress").shown(Show::Percent).wide(),
+    column("TOLERATES", "/tolerates").wide(),
     column("OPEN ON", "/coordinator"),
     column("USED BY", "/used_by"),
     column("RESYNC LEFT", "/resync_blocks_left").wide(),
@@ -67,8 +104,20 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
     match verb {
         Verb::List => context.list("/v1/volumes", COLUMNS).await,
         Verb::Get { name } => context.show("/v1/volumes", &name).await,
-        Verb::Create { name, size, replicas } => {
-            let body = json!({ "name": name, "size_bytes": size, "replicas": replicas });
+        Verb::Set { name, replicas, min_in_sync, durability } => {
+            let body = json!({ "replicas": replicas, "min_in_sync": min_in_sync, "durability": durability });
+            let path = object_path("/v1/volumes", &name);
+            let answer = context.client.json(Method::PATCH, &path, Some(&body)).await?;
+            context.change(answer, "/v1/volumes", &name, COLUMNS).await
+        }
+        Verb::Grow { name, size } => {
+            let path = format!("{}/grow", object_path("/v1/volumes", &name));
+            let answer = context.client.post(&path, &json!({ "size_bytes": size })).await?;
+            context.change(answer, "/v1/volumes", &name, COLUMNS).await
+        }
+        Verb::Create { name, size, replicas, durability } => {
+            let body =
+                json!({ "name": name, "size_bytes": size, "replicas": replicas, "durability": durability });
             let answer = context.client.post("/v1/volumes", &body).await?;
             context.change(answer, "/v1/volumes", &name, COLUMNS).await
         }

@@ -9,11 +9,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::scheduler;
+use super::{
+    pool::{self, Pool},
+    scheduler,
+};
 use crate::{
     control::lease::{LeaderLeases, LeaseStanding},
     state::{
-        Availability, ClusterState, Command, DesiredRun, Goal, ImagePart, NodeId, Op, PartState,
+        Availability, ClusterState, Command, DesiredRun, Goal, ImagePart, NodeId, NodeService, Op, PartState,
         ReplicaState, RunEpoch, Severity, Subject, Task, TaskError, TaskState, Timestamp, Vm, VmExit, VmId,
         Volume, VolumeFill,
         command::AssignReason,
@@ -34,6 +37,7 @@ struct Crash {
 /// The leader's memory, see the module.
 #[derive(Debug, Default)]
 pub struct Ha {
+    pool: Pool,
     crashes: BTreeMap<VmId, Crash>,
     without_node: BTreeSet<VmId>,
 }
@@ -83,6 +87,8 @@ impl Ha {
             heal(&view, volume, &mut commands);
         }
         imports(&view, &mut commands);
+        let pool_view = pool::View { state, live: &view.live, at };
+        commands.extend(self.pool.decide(pool_view, now).into_iter().map(|op| view.command(op)));
         for task in state.tasks.values().filter(|task| task.state == TaskState::Running) {
             settle(&view, task, &mut commands);
         }
@@ -103,8 +109,15 @@ impl Ha {
         }
         let reason = match (vm.assignment, &vm.last_exit) {
             (Some(run), _) if view.is_dead(run.node) => AssignReason::Failover,
-            (Some(_), _) => {
+            (Some(run), _) => {
                 self.without_node.remove(&vm.id);
+                let is_ending = vm.restart.is_some_and(|restart| restart.epoch == run.epoch);
+                if !is_ending
+                    && !is_in_service(view.state, run.node)
+                    && scheduler::choose(view.state, &view.live, vm, None).is_ok()
+                {
+                    commands.push(view.command(Op::RestartVm(vm.id)));
+                }
                 return;
             }
             (None, Some(VmExit::NodeLost)) => AssignReason::Failover,
@@ -132,6 +145,8 @@ impl Ha {
             })),
             // A holder that is not heard of may come back within its lease.
             Err(_) if holder.is_some_and(|node| !view.live.contains_key(&node)) => {}
+            // One that is emptied closes them in a moment.
+            Err(_) if holder.is_some_and(|node| !is_in_service(view.state, node)) => {}
             Err(why) => self.no_node(view, vm, &why, commands),
         }
     }
@@ -167,6 +182,10 @@ impl Ha {
             commands.push(view.command(Op::UpdateTask { task: task.id, permille: 0, message }));
         }
     }
+}
+
+fn is_in_service(state: &ClusterState, node: NodeId) -> bool {
+    state.nodes.get(&node).is_some_and(|node| node.service == NodeService::InService)
 }
 
 fn availability(view: &View<'_>) -> Vec<Command> {
@@ -220,7 +239,8 @@ fn heal(view: &View<'_>, volume: &Volume, commands: &mut Vec<Command>) {
         .flat_map(|segment| &segment.replicas)
         .filter(|replica| replica.state == ReplicaState::InSync)
         .map(|replica| replica.node)
-        .find(|node| view.live.contains_key(node));
+        .filter(|node| view.live.contains_key(node))
+        .min_by_key(|node| !is_in_service(view.state, *node));
     if let Some(node) = complete {
         commands.push(view.command(Op::OpenVolume {
             volume: volume.id,
@@ -275,7 +295,14 @@ fn settle(view: &View<'_>, task: &Task, commands: &mut Vec<Command>) {
             failed("the disk is gone", "hci disk list")
         }
         Goal::ImagePartReady(image, part) => part_ready(view, *image, *part),
-        Goal::DiskReady(_) => Verdict::Wait,
+        // Ended by the commands that remove the disk and the node.
+        Goal::DiskReady(_) | Goal::DiskGone { .. } | Goal::NodeGone { .. } => Verdict::Wait,
+        Goal::NodeDrained(node) => node_is_drained(view, *node),
+        Goal::VolumeSettled(volume) => match view.state.volumes.get(volume) {
+            Some(volume) if !volume.is_settled() => Verdict::Wait,
+            Some(_) => Verdict::Done,
+            None => failed(format!("volume {} was deleted", task.subject_name), "hci volume list"),
+        },
     };
     let error = match verdict {
         Verdict::Wait => return,
@@ -293,6 +320,12 @@ fn part_ready(view: &View<'_>, image: crate::state::ImageId, part: ImagePart) ->
             failed("the import was given up", "import it again: hci image import")
         }
     }
+}
+
+fn node_is_drained(view: &View<'_>, node: NodeId) -> Verdict {
+    let has_open = || view.state.volumes_on(node).next().is_some();
+    let is_empty = view.state.vms_on(node).next().is_none();
+    if is_empty && (view.is_dead(node) || !has_open()) { Verdict::Done } else { Verdict::Wait }
 }
 
 fn vm_runs(view: &View<'_>, id: VmId, epoch: RunEpoch, task: &Task) -> Verdict {

@@ -3,11 +3,13 @@
 //! | module | it is |
 //! |---|---|
 //! | [`ha`] | what is due: pure |
+//! | [`pool`] | what is due for the pool's redundancy: pure |
 //! | [`scheduler`] | which node a VM starts on: pure |
 //!
 //! Every node runs this loop; on those that do not lead it only waits.
 
 pub mod ha;
+pub mod pool;
 pub mod scheduler;
 #[cfg(test)]
 mod tests;
@@ -27,7 +29,9 @@ use super::{
     lease::{LeaderLeases, LeaseStanding},
     replicated::{Replicated, ReplicationError},
 };
-use crate::state::{ClusterState, NodeId, Refusal, Timestamp, report::NodeReport};
+use crate::state::{
+    ClusterState, Command, Node, NodeId, NodeService, Op, Refusal, Timestamp, report::NodeReport,
+};
 
 /// How often the loop looks when nothing happens.
 const TICK: Duration = Duration::from_millis(500);
@@ -167,6 +171,12 @@ impl Leader {
         let members = self.replicated.members();
         let state = self.replicated.state().borrow().clone();
         for node in state.nodes.values() {
+            if node.service == NodeService::Leaving {
+                if pool::leaving::is_ready_to_go(&state, node.id) {
+                    self.let_go(node, members.iter().any(|member| member.node == node.id)).await;
+                }
+                continue;
+            }
             let role = members.iter().find(|member| member.node == node.id).map(|member| member.role);
             if role == Some(super::replicated::MemberRole::Voter)
                 || !self.wants_voter(&state, node.id, role.is_some())
@@ -177,6 +187,23 @@ impl Leader {
                 Ok(()) => tracing::info!(node = node.name, "is in the consensus group"),
                 Err(error) => tracing::info!(node = node.name, %error, "is not in the consensus group yet"),
             }
+        }
+    }
+
+    /// Takes a node that carries nothing any more out of the consensus group, then out of the cluster.
+    async fn let_go(&self, node: &Node, is_member: bool) {
+        let gone = match is_member {
+            true => self.replicated.expel(node.id).await.map(|()| Ok(())),
+            false => self
+                .replicated
+                .propose(Command::now(Op::RemoveNode(node.id)))
+                .await
+                .map(|removed| removed.map(drop)),
+        };
+        match gone {
+            Ok(Ok(())) => tracing::info!(node = node.name, is_member, "leaves the cluster"),
+            Ok(Err(refusal)) => tracing::info!(node = node.name, %refusal, "cannot leave yet"),
+            Err(error) => tracing::info!(node = node.name, %error, "cannot leave yet"),
         }
     }
 

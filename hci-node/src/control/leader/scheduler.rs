@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::state::{ClusterState, NodeId, Vm, report::NodeReport, report::ProcessState};
+use crate::state::{ClusterState, NodeId, NodeService, Vm, report::NodeReport, report::ProcessState};
 
 /// Memory of a node that is left to the system, the node's own processes and the page cache.
 const RESERVED_BYTES: u64 = 384 << 20;
@@ -19,6 +19,10 @@ pub fn choose(
     for (node, report) in live {
         let Some(member) = state.nodes.get(node) else { continue };
         if only.is_some_and(|only| only != *node) {
+            continue;
+        }
+        if member.service != NodeService::InService {
+            reasons.push(format!("{} is being emptied", member.name));
             continue;
         }
         if report.local.data_process != ProcessState::Up {

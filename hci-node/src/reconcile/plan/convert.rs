@@ -4,7 +4,7 @@ use netfabric::overlay;
 use storage::{config, ids};
 
 use crate::state::{
-    Cleanliness, DiskId, Generation, MacAddr, PortId, Replica, ReplicaState, Volume, VolumeId,
+    Cleanliness, DiskId, Durability, Generation, MacAddr, PortId, Replica, ReplicaState, Volume, VolumeId,
 };
 
 impl From<DiskId> for ids::DiskId {
@@ -66,7 +66,10 @@ pub fn volume_config(volume: &Volume, access: config::Access) -> config::VolumeC
         size: ids::ByteSize(volume.size_bytes),
         generation: volume.generation.into(),
         min_in_sync: volume.min_in_sync,
-        durability: config::Durability::WriteBack,
+        durability: match volume.durability {
+            Durability::WriteBack => config::Durability::WriteBack,
+            Durability::WriteThrough => config::Durability::WriteThrough,
+        },
         clean: match volume.cleanliness {
             Cleanliness::Clean => config::CleanState::Clean,
             Cleanliness::Unclean => config::CleanState::Unclean,

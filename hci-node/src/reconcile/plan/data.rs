@@ -4,6 +4,8 @@
 //! predecessor, killed a moment ago, may have had writes under way that the new one knows nothing of. So after a
 //! restart every volume that was being written to is opened anew, with a higher generation, before it is served.
 
+use std::time::Duration;
+
 use netfabric::overlay::{ForwardEntry, NetworkConfig, OverlayConfig, PortConfig, Vni};
 use storage::{
     config::{Access, DiskConfig, StorageConfig},
@@ -15,7 +17,8 @@ use crate::{
     data::protocol::{DataConfig, PeerConfig},
     reconcile::observed::DataView,
     state::{
-        Cleanliness, Disk, DiskState, Network, Port, PortId, Vm, Volume, VolumeFill, VolumeId, VolumeUse,
+        Cleanliness, ClusterState, Custody, Disk, DiskState, Network, NodeId, Port, PortId, Retired,
+        SegmentIndex, Vm, Volume, VolumeFill, VolumeId, VolumeUse,
     },
 };
 
@@ -43,6 +46,8 @@ pub fn plan(view: View<'_>, actions: &mut Vec<Action>) -> Option<DataConfig> {
         }
     }
     plan_purges(view, data, actions);
+    plan_releases(view, data, actions);
+    plan_replica_purges(view, data, actions);
     Some(DataConfig {
         revision: view.state.revision,
         peers: peers(view),
@@ -145,15 +150,77 @@ fn plan_disks(view: View<'_>, data: &DataView, actions: &mut Vec<Action>) {
     }
 }
 
+fn works(data: &DataView, disk: &Disk) -> bool {
+    let found = data.status.storage.disks.iter().find(|status| status.id == disk.id.into());
+    found.is_some_and(|status| !matches!(status.health, DiskHealth::Failed(_)))
+}
+
+/// Lets copies go that have left their sets, once the data process has taken a configuration without them.
+fn plan_releases(view: View<'_>, data: &DataView, actions: &mut Vec<Action>) {
+    for volume in view.state.volumes_on(view.me) {
+        let Some(retired) = view.state.retired.get(&volume.id) else { continue };
+        let applied = data.applied.as_ref().and_then(|config| {
+            config.storage.volumes.iter().find(|there| {
+                VolumeId::from(there.id) == volume.id && there.generation == volume.generation.into()
+            })
+        });
+        let Some(applied) = applied else { continue };
+        for (disk, retired) in retired {
+            let is_held = retired.custody == Custody::Coordinator && retired.generation == volume.generation;
+            let uses = |segment: &SegmentIndex| {
+                let segment = applied.segments.get(segment.0 as usize);
+                segment.is_some_and(|segment| {
+                    segment.replicas.iter().any(|replica| replica.disk == (*disk).into())
+                })
+            };
+            if is_held && !retired.segments.iter().any(uses) {
+                actions.push(Action::ReleaseReplicas {
+                    volume: volume.id,
+                    generation: volume.generation,
+                    disk: *disk,
+                    segments: retired.segments.iter().copied().collect(),
+                });
+            }
+        }
+    }
+}
+
+/// How long the data of a copy that has left its set are kept. A request that was on its way to it then must have ended:
+/// each step of one has a deadline of about three seconds at its coordinator.
+pub const PURGE_DELAY: Duration = Duration::from_secs(30);
+
+/// Removes the data of copies that have left their sets.
+fn plan_replica_purges(view: View<'_>, data: &DataView, actions: &mut Vec<Action>) {
+    for (volume, disk, retired) in purgeable(view.state, view.me) {
+        let waited = view.observed.purgeable_for.get(&(volume, disk.id));
+        if works(data, disk) && waited.is_some_and(|waited| *waited >= PURGE_DELAY) {
+            actions.push(Action::PurgeReplicas {
+                volume,
+                disk: disk.id,
+                segments: retired.segments.iter().take(PURGE_SEGMENTS).copied().collect(),
+            });
+        }
+    }
+}
+
+/// Segments whose data are removed in one step.
+const PURGE_SEGMENTS: usize = 64;
+
+/// Copies on a node's disks that have left their sets and that no coordinator uses.
+pub fn purgeable(state: &ClusterState, node: NodeId) -> impl Iterator<Item = (VolumeId, &Disk, &Retired)> {
+    state.retired.iter().flat_map(move |(volume, disks)| {
+        disks.iter().filter_map(move |(disk, retired)| {
+            let disk = state.disks.get(disk).filter(|disk| disk.node == node)?;
+            state.may_purge(*volume, retired).then_some((*volume, disk, retired))
+        })
+    })
+}
+
 /// Removes what is left of deleted volumes, from those disks that work.
 fn plan_purges(view: View<'_>, data: &DataView, actions: &mut Vec<Action>) {
     for (volume, disks) in &view.state.purge {
-        let works = |disk: &Disk| {
-            let found = data.status.storage.disks.iter().find(|status| status.id == disk.id.into());
-            found.is_some_and(|status| !matches!(status.health, DiskHealth::Failed(_)))
-        };
         let mine: Vec<_> = my_disks(view)
-            .filter(|disk| disks.contains(&disk.id) && works(disk))
+            .filter(|disk| disks.contains(&disk.id) && works(data, disk))
             .map(|disk| disk.id)
             .collect();
         // Still open here: the configuration that is planned now closes it first.

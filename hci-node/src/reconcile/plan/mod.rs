@@ -29,7 +29,7 @@ use crate::{
     paths::NodePaths,
     state::{
         BootFile, Cleanliness, ClusterState, DiskId, Generation, ImageId, ImagePart, NodeId, RunEpoch,
-        VmExit, VmId, VolumeId, WipePolicy, report::VmReport,
+        SegmentIndex, VmExit, VmId, VolumeId, WipePolicy, report::VmReport,
     },
     vmm_role::record::Ended,
 };
@@ -83,6 +83,26 @@ pub enum Action {
         volume: VolumeId,
         /// Disks of this node that hold something of it.
         disks: Vec<DiskId>,
+    },
+    /// Tell the cluster that the coordinator here no longer uses copies that have left their sets.
+    ReleaseReplicas {
+        /// The volume.
+        volume: VolumeId,
+        /// The coordinator's generation.
+        generation: Generation,
+        /// Where the copies were.
+        disk: DiskId,
+        /// Of which segments.
+        segments: Vec<SegmentIndex>,
+    },
+    /// Remove what a disk of this node holds of copies that have left their sets.
+    PurgeReplicas {
+        /// The volume.
+        volume: VolumeId,
+        /// The disk.
+        disk: DiskId,
+        /// Of which segments.
+        segments: Vec<SegmentIndex>,
     },
     /// Prepare a disk for the pool.
     PrepareDisk {
@@ -175,6 +195,10 @@ pub enum ActionKey {
     Fill(VolumeId),
     /// A volume being removed.
     Purge(VolumeId),
+    /// Copies of a volume on a disk being let go.
+    Release(VolumeId, DiskId),
+    /// Copies of a volume being removed from a disk.
+    PurgeReplicas(VolumeId, DiskId),
     /// A disk.
     Disk(DiskId),
     /// A boot file.
@@ -194,6 +218,8 @@ impl Action {
             Self::OpenVolume { volume, .. } | Self::CloseVolume { volume, .. } => ActionKey::Volume(*volume),
             Self::FillVolume { volume, .. } => ActionKey::Fill(*volume),
             Self::PurgeVolume { volume, .. } => ActionKey::Purge(*volume),
+            Self::ReleaseReplicas { volume, disk, .. } => ActionKey::Release(*volume, *disk),
+            Self::PurgeReplicas { volume, disk, .. } => ActionKey::PurgeReplicas(*volume, *disk),
             Self::PrepareDisk { disk, .. } | Self::ReportDisk { disk, .. } => ActionKey::Disk(*disk),
             Self::FetchBootFile { file, .. } => ActionKey::BootFile(file.hash),
             Self::RemoveBootFile { file } => ActionKey::BootFile(*file),

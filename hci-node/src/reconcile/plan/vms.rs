@@ -57,8 +57,9 @@ fn assigned<'a>(view: View<'a>, vm: VmId, epoch: RunEpoch) -> Option<&'a Vm> {
 fn stop_mode(vm: &Vm, epoch: RunEpoch) -> Option<StopMode> {
     match vm.desired {
         DesiredRun::Stopped(mode) => Some(mode),
-        DesiredRun::Running if vm.restart == Some(epoch) => Some(StopMode::Graceful),
-        DesiredRun::Running => None,
+        DesiredRun::Running => {
+            vm.restart.filter(|restart| restart.epoch == epoch).map(|restart| restart.mode)
+        }
     }
 }
 

@@ -1,9 +1,10 @@
 //! The cluster, its nodes and its tokens.
 
-use super::{Applied, check_name, conflict, not_found};
+use super::{Applied, check_name, conflict, disks, not_found, tasks};
 use crate::state::{
-    Availability, Cluster, ClusterState, Node, NodeAddresses, NodeId, Refusal, RefusalKind, Severity,
-    Subject, Timestamp, Token, TokenId, TokenKind, command::NewNode,
+    Availability, Cluster, ClusterState, DiskService, Goal, Node, NodeAddresses, NodeId, NodeService,
+    Refusal, RefusalKind, Severity, Subject, TaskError, Timestamp, Token, TokenId, TokenKind, Volume,
+    command::NewNode,
 };
 
 pub(super) fn create(
@@ -45,6 +46,8 @@ fn member(node: &NewNode, at: Timestamp) -> Node {
         certificate_pem: node.certificate_pem.clone(),
         joined: at,
         availability: Availability::Available,
+        rack: None,
+        service: NodeService::InService,
     }
 }
 
@@ -77,6 +80,12 @@ pub(super) fn add_node(
         return Err(conflict(
             format!("node {} is a member with another key", present.name),
             "remove the identity of the joining node and join again",
+        ));
+    }
+    if state.removed_nodes.contains(&node.id) {
+        return Err(conflict(
+            "this node has left the cluster for good",
+            "install it anew, then join: hci cluster join TOKEN",
         ));
     }
     check_name("node", &node.name)?;
@@ -141,6 +150,114 @@ pub(super) fn set_availability(
         _ => {}
     }
     Ok(Applied::now("node availability", Subject::Node(id), name))
+}
+
+pub(super) fn set_rack(state: &mut ClusterState, id: NodeId, rack: Option<&str>) -> Result<Applied, Refusal> {
+    if let Some(rack) = rack {
+        check_name("rack", rack)?;
+    }
+    let node = state.nodes.get_mut(&id).ok_or_else(|| not_found("node", id))?;
+    node.rack = rack.map(str::to_owned);
+    Ok(Applied::now("node set", Subject::Node(id), &node.name))
+}
+
+pub(super) fn set_service(
+    state: &mut ClusterState,
+    id: NodeId,
+    service: NodeService,
+    at: Timestamp,
+) -> Result<Applied, Refusal> {
+    let node = state.nodes.get(&id).ok_or_else(|| not_found("node", id))?;
+    let (name, before, lost) = (node.name.clone(), node.service, node.is_lost());
+    let others =
+        state.nodes.values().filter(|other| other.id != id && other.service == NodeService::InService);
+    if service != NodeService::InService && others.count() == 0 {
+        return Err(conflict(
+            format!("there is no other node in service that could take over from {name}"),
+            "let another node join, or resume one: hci node list",
+        ));
+    }
+    let disks: Vec<_> =
+        state.disks.values().filter(|disk| disk.node == id).map(|disk| (disk.id, disk.service)).collect();
+    let (kind, goal) = match service {
+        NodeService::InService => ("node resume", Goal::Applied),
+        NodeService::Draining => ("node drain", Goal::NodeDrained(id)),
+        NodeService::Leaving => {
+            let segments = disks.iter().map(|(disk, _)| state.segments_on(*disk)).sum();
+            ("node evict", Goal::NodeGone { node: id, segments })
+        }
+    };
+    // The disks of a lost node cannot be emptied: either each copy is elsewhere too, or the node has to come back.
+    let disk_service = match (service, lost) {
+        (NodeService::Leaving, true) => {
+            let ids: Vec<_> = disks.iter().map(|(disk, _)| *disk).collect();
+            disks::check_dispensable(state, &ids)?;
+            Some(DiskService::Dead)
+        }
+        (NodeService::Leaving, false) => Some(DiskService::Draining),
+        (NodeService::InService, _) if before == NodeService::Leaving => Some(DiskService::InService),
+        _ => None,
+    };
+    for (disk, present) in disks {
+        if let Some(wanted) = disk_service
+            && present != DiskService::Dead
+        {
+            disks::set(state, disk, wanted, at);
+        }
+    }
+    if let Some(node) = state.nodes.get_mut(&id) {
+        node.service = service;
+    }
+    if before != service {
+        let (kind, message) = match service {
+            NodeService::InService => ("node-in-service", format!("node {name} is in service again")),
+            NodeService::Draining => ("node-draining", format!("node {name} is emptied of VMs")),
+            NodeService::Leaving => ("node-leaving", format!("node {name} is emptied and leaves")),
+        };
+        state.note(at, Severity::Info, kind, Subject::Node(id), message);
+        if service == NodeService::InService {
+            let stays = TaskError {
+                detail: format!("node {name} was put in service again"),
+                next: format!("see it: hci node get {name}"),
+            };
+            tasks::settle_where(state, |goal| is_about(goal, id), Some(&stays), at);
+        }
+    }
+    Ok(Applied::now(kind, Subject::Node(id), name).until(goal))
+}
+
+fn is_about(goal: &Goal, id: NodeId) -> bool {
+    matches!(goal, Goal::NodeDrained(node) | Goal::NodeGone { node, .. } if *node == id)
+}
+
+pub(super) fn remove_node(state: &mut ClusterState, id: NodeId, at: Timestamp) -> Result<Applied, Refusal> {
+    let done = Applied::now("node remove", Subject::Node(id), "");
+    let Some(node) = state.nodes.get(&id) else { return Ok(done) };
+    let name = node.name.clone();
+    if node.service != NodeService::Leaving {
+        return Err(conflict(format!("node {name} is not meant to leave"), format!("hci node evict {name}")));
+    }
+    let lost = node.is_lost();
+    let is_open_there = |volume: &Volume| volume.coordinator == Some(id);
+    if state.vms_on(id).next().is_some()
+        || state.disks.values().any(|disk| disk.node == id)
+        || (!lost && state.volumes.values().any(is_open_there))
+    {
+        return Err(conflict(format!("node {name} still carries VMs or data"), "wait until it is empty"));
+    }
+    for vm in state.vms.values_mut().filter(|vm| vm.preferred_node == Some(id)) {
+        vm.preferred_node = None;
+    }
+    // Of a lost node only: its lease has ended, so nobody has them open any more.
+    for volume in state.volumes.values_mut().filter(|volume| volume.coordinator == Some(id)) {
+        volume.coordinator = None;
+    }
+    state.nodes.remove(&id);
+    state.removed_nodes.insert(id);
+    let message = format!("node {name} has left the cluster");
+    state.note(at, Severity::Info, "node-removed", Subject::Cluster, message);
+    tasks::settle_where(state, |goal| is_about(goal, id), None, at);
+    Ok(done)
 }
 
 pub(super) fn create_token(state: &mut ClusterState, token: &Token) -> Result<Applied, Refusal> {

@@ -3,15 +3,17 @@
 //! Every function checks first and changes afterwards, so that a refusal leaves the state as it was.
 
 mod cluster;
+mod disks;
 mod images;
 mod networks;
+mod replicas;
 mod storage;
 mod tasks;
 mod vms;
 
 pub use cluster::check_join_token;
 
-use super::{ClusterState, Command, Goal, Op, Outcome, Refusal, RefusalKind, Subject};
+use super::{ClusterState, Command, Goal, Op, Outcome, Refusal, RefusalKind, StopMode, Subject};
 
 /// What a command that was accepted did.
 pub(super) struct Applied {
@@ -59,12 +61,12 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
         Op::CreateToken(token) => cluster::create_token(state, token),
         Op::RevokeToken(token) => cluster::revoke_token(state, *token),
 
-        Op::AddDisk { disk, node, path, wipe } => storage::add_disk(state, *disk, *node, path, *wipe, at),
+        Op::AddDisk { disk, node, path, wipe } => disks::add_disk(state, *disk, *node, path, *wipe, at),
         Op::DiskReady { disk, store, capacity_bytes } => {
-            storage::disk_ready(state, *disk, store, *capacity_bytes, at)
+            disks::disk_ready(state, *disk, store, *capacity_bytes, at)
         }
-        Op::AbortDisk { disk, error } => storage::abort_disk(state, *disk, error, at),
-        Op::SetDiskHealth { disk, failed } => storage::set_disk_health(state, *disk, failed.as_deref(), at),
+        Op::AbortDisk { disk, error } => disks::abort_disk(state, *disk, error, at),
+        Op::SetDiskHealth { disk, failed } => disks::set_disk_health(state, *disk, failed.as_deref(), at),
 
         Op::CreateVolume { volume, near, unreachable } => {
             storage::create_volume(state, volume, *near, unreachable, at)
@@ -113,7 +115,7 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
 
         Op::CreateVm { vm, unreachable } => vms::create(state, vm, unreachable, at),
         Op::SetVmDesired { vm, desired } => vms::set_desired(state, *vm, *desired),
-        Op::RestartVm(vm) => vms::restart(state, *vm),
+        Op::RestartVm(vm) => vms::restart(state, *vm, StopMode::Graceful),
         Op::DeleteVm(vm) => vms::delete(state, *vm),
         Op::AssignVm { vm, node, expected, reason, unreachable } => {
             vms::assign(state, *vm, *node, *expected, *reason, unreachable, at)
@@ -126,6 +128,31 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
             state.note(at, *severity, kind, subject.clone(), message.clone());
             Ok(Applied::now("note", subject.clone(), ""))
         }
+
+        Op::AddReplica { volume, segment, disk, replaces } => {
+            replicas::add(state, *volume, *segment, *disk, *replaces)
+        }
+        Op::RemoveReplica { volume, segment, disk } => replicas::remove(state, *volume, *segment, *disk),
+        Op::ReplicasReleased { volume, generation, disk, segments } => {
+            replicas::released(state, *volume, *generation, *disk, segments)
+        }
+        Op::ReplicasPurged { volume, disk, segments } => replicas::purged(state, *volume, *disk, segments),
+
+        Op::SetPoolPolicy(policy) => disks::set_policy(state, *policy, at),
+        Op::SetDiskService { disk, service } => disks::set_service(state, *disk, *service, at),
+        Op::SetDiskRoom { disk, room } => disks::set_room(state, *disk, *room, at),
+        Op::RemoveDisk(disk) => disks::remove(state, *disk, at),
+        Op::SetNodeRack { node, rack } => cluster::set_rack(state, *node, rack.as_deref()),
+        Op::SetNodeService { node, service } => cluster::set_service(state, *node, *service, at),
+        Op::RemoveNode(node) => cluster::remove_node(state, *node, at),
+
+        Op::SetVolume { volume, replicas, min_in_sync, durability, unreachable } => {
+            storage::set_volume(state, *volume, *replicas, *min_in_sync, *durability, unreachable)
+        }
+        Op::GrowVolume { volume, size_bytes, unreachable } => {
+            storage::grow_volume(state, *volume, *size_bytes, unreachable, at)
+        }
+        Op::ResetVm(vm) => vms::restart(state, *vm, StopMode::Force),
     }
 }
 

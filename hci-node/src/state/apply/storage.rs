@@ -1,14 +1,16 @@
-//! Disks and volumes: the rules of design §4 about who may write where.
+//! Volumes: the rules of design §4 about who may write where.
 //!
-//! A volume's in-sync set changes only here. Three rules carry the data's safety: the last in-sync copy of a
+//! A volume's in-sync set changes only here and in `replicas`. Three rules carry the data's safety: the last in-sync copy of a
 //! segment is never taken out; whoever shows an old generation is refused; and a volume is opened elsewhere only when
 //! its coordinator has closed it or its node's lease has ended.
 
-use super::{Applied, check_free, check_name, conflict, invalid, not_found, tasks};
+use std::collections::BTreeMap;
+
+use super::{Applied, check_free, check_name, conflict, invalid, not_found, replicas};
 use crate::state::{
-    BLOCK_BYTES, Cleanliness, ClusterState, Disk, DiskId, DiskState, Generation, Goal, NodeId, Outcome,
-    Refusal, RefusalKind, ReplicaState, SegmentIndex, Severity, Subject, TaskError, Timestamp, Volume,
-    VolumeFill, VolumeId, VolumeOwner, WipePolicy,
+    BLOCK_BYTES, Cleanliness, ClusterState, DiskId, Durability, Generation, Goal, NodeId, Outcome, Refusal,
+    RefusalKind, ReplicaState, SegmentIndex, Severity, Subject, Timestamp, Volume, VolumeFill, VolumeId,
+    VolumeOwner,
     command::NewVolume,
     placement::{self, Wish},
 };
@@ -18,113 +20,22 @@ const MAX_VOLUME_BYTES: u64 = 64 << 40;
 /// Most copies of a volume.
 const MAX_REPLICAS: u8 = 3;
 
-pub(super) fn add_disk(
-    state: &mut ClusterState,
-    id: DiskId,
-    node: NodeId,
-    path: &str,
-    wipe: WipePolicy,
-    at: Timestamp,
-) -> Result<Applied, Refusal> {
-    let owner = state.nodes.get(&node).ok_or_else(|| not_found("node", node))?;
-    let name = format!("{}:{path}", owner.name);
-    let done = Applied::now("disk add", Subject::Disk(id), name).until(Goal::DiskReady(id));
-    if state.disks.contains_key(&id) {
-        return Ok(done);
-    }
-    if !path.starts_with('/') || path.len() > 4096 || path.contains('\0') {
-        return Err(invalid(format!("{path:?} is no absolute path"), "name a device: hci disk list"));
-    }
-    if state.disks.values().any(|disk| disk.node == node && disk.path == path) {
-        return Err(Refusal::new(
-            RefusalKind::Taken,
-            format!("{path} of node {} is in the pool already", owner.name),
-            "see it: hci disk list",
-        ));
-    }
-    let disk = Disk {
-        id,
-        node,
-        path: path.to_owned(),
-        store: None,
-        capacity_bytes: 0,
-        state: DiskState::Preparing,
-        wipe,
-        added: at,
-    };
-    state.disks.insert(id, disk);
-    Ok(done)
-}
-
-pub(super) fn disk_ready(
-    state: &mut ClusterState,
-    id: DiskId,
-    store: &str,
-    capacity_bytes: u64,
-    at: Timestamp,
-) -> Result<Applied, Refusal> {
-    let disk = state.disks.get_mut(&id).ok_or_else(|| not_found("disk", id))?;
-    let fresh = disk.state == DiskState::Preparing;
-    disk.store = Some(store.to_owned());
-    disk.capacity_bytes = capacity_bytes;
-    // Wiping was allowed once; should the disk be prepared again, its data counts.
-    disk.wipe = WipePolicy::Refuse;
-    if fresh {
-        disk.state = DiskState::Ready;
-        let message = format!("disk {} is in the pool", state.subject_name(&Subject::Disk(id)));
-        state.note(at, Severity::Info, "disk-added", Subject::Disk(id), message);
-        tasks::settle(state, &Goal::DiskReady(id), None, at);
-    }
-    Ok(Applied::now("disk ready", Subject::Disk(id), ""))
-}
-
-pub(super) fn abort_disk(
-    state: &mut ClusterState,
-    id: DiskId,
-    error: &TaskError,
-    at: Timestamp,
-) -> Result<Applied, Refusal> {
-    let disk = state.disks.get(&id).ok_or_else(|| not_found("disk", id))?;
-    if disk.state != DiskState::Preparing {
-        return Err(conflict("the disk is in use", "see it: hci disk list"));
-    }
-    state.disks.remove(&id);
-    tasks::settle(state, &Goal::DiskReady(id), Some(error), at);
-    Ok(Applied::now("disk abort", Subject::Disk(id), ""))
-}
-
-pub(super) fn set_disk_health(
-    state: &mut ClusterState,
-    id: DiskId,
-    failed: Option<&str>,
-    at: Timestamp,
-) -> Result<Applied, Refusal> {
-    let name = state.subject_name(&Subject::Disk(id));
-    let disk = state.disks.get_mut(&id).ok_or_else(|| not_found("disk", id))?;
-    match (&disk.state, failed) {
-        (DiskState::Ready, Some(reason)) => {
-            disk.state = DiskState::Failed { reason: reason.to_owned() };
-            let message = format!("disk {name} failed: {reason}");
-            state.note(at, Severity::Critical, "disk-failed", Subject::Disk(id), message);
-        }
-        (DiskState::Failed { .. }, None) => {
-            disk.state = DiskState::Ready;
-            state.note(
-                at,
-                Severity::Info,
-                "disk-works",
-                Subject::Disk(id),
-                format!("disk {name} works again"),
-            );
-        }
-        _ => {}
-    }
-    Ok(Applied::now("disk health", Subject::Disk(id), name))
-}
-
 /// How many copies must be in sync for writes to go on, when nothing else was said: a majority.
 fn usual_minimum(replicas: u8) -> u8 {
     if replicas >= 3 { 2 } else { 1 }
+}
+
+fn check_copies(replicas: u8, min_in_sync: u8) -> Result<(), Refusal> {
+    if !(1..=MAX_REPLICAS).contains(&replicas) {
+        return Err(invalid(format!("a volume cannot have {replicas} copies"), "use --replicas 1, 2 or 3"));
+    }
+    if !(1..=replicas).contains(&min_in_sync) {
+        return Err(invalid(
+            format!("{min_in_sync} of {replicas} copies cannot be the minimum"),
+            "use a minimum from 1 to the number of copies",
+        ));
+    }
+    Ok(())
 }
 
 /// A volume as it will be; used by VMs and images too.
@@ -149,21 +60,11 @@ pub(super) fn plan_volume(
             "use 4 KiB to 64 TiB: --size 10GiB",
         ));
     }
-    if !(1..=MAX_REPLICAS).contains(&new.replicas) {
-        return Err(invalid(
-            format!("a volume cannot have {} copies", new.replicas),
-            "use --replicas 1, 2 or 3",
-        ));
-    }
     let min_in_sync = new.min_in_sync.unwrap_or_else(|| usual_minimum(new.replicas));
-    if !(1..=new.replicas).contains(&min_in_sync) {
-        return Err(invalid(
-            format!("{min_in_sync} of {} copies cannot be the minimum", new.replicas),
-            "use a minimum from 1 to the number of copies",
-        ));
-    }
+    check_copies(new.replicas, min_in_sync)?;
     let size_bytes = new.size_bytes.next_multiple_of(BLOCK_BYTES);
-    let segments = placement::place(state, &Wish { size_bytes, replicas: new.replicas, near, unreachable })?;
+    let wish = Wish { size_bytes, have: 0, replicas: new.replicas, near, unreachable, avoid: &[] };
+    let segments = placement::place(state, &wish)?;
     Ok(Volume {
         id: new.id,
         name: new.name.clone(),
@@ -178,6 +79,8 @@ pub(super) fn plan_volume(
         fill,
         created: at,
         departures: 0,
+        min_wanted: min_in_sync,
+        durability: new.durability,
     })
 }
 
@@ -229,8 +132,9 @@ pub(super) fn delete_volume(state: &mut ClusterState, id: VolumeId) -> Result<Ap
 /// Forgets a volume and remembers which disks still hold data of it.
 pub(super) fn drop_volume(state: &mut ClusterState, id: VolumeId) {
     if let Some(volume) = state.volumes.remove(&id) {
-        let disks = volume.segments.iter().flat_map(|segment| &segment.replicas).map(|replica| replica.disk);
-        state.purge.insert(id, disks.collect());
+        let copies = volume.segments.iter().flat_map(|segment| &segment.replicas).map(|replica| replica.disk);
+        let former = state.retired.remove(&id).into_iter().flat_map(BTreeMap::into_keys);
+        state.purge.insert(id, copies.chain(former).collect());
     }
 }
 
@@ -334,7 +238,7 @@ pub(super) fn open_volume(
     Ok(answer_volume(state, "volume open", id))
 }
 
-fn fenced(volume: &Volume, generation: Generation) -> Refusal {
+pub(super) fn fenced(volume: &Volume, generation: Generation) -> Refusal {
     Refusal::new(
         RefusalKind::Fenced,
         format!("generation {generation} of volume {} is not current, {} is", volume.name, volume.generation),
@@ -342,7 +246,7 @@ fn fenced(volume: &Volume, generation: Generation) -> Refusal {
     )
 }
 
-fn answer_volume(state: &ClusterState, kind: &'static str, id: VolumeId) -> Applied {
+pub(super) fn answer_volume(state: &ClusterState, kind: &'static str, id: VolumeId) -> Applied {
     let outcome = match state.volumes.get(&id) {
         Some(volume) => Outcome::Volume(Box::new(volume.clone())),
         None => Outcome::Done,
@@ -351,7 +255,11 @@ fn answer_volume(state: &ClusterState, kind: &'static str, id: VolumeId) -> Appl
 }
 
 /// The volume, if that generation is its current one and it is open.
-fn current(state: &mut ClusterState, id: VolumeId, generation: Generation) -> Result<&mut Volume, Refusal> {
+pub(super) fn current(
+    state: &mut ClusterState,
+    id: VolumeId,
+    generation: Generation,
+) -> Result<&mut Volume, Refusal> {
     let volume = state.volumes.get_mut(&id).ok_or_else(|| not_found("volume", id))?;
     if volume.generation != generation || volume.coordinator.is_none() {
         return Err(fenced(volume, generation));
@@ -452,13 +360,27 @@ pub(super) fn replica_in(
         .segments
         .get_mut(segment.0 as usize)
         .and_then(|segment| segment.replicas.iter_mut().find(|replica| replica.disk == disk))
-        .ok_or_else(|| not_found("replica on disk", disk))?;
+        // Not "not found": the volume is there, and its coordinator may go on.
+        .ok_or_else(|| conflict("the copy has left its set", "use the set as it is now"))?;
     replica.state = ReplicaState::InSync;
+    let replaced = replica.replaces;
+    settle_minimum(volume);
     if degraded && !volume.is_degraded() {
         let message = format!("volume {} has all its {} copies again", volume.name, volume.replicas);
         state.note(at, Severity::Info, "volume-healed", Subject::Volume(id), message);
     }
+    if let Some(old) = replaced {
+        // Where that would leave too few it stays, until the leader sees that there are enough.
+        let _ = replicas::retire(state, id, segment, old);
+    }
     Ok(answer_volume(state, "volume replica in", id))
+}
+
+/// A higher minimum counts once all copies are there.
+fn settle_minimum(volume: &mut Volume) {
+    if !volume.is_degraded() {
+        volume.min_in_sync = volume.min_wanted;
+    }
 }
 
 pub(super) fn volume_filled(
@@ -468,4 +390,89 @@ pub(super) fn volume_filled(
 ) -> Result<Applied, Refusal> {
     current(state, id, generation)?.fill = VolumeFill::Done;
     Ok(answer_volume(state, "volume filled", id))
+}
+
+pub(super) fn set_volume(
+    state: &mut ClusterState,
+    id: VolumeId,
+    replicas: Option<u8>,
+    min_in_sync: Option<u8>,
+    durability: Option<Durability>,
+    unreachable: &[NodeId],
+) -> Result<Applied, Refusal> {
+    let volume = state.volumes.get(&id).ok_or_else(|| not_found("volume", id))?;
+    let name = volume.name.clone();
+    let wanted = replicas.unwrap_or(volume.replicas);
+    let minimum = match (min_in_sync, replicas) {
+        (Some(minimum), _) => minimum,
+        (None, Some(replicas)) if replicas != volume.replicas => usual_minimum(replicas),
+        (None, _) => volume.min_wanted,
+    };
+    check_copies(wanted, minimum)?;
+    if wanted > volume.replicas {
+        // One segment more stands for all: the others are placed one by one, as room permits.
+        let wish =
+            Wish { size_bytes: BLOCK_BYTES, have: 0, replicas: wanted, near: None, unreachable, avoid: &[] };
+        placement::place(state, &wish)?;
+    }
+    if let Some(volume) = state.volumes.get_mut(&id) {
+        volume.replicas = wanted;
+        volume.min_wanted = minimum;
+        volume.min_in_sync = volume.min_in_sync.min(minimum);
+        volume.durability = durability.unwrap_or(volume.durability);
+        settle_minimum(volume);
+    }
+    Ok(Applied::now("volume set", Subject::Volume(id), name).until(Goal::VolumeSettled(id)))
+}
+
+pub(super) fn grow_volume(
+    state: &mut ClusterState,
+    id: VolumeId,
+    size_bytes: u64,
+    unreachable: &[NodeId],
+    at: Timestamp,
+) -> Result<Applied, Refusal> {
+    let volume = state.volumes.get(&id).ok_or_else(|| not_found("volume", id))?;
+    let name = volume.name.clone();
+    if size_bytes > MAX_VOLUME_BYTES {
+        return Err(invalid("a volume has at most 64 TiB", "use a smaller size"));
+    }
+    let size_bytes = size_bytes.next_multiple_of(BLOCK_BYTES);
+    if size_bytes < volume.size_bytes {
+        return Err(invalid(
+            format!("volume {name} has {} bytes already, and volumes do not shrink", volume.size_bytes),
+            format!("give a larger size: hci volume grow {name} --size SIZE"),
+        ));
+    }
+    if !volume.is_filled() {
+        return Err(conflict(
+            format!("volume {name} is being filled"),
+            format!("wait until it is there: hci volume get {name}"),
+        ));
+    }
+    if matches!(volume.owner, VolumeOwner::Image(_)) {
+        return Err(conflict(
+            format!("volume {name} is the disk of an image"),
+            "grow the volumes that are made from it",
+        ));
+    }
+    let former: Vec<_> = state.retired.get(&id).into_iter().flat_map(BTreeMap::keys).copied().collect();
+    let wish = Wish {
+        size_bytes,
+        have: volume.segments.len(),
+        replicas: volume.replicas,
+        near: volume.coordinator,
+        unreachable,
+        avoid: &former,
+    };
+    let added = placement::place(state, &wish)?;
+    if let Some(volume) = state.volumes.get_mut(&id)
+        && size_bytes > volume.size_bytes
+    {
+        volume.segments.extend(added);
+        volume.size_bytes = size_bytes;
+        let message = format!("volume {name} has {size_bytes} bytes now");
+        state.note(at, Severity::Info, "volume-grown", Subject::Volume(id), message);
+    }
+    Ok(Applied::now("volume grow", Subject::Volume(id), name))
 }

@@ -42,10 +42,20 @@ pub(super) fn finish(
 
 /// Ends all running tasks with a goal.
 pub(super) fn settle(state: &mut ClusterState, goal: &Goal, error: Option<&TaskError>, at: Timestamp) {
+    settle_where(state, |other| other == goal, error, at);
+}
+
+/// Ends all running tasks whose goal is meant.
+pub(super) fn settle_where(
+    state: &mut ClusterState,
+    is_meant: impl Fn(&Goal) -> bool,
+    error: Option<&TaskError>,
+    at: Timestamp,
+) {
     let ids: Vec<_> = state
         .tasks
         .values()
-        .filter(|task| task.state == TaskState::Running && task.goal == *goal)
+        .filter(|task| task.state == TaskState::Running && is_meant(&task.goal))
         .map(|task| task.id)
         .collect();
     for id in ids {

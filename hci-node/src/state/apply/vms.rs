@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Applied, check_free, check_name, conflict, images, invalid, networks, not_found, storage};
 use crate::state::{
-    Assignment, ClusterState, DesiredRun, Goal, ImagePart, NodeId, Port, Refusal, RefusalKind, RunEpoch,
-    Severity, StopMode, Subject, Timestamp, Vm, VmExit, VmId, VolumeFill, VolumeOwner,
+    Assignment, ClusterState, DesiredRun, Goal, ImagePart, NodeId, Port, Refusal, RefusalKind, Restart,
+    RunEpoch, Severity, StopMode, Subject, Timestamp, Vm, VmExit, VmId, VolumeFill, VolumeOwner,
     command::{AssignReason, NewVm},
 };
 
@@ -181,7 +181,7 @@ pub(super) fn set_desired(
             }
             vm.desired = desired;
             // Should the last run still be on its way down, it has to end before the next one starts.
-            vm.restart = vm.assignment.map(|assignment| assignment.epoch);
+            vm.restart = vm.assignment.map(|run| Restart { epoch: run.epoch, mode: StopMode::Graceful });
             let goal = Goal::VmRuns(id, RunEpoch(vm.epoch.0 + 1));
             Ok(Applied::now("vm start", Subject::Vm(id), name).until(goal))
         }
@@ -202,13 +202,16 @@ pub(super) fn set_desired(
     }
 }
 
-pub(super) fn restart(state: &mut ClusterState, id: VmId) -> Result<Applied, Refusal> {
+pub(super) fn restart(state: &mut ClusterState, id: VmId, mode: StopMode) -> Result<Applied, Refusal> {
     let vm = state.vms.get_mut(&id).ok_or_else(|| not_found("vm", id))?;
     let name = vm.name.clone();
     let Some(assignment) = vm.assignment.filter(|_| vm.desired == DesiredRun::Running) else {
         return Err(conflict(format!("VM {name} does not run"), format!("start it: hci vm start {name}")));
     };
-    vm.restart = Some(assignment.epoch);
+    // A forced end stays forced, whatever is asked later.
+    let forced = vm.restart == Some(Restart { epoch: assignment.epoch, mode: StopMode::Force });
+    let mode = if forced { StopMode::Force } else { mode };
+    vm.restart = Some(Restart { epoch: assignment.epoch, mode });
     let goal = Goal::VmRuns(id, RunEpoch(assignment.epoch.0 + 1));
     Ok(Applied::now("vm restart", Subject::Vm(id), name).until(goal))
 }
@@ -311,7 +314,7 @@ pub(super) fn exited(
     if vm.assignment.is_none_or(|assignment| assignment.epoch != epoch) {
         return Ok(done);
     }
-    let asked_to_restart = vm.restart == Some(epoch);
+    let asked_to_restart = vm.restart.is_some_and(|restart| restart.epoch == epoch);
     vm.assignment = None;
     vm.restart = None;
     vm.last_exit = Some(exit.clone());

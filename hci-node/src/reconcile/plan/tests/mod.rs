@@ -70,6 +70,8 @@ fn member(number: u128) -> Node {
         certificate_pem: String::new(),
         joined: Timestamp(0),
         availability: Availability::Available,
+        rack: None,
+        service: NodeService::InService,
     }
 }
 
@@ -83,6 +85,8 @@ fn pool_disk(number: u128) -> Disk {
         state: DiskState::Ready,
         wipe: WipePolicy::Refuse,
         added: Timestamp(0),
+        service: DiskService::InService,
+        room: DiskRoom::Free,
     }
 }
 
@@ -130,6 +134,7 @@ pub(super) fn cluster() -> ClusterState {
         size_bytes: 1 << 30,
         replicas: 3,
         min_in_sync: None,
+        durability: Durability::WriteBack,
     };
     apply(
         &mut state,
@@ -206,6 +211,7 @@ pub(super) fn observed(data: Option<DataView>) -> Observed {
         data,
         runs: BTreeMap::new(),
         boot_files: [kernel().hash].into_iter().collect(),
+        purgeable_for: BTreeMap::new(),
     }
 }
 

@@ -1,0 +1,186 @@
+//! Volumes: where their copies are, what state these are in, and what may fail next.
+
+use std::collections::BTreeMap;
+
+use super::{Views, count};
+use crate::{
+    api::types as api,
+    control::leader::pool::{
+        View,
+        standing::{self, Standing},
+    },
+    state::{
+        Durability, Replica, ReplicaState, Segment, Subject, Timestamp, Volume, VolumeOwner,
+        report::{VolumeReport, VolumeRunState},
+    },
+};
+
+/// Copies of a volume that are on their way to another disk.
+pub(super) fn moves(volume: &Volume) -> u32 {
+    let copies = volume.segments.iter().flat_map(|segment| &segment.replicas);
+    count(copies.filter(|copy| copy.replaces.is_some() && copy.state == ReplicaState::OutOfSync))
+}
+
+/// Segments of a volume with fewer complete copies than they should have.
+pub(super) fn degraded(volume: &Volume) -> u32 {
+    let wanted = usize::from(volume.replicas);
+    count(volume.segments.iter().filter(|segment| segment.in_sync() < wanted))
+}
+
+/// How far a volume is to full redundancy, 0 to 1.
+fn progress(volume: &Volume) -> f64 {
+    let wanted = usize::from(volume.replicas);
+    let there: usize = volume.segments.iter().map(|segment| segment.in_sync().min(wanted)).sum();
+    let all = volume.segments.len() * wanted;
+    if all == 0 { 1.0 } else { there as f64 / all as f64 }
+}
+
+impl Views<'_> {
+    fn volume_report(&self, volume: &Volume) -> Option<&VolumeReport> {
+        let reports = &self.reports.get(&volume.coordinator?)?.local.volumes;
+        reports.iter().find(|report| report.volume == volume.id && report.generation == volume.generation)
+    }
+
+    fn standing(&self, copy: &Replica) -> Standing {
+        standing::of(View { state: self.state, live: self.reports, at: Timestamp::now() }, copy)
+    }
+
+    /// Complete copies of a segment that are in reach.
+    fn present<'a>(&self, segment: &'a Segment) -> Vec<&'a Replica> {
+        let is_present = |copy: &&Replica| {
+            copy.state == ReplicaState::InSync
+                && matches!(self.standing(copy), Standing::Good | Standing::Leaving)
+        };
+        segment.replicas.iter().filter(is_present).collect()
+    }
+
+    /// How many nodes may be lost before I/O on a volume stops.
+    pub(super) fn spare_copies(&self, volume: &Volume) -> u32 {
+        let spare =
+            |segment: &Segment| self.present(segment).len().saturating_sub(usize::from(volume.min_in_sync));
+        let least = volume.segments.iter().map(spare).min().unwrap_or(usize::from(volume.replicas));
+        u32::try_from(least).unwrap_or(u32::MAX)
+    }
+
+    /// What may be lost without harm, and what may not.
+    fn risks(&self, volume: &Volume) -> (String, Vec<String>) {
+        match self.spare_copies(volume) {
+            0 => {}
+            1 => return ("the loss of any 1 node".to_owned(), Vec::new()),
+            nodes => return (format!("the loss of any {nodes} nodes"), Vec::new()),
+        }
+        let mut risks = BTreeMap::new();
+        for segment in &volume.segments {
+            let present = self.present(segment);
+            if present.len() > usize::from(volume.min_in_sync) {
+                continue;
+            }
+            for copy in &present {
+                let outcome = if present.len() == 1 { Outcome::Lost } else { Outcome::Waits };
+                let entry = risks.entry(copy.disk).or_insert(outcome);
+                *entry = (*entry).max(outcome);
+            }
+        }
+        let sentence = |(disk, outcome)| {
+            let disk = self.state.subject_name(&Subject::Disk(disk));
+            match outcome {
+                Outcome::Waits => format!("{disk} fails: writes wait until another copy is complete"),
+                Outcome::Lost => format!("{disk} fails: data are lost unless another copy comes back"),
+            }
+        };
+        ("no loss of a node or disk".to_owned(), risks.into_iter().map(sentence).collect())
+    }
+
+    /// A volume.
+    pub fn volume(&self, volume: &Volume) -> api::Volume {
+        let report = self.volume_report(volume);
+        let is_degraded = volume.is_degraded();
+        let resync = report.map(|report| report.resync_blocks_left);
+        let copies = || volume.segments.iter().flat_map(|segment| &segment.replicas);
+        let is_coming = |copy: &Replica| self.standing(copy) == Standing::Coming;
+        let (state, message) = match (volume.coordinator, report.map(|report| &report.state)) {
+            (_, Some(VolumeRunState::Waiting(why))) => (api::VolumeState::Waiting, Some(why.clone())),
+            (_, Some(VolumeRunState::Fenced)) => {
+                (api::VolumeState::Waiting, Some("a newer generation exists".to_owned()))
+            }
+            (_, Some(VolumeRunState::Open)) if is_degraded && copies().any(is_coming) => {
+                (api::VolumeState::Resyncing, None)
+            }
+            _ if is_degraded => (api::VolumeState::Degraded, None),
+            (Some(_), Some(VolumeRunState::Open)) => (api::VolumeState::Healthy, None),
+            (Some(_), _) => (api::VolumeState::Opening, None),
+            (None, _) => (api::VolumeState::Closed, None),
+        };
+        let used_by = match volume.owner {
+            VolumeOwner::None => None,
+            VolumeOwner::Vm(vm) => Some(format!("vm {}", self.state.subject_name(&Subject::Vm(vm)))),
+            VolumeOwner::Image(image) => {
+                Some(format!("image {}", self.state.subject_name(&Subject::Image(image))))
+            }
+        };
+        let (tolerates, at_risk) = self.risks(volume);
+        api::Volume {
+            id: volume.id.to_string(),
+            name: volume.name.clone(),
+            size_bytes: volume.size_bytes,
+            replicas: volume.replicas,
+            in_sync: u8::try_from(volume.fewest_in_sync()).unwrap_or(u8::MAX),
+            min_in_sync: volume.min_in_sync,
+            state,
+            message,
+            generation: volume.generation.0,
+            coordinator: volume.coordinator.map(|node| self.node_name(node)),
+            used_by,
+            durability: match volume.durability {
+                Durability::WriteBack => api::Durability::WriteBack,
+                Durability::WriteThrough => api::Durability::WriteThrough,
+            },
+            resync_blocks_left: resync,
+            segments: count(volume.segments.iter()),
+            segments_degraded: degraded(volume),
+            moves: moves(volume),
+            progress: progress(volume),
+            tolerates,
+            at_risk,
+            placement: self.placement(volume),
+            created: volume.created.to_string(),
+        }
+    }
+
+    fn placement(&self, volume: &Volume) -> Vec<api::VolumePlacement> {
+        let mut disks = BTreeMap::new();
+        for segment in &volume.segments {
+            for copy in &segment.replicas {
+                let entry = disks.entry(copy.disk).or_insert_with(|| api::VolumePlacement {
+                    node: self.node_name(copy.node),
+                    disk: self.state.disks.get(&copy.disk).map(|disk| disk.path.clone()).unwrap_or_default(),
+                    rack: self.state.nodes.get(&copy.node).and_then(|node| node.rack.clone()),
+                    segments: 0,
+                    in_sync: 0,
+                    state: api::CopyState::InSync,
+                    moving: 0,
+                });
+                entry.segments += 1;
+                entry.in_sync += u32::from(copy.state == ReplicaState::InSync);
+                entry.moving += u32::from(copy.replaces.is_some() || segment.is_replaced(copy.disk));
+                entry.state = match self.standing(copy) {
+                    Standing::Good => entry.state,
+                    Standing::Coming => api::CopyState::Syncing,
+                    Standing::Waiting => api::CopyState::Waiting,
+                    Standing::Leaving => api::CopyState::Leaving,
+                    Standing::Gone => api::CopyState::Gone,
+                };
+            }
+        }
+        disks.into_values().collect()
+    }
+}
+
+/// What the loss of one more disk does.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Outcome {
+    /// Writes wait.
+    Waits,
+    /// The last complete copy is gone.
+    Lost,
+}
