@@ -52,7 +52,7 @@ impl Coordinator {
     }
 
     async fn read(self: &Arc<Self>, offset: u64, len: u64) -> Result<Bytes, BlockError> {
-        geometry::check(self.size, offset, len)?;
+        geometry::check(self.size(), offset, len)?;
         let mut pieces = geometry::transfers(offset, len);
         match (pieces.next(), pieces.next()) {
             (None, _) => Ok(Bytes::new()),
@@ -68,7 +68,7 @@ impl Coordinator {
     }
 
     async fn write(self: &Arc<Self>, offset: u64, data: Bytes) -> Result<Bytes, BlockError> {
-        geometry::check(self.size, offset, data.len() as u64)?;
+        geometry::check(self.size(), offset, data.len() as u64)?;
         let mut at = 0;
         let writes = geometry::transfers(offset, data.len() as u64).map(|piece| {
             let part = data.slice(at..at + piece.len as usize);
@@ -81,7 +81,7 @@ impl Coordinator {
 
     /// The blocks at the ends that are covered in part are written as data, those between as zeroes.
     async fn zero(self: &Arc<Self>, offset: u64, len: u64) -> Result<Bytes, BlockError> {
-        geometry::check(self.size, offset, len)?;
+        geometry::check(self.size(), offset, len)?;
         let end = offset + len;
         let first = offset.next_multiple_of(BLOCK_SIZE).min(end);
         let last = (end - end % BLOCK_SIZE).max(first);

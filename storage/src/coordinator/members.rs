@@ -7,7 +7,7 @@
 //!   out or a resync has made it equal again.
 //! - A replica counts as "may be in sync" from the moment the commit that puts it in is *begun*.
 
-use crate::config::{ReplicaState, VolumeConfig};
+use crate::config::{ReplicaConfig, ReplicaState, SegmentConfig, VolumeConfig};
 use crate::ids::{DiskId, SegmentIndex};
 use crate::replica::protocol::Session;
 use crate::status::{MemberState, ReplicaStatus, ResyncProgress};
@@ -69,32 +69,48 @@ pub(crate) struct MemberTable {
     members: BTreeMap<DiskId, Member>,
     segments: u32,
     min_in_sync: usize,
+    size: u64,
+    /// What the volume grows to, while replicas of its new segments are not attached yet.
+    growth: Option<Growth>,
+}
+
+#[derive(Debug)]
+struct Growth {
+    size: u64,
+    segments: Vec<SegmentConfig>,
+}
+
+/// Whether a volume waits for all replicas of its new segments, or goes on without those that are away.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Patience {
+    /// It waits.
+    Waits,
+    /// It has waited long enough.
+    Over,
 }
 
 impl MemberTable {
     pub(crate) fn new(config: &VolumeConfig) -> Self {
-        let mut table = Self { members: BTreeMap::new(), segments: 0, min_in_sync: 1 };
+        let mut table = Self { members: BTreeMap::new(), segments: 0, min_in_sync: 1, size: 0, growth: None };
+        table.segments = config.segments.len() as u32;
         table.configure(config);
         table
     }
 
     /// Takes over which replicas there are. Of those known already the state stays: this coordinator is the one who changes it,
-    /// and a configuration that was on its way meanwhile may be older than what it knows.
+    /// and a configuration that was on its way meanwhile may be older than what it knows. New segments wait for [`Self::grow`].
     pub(crate) fn configure(&mut self, config: &VolumeConfig) {
-        self.segments = config.segments.len() as u32;
+        if config.segments.len() < self.segments as usize {
+            // Volumes do not shrink: this one is older than what is known.
+            return;
+        }
         self.min_in_sync = usize::from(config.min_in_sync.max(1));
+        let (known, new) = config.segments.split_at(self.segments as usize);
         let mut named: BTreeMap<DiskId, Vec<SegmentIndex>> = BTreeMap::new();
-        for segment in &config.segments {
+        for segment in known {
             for replica in &segment.replicas {
                 named.entry(replica.disk).or_default().push(segment.index);
-                let member = self.members.entry(replica.disk).or_insert_with(|| Member {
-                    node: replica.node,
-                    link: Link::Detached("not reached yet".into()),
-                    slots: BTreeMap::new(),
-                    progress: None,
-                    written: 0,
-                    flushed: 0,
-                });
+                let member = self.member(replica);
                 let sync = match member.link {
                     Link::Attached(_) => SlotState::Copying,
                     Link::Detached(_) => SlotState::Stale,
@@ -102,11 +118,73 @@ impl MemberTable {
                 member.slots.entry(segment.index).or_insert(Slot { sync, committed: replica.state });
             }
         }
+        for replica in new.iter().flat_map(|segment| &segment.replicas) {
+            named.entry(replica.disk).or_default();
+            self.member(replica);
+        }
         self.members.retain(|disk, member| {
             let kept = named.get(disk);
             member.slots.retain(|segment, _| kept.is_some_and(|s| s.contains(segment)));
-            !member.slots.is_empty()
+            kept.is_some()
         });
+        if new.is_empty() {
+            self.size = self.size.max(config.size.0);
+            self.growth = None;
+        } else {
+            self.growth = Some(Growth { size: config.size.0, segments: new.to_vec() });
+        }
+    }
+
+    fn member(&mut self, replica: &ReplicaConfig) -> &mut Member {
+        self.members.entry(replica.disk).or_insert_with(|| Member {
+            node: replica.node,
+            link: Link::Detached("not reached yet".into()),
+            slots: BTreeMap::new(),
+            progress: None,
+            written: 0,
+            flushed: 0,
+        })
+    }
+
+    /// Takes new segments over once their replicas are attached. They are equal from the start: nothing was ever written to
+    /// them. One that stays away lacks nothing yet, but it will with the first write: it is taken out as any other.
+    pub(crate) fn grow(&mut self, patience: Patience) {
+        let Some(growth) = &self.growth else { return };
+        let attached = |replica: &&ReplicaConfig| {
+            self.members.get(&replica.disk).is_some_and(|m| matches!(m.link, Link::Attached(_)))
+        };
+        let is_ready = |segment: &SegmentConfig| {
+            let in_sync = || segment.replicas.iter().filter(|r| r.state == ReplicaState::InSync);
+            let there = in_sync().filter(attached).count();
+            there == in_sync().count() || (patience == Patience::Over && there > 0)
+        };
+        if !growth.segments.iter().all(is_ready) {
+            return;
+        }
+        let Some(growth) = self.growth.take() else { return };
+        for segment in &growth.segments {
+            for replica in &segment.replicas {
+                let Some(member) = self.members.get_mut(&replica.disk) else { continue };
+                let sync = match (&member.link, replica.state) {
+                    (Link::Attached(_), ReplicaState::InSync) => SlotState::InSync,
+                    (Link::Attached(_), ReplicaState::OutOfSync) => SlotState::Copying,
+                    (Link::Detached(_), _) => SlotState::Stale,
+                };
+                member.slots.insert(segment.index, Slot { sync, committed: replica.state });
+            }
+        }
+        self.segments += growth.segments.len() as u32;
+        self.size = self.size.max(growth.size);
+    }
+
+    /// The size that is served.
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether new segments wait for their replicas.
+    pub(crate) fn is_growing(&self) -> bool {
+        self.growth.is_some()
     }
 
     /// Members without a session, with their nodes.
@@ -450,7 +528,7 @@ impl Member {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Access, CleanState, Durability, ReplicaConfig, SegmentConfig};
+    use crate::config::{Access, CleanState, Durability};
     use crate::ids::{ByteSize, Generation, SEGMENT_SIZE, VolumeId};
     use crate::replica::protocol::BootEpoch;
     use uuid::Uuid;
@@ -590,6 +668,51 @@ mod tests {
         table.configure(&config(2, [InSync; 3]));
         assert!(table.to_take_out().is_empty());
         assert!(table.write_complete(SEGMENT, &table.write_targets(SEGMENT)));
+    }
+
+    /// The volume with a second segment on disks 1, 2 and another one.
+    fn grown(last: u128) -> VolumeConfig {
+        let mut config = config(2, [ReplicaState::InSync; 3]);
+        let mut second = config.segments[0].clone();
+        second.index = SegmentIndex(1);
+        second.replicas[2].disk = disk(last);
+        config.segments.push(second);
+        config.size = ByteSize(2 * SEGMENT_SIZE);
+        config
+    }
+
+    #[test]
+    fn a_volume_grows_on_replicas_that_are_attached_and_none_is_distrusted() {
+        let mut table = open(2);
+        table.configure(&grown(3));
+        table.grow(Patience::Waits);
+        assert_eq!((table.size(), table.is_growing()), (2 * SEGMENT_SIZE, false));
+        assert!(table.to_take_out().is_empty() && table.to_copy().is_empty() && !table.must_reopen());
+        let all = table.write_targets(SegmentIndex(1));
+        assert!(all.len() == 3 && table.write_complete(SegmentIndex(1), &all));
+        table.configure(&config(2, [ReplicaState::InSync; 3]));
+        assert_eq!(table.size(), 2 * SEGMENT_SIZE, "it does not shrink");
+        assert_eq!(table.write_targets(SegmentIndex(1)).len(), 3);
+    }
+
+    #[test]
+    fn a_volume_waits_with_growing_for_a_new_disk_but_not_for_ever() {
+        let mut table = open(2);
+        table.configure(&grown(4));
+        table.grow(Patience::Waits);
+        assert_eq!((table.size(), table.is_growing()), (SEGMENT_SIZE, true));
+        assert!(table.to_take_out().is_empty() && !table.must_reopen(), "the old segment is as it was");
+        assert_eq!(table.detached().len(), 1, "the new disk is to be attached");
+        table.grow(Patience::Over);
+        assert_eq!(table.size(), 2 * SEGMENT_SIZE);
+        assert_eq!(table.to_take_out()[0].0, disk(4));
+
+        let mut table = open(2);
+        table.configure(&grown(4));
+        table.attached(disk(4), session(4), false);
+        table.grow(Patience::Waits);
+        assert_eq!(table.size(), 2 * SEGMENT_SIZE);
+        assert!(table.to_take_out().is_empty());
     }
 
     #[test]

@@ -46,7 +46,7 @@ use crate::status::{VolumeState, VolumeStatus};
 use crate::transport::Transport;
 use bytes::Bytes;
 use locks::RangeLocks;
-use members::MemberTable;
+use members::{MemberTable, Patience};
 use netfabric::NodeId;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -114,7 +114,8 @@ enum Phase {
 /// The coordinator of one opening of a volume.
 pub(crate) struct Coordinator {
     id: VolumeId,
-    size: u64,
+    /// Grows only.
+    size: AtomicU64,
     generation: Generation,
     durability: Durability,
     clean: CleanState,
@@ -148,7 +149,7 @@ impl Coordinator {
     pub(crate) fn start(config: &VolumeConfig, rim: Rim, metrics: VolumeMetrics) -> Arc<Self> {
         let this = Arc::new(Self {
             id: config.id,
-            size: config.size.0,
+            size: AtomicU64::new(config.size.0),
             generation: config.generation,
             durability: config.durability,
             clean: config.clean,
@@ -185,6 +186,25 @@ impl Coordinator {
     /// Takes over a changed replica set of the same generation.
     pub(crate) fn configure(&self, config: &VolumeConfig) {
         self.change(|table| table.configure(config));
+        if self.phase.get() == Phase::Open {
+            self.grow(Patience::Waits);
+        }
+    }
+
+    /// Takes over what the volume grows by, as far as its replicas are there.
+    fn grow(&self, patience: Patience) {
+        let size = self.change(|table| {
+            table.grow(patience);
+            table.size()
+        });
+        if self.size.fetch_max(size, Ordering::AcqRel) < size {
+            tracing::info!(volume = %self.id, size, "volume grown");
+        }
+    }
+
+    /// The size that is served.
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
     }
 
     /// What it is doing.
@@ -329,7 +349,7 @@ pub(crate) struct VolumeDevice(pub(crate) Arc<Coordinator>);
 
 impl BlockDevice for VolumeDevice {
     fn size(&self) -> u64 {
-        self.0.size
+        self.0.size()
     }
 
     fn submit(&self, op: BlockOp, done: Completion) {

@@ -174,7 +174,7 @@ impl Coordinator {
     }
 
     async fn reconcile_all(self: &Arc<Self>) -> Result<(), Interrupted> {
-        let segments = (0..geometry::segment_count(self.size)).map(SegmentIndex);
+        let segments = (0..geometry::segment_count(self.size())).map(SegmentIndex);
         let work = segments.map(|segment| self.reconcile(segment));
         let mut results = futures_util::stream::iter(work).buffer_unordered(COMPARE_SEGMENTS);
         while let Some(result) = results.next().await {
@@ -189,7 +189,7 @@ impl Coordinator {
         if targets.len() < 2 {
             return Ok(());
         }
-        let end = geometry::segment_blocks(self.size, segment);
+        let end = geometry::segment_blocks(self.size(), segment);
         let mut block = 0;
         while block < end {
             let blocks = COMPARE_BLOCKS.min(end - block);

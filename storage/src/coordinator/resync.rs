@@ -6,7 +6,7 @@
 //! replica in. New, empty replicas come in on the same path.
 
 use super::copy::FixError;
-use super::members::{SlotState, Target};
+use super::members::{Patience, SlotState, Target};
 use super::open::{Attached, COMPARE_BLOCKS};
 use super::ranges::Mode;
 use super::{Coordinator, Phase, diff, geometry};
@@ -48,8 +48,15 @@ impl Coordinator {
         let mut backoff: BTreeMap<DiskId, Backoff> = BTreeMap::new();
         let mut followed: BTreeMap<DiskId, Target> = BTreeMap::new();
         let mut peers = self.rim.transport.subscribe();
+        let mut growing_since: Option<Instant> = None;
         loop {
             self.phase.wait_for(|p| p == Phase::Open).await;
+            let is_growing = self.table.lock().is_growing();
+            growing_since = is_growing.then(|| growing_since.unwrap_or_else(Instant::now));
+            if let Some(since) = growing_since {
+                let waited = since.elapsed() >= self.rim.timing.open_grace;
+                self.grow(if waited { Patience::Over } else { Patience::Waits });
+            }
             let mut seen = self.changed.seen();
             for (target, _) in self.table.lock().to_copy() {
                 if followed.insert(target.disk, target) != Some(target) {
@@ -129,7 +136,7 @@ impl Coordinator {
 
     /// Makes one segment's replica equal to those in sync.
     async fn resync(self: &Arc<Self>, target: Target, segment: SegmentIndex) -> Result<(), Stopped> {
-        let end = geometry::segment_blocks(self.size, segment);
+        let end = geometry::segment_blocks(self.size(), segment);
         // Writes that began before the session are not sent to the member: they must have ended before anything is compared.
         drop(self.ranges.lock(volume_range(segment, 0..end), Mode::Copy).await);
         let mut block = 0;

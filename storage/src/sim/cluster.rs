@@ -248,6 +248,28 @@ impl Cluster {
         }
     }
 
+    /// Makes the volume larger: new segments have replicas on all disks.
+    pub(super) fn grow(&self, size: u64) {
+        let config = {
+            let mut record = self.raft.record.lock();
+            let replicas: Vec<_> = self
+                .nodes
+                .iter()
+                .map(|n| ReplicaConfig { disk: n.disk_id, node: n.id, state: ReplicaState::InSync })
+                .collect();
+            let known = record.volume.segments.len() as u32;
+            let count = size.div_ceil(SEGMENT_SIZE) as u32;
+            let new =
+                (known..count).map(|i| SegmentConfig { index: SegmentIndex(i), replicas: replicas.clone() });
+            record.volume.segments.extend(new);
+            record.volume.size = ByteSize(size);
+            record.volume.clone()
+        };
+        if let Some((_, coordinator)) = self.coordinator() {
+            coordinator.configure(&config);
+        }
+    }
+
     /// The replica server of a node.
     pub(super) fn server(&self, n: usize) -> Option<Arc<ReplicaServer>> {
         self.nodes[n].process.as_ref().map(|process| process.server.clone())

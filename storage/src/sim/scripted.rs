@@ -6,7 +6,7 @@ use super::dice::Dice;
 use super::simulate;
 use crate::config::Durability;
 use crate::coordinator::VolumeDevice;
-use crate::device::{BlockError, BlockOp};
+use crate::device::{BlockDevice, BlockError, BlockOp};
 use crate::ids::{BLOCK_SIZE, LayerId, SECTOR_SIZE, SEGMENT_SIZE, SegmentIndex, SegmentKey};
 use crate::status::{MemberState, VolumeState};
 use std::time::Duration;
@@ -257,5 +257,36 @@ fn a_replica_leaves_its_data_are_removed_and_a_new_one_is_filled() {
         assert_eq!(held(&cluster, LAST), 2);
         write(&device, LAST_BLOCKS + 3, 60).await;
         assert_eq!(held(&cluster, LAST), 2);
+    });
+}
+
+#[test]
+fn a_volume_grows_while_it_is_written_to_and_nobody_waits() {
+    simulate(async {
+        let (mut cluster, device, n) = healthy(10, 2).await;
+        write(&device, 0, 1).await;
+        let size = device.size();
+        let end = size / BLOCK_SIZE;
+        assert!(matches!(read(&device, end).await, Err(BlockError::Invalid(_))));
+        cluster.grow(3 * SEGMENT_SIZE);
+        assert_eq!(device.size(), 3 * SEGMENT_SIZE);
+        let last = 3 * SEGMENT_SIZE / BLOCK_SIZE - 1;
+        for block in [end, last] {
+            assert_eq!(read(&device, block).await, Ok(0));
+            assert!(timed_write(&mut cluster, &device, block, block).await < Duration::from_millis(500));
+            assert_eq!(read(&device, block).await, Ok(block));
+        }
+        assert_eq!(cluster.raft.in_sync().len(), 3);
+
+        let away = (n + 1) % 3;
+        cluster.kill(away);
+        timed_write(&mut cluster, &device, last, 7).await;
+        cluster.grow(4 * SEGMENT_SIZE);
+        assert!(cluster.run_until(LIMIT, |_| device.size() == 4 * SEGMENT_SIZE).await);
+        let new = 4 * SEGMENT_SIZE / BLOCK_SIZE - 1;
+        timed_write(&mut cluster, &device, new, 8).await;
+        cluster.start(away);
+        assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await);
+        assert_eq!((read(&device, last).await, read(&device, new).await), (Ok(7), Ok(8)));
     });
 }
