@@ -25,13 +25,17 @@
 //! | [`replica`] | the other end: messages, fencing, sessions |
 //! | [`store`] | contents of one disk |
 //! | `target` | vhost-user-blk for VMs |
+//! | `poll` | busy polling while there is I/O |
 //! | [`device`], [`control`], [`transport`] | the boundaries: block device, control plane, network |
 //! | `sim` (tests) | all of the above but target and store in a simulated cluster with crashes and partitions |
 //!
 //! # Threads
 //!
-//! Coordinators and replica servers are tasks on the tokio runtime that started [`Storage`]; each guest request is a task. A store or a
-//! target may have threads of its own. Every task is owned: it ends with its coordinator.
+//! Coordinators, replica servers and the queues of targets are tasks on the tokio runtime that started [`Storage`]. The data process gives
+//! it a runtime of one thread, a **shard**, together with the mesh: a guest's request is taken from its ring, sent to the replicas and
+//! answered without a change of threads. While I/O goes on the shard does not sleep (`poll`). A store or a
+//! target may have threads of its own, none of which is on the way of a request that needs no waiting. Every task is owned: it
+//! ends with its coordinator or its connection.
 //!
 //! # Invariants
 //!
@@ -53,6 +57,7 @@ pub mod ids;
 mod lease;
 pub mod mesh;
 mod metrics;
+mod poll;
 pub mod replica;
 mod service;
 mod signal;
@@ -69,6 +74,7 @@ pub use coordinator::Timing;
 pub use mesh::MeshTransport;
 pub use metrics::Metrics;
 pub use netfabric::NodeId;
+pub use poll::BusyPoll;
 pub use service::{
     RunningTarget, Storage, StorageError, StorageOptions, StoreOpener, TargetStarter, plain_stores,
 };

@@ -3,6 +3,7 @@
 //! A mesh needs its handler when it starts and storage needs its transport when it starts. So: make a [`MeshTransport`], start
 //! storage with it, start the mesh with [`crate::Storage::rpc_handler`], then [`MeshTransport::bind`] them.
 
+use crate::poll::BusyPoll;
 use crate::replica::protocol::{ReplicaReply, ReplicaRequest};
 use crate::replica::server::ReplicaServer;
 use crate::replica::wire;
@@ -78,11 +79,16 @@ impl Transport for MeshTransport {
 }
 
 /// Serves replica requests that come over the mesh.
-pub(crate) struct ReplicaHandler(pub(crate) Arc<ReplicaServer>);
+pub(crate) struct ReplicaHandler {
+    pub(crate) server: Arc<ReplicaServer>,
+    /// A coordinator that works keeps the shard awake for its next request.
+    pub(crate) poll: Arc<BusyPoll>,
+}
 
 impl Handler for ReplicaHandler {
     fn handle(&self, from: Caller, request: Request) -> BoxFuture<'static, Result<Response, RpcError>> {
-        let server = self.0.clone();
+        let server = self.server.clone();
+        self.poll.note();
         Box::pin(async move {
             let Caller::Node(node) = from else {
                 return Err(RpcError::new(ErrorCode::Refused, "replicas serve nodes only"));

@@ -8,6 +8,7 @@ use crate::ids::{BLOCK_SIZE, DiskId, SegmentIndex, VolumeId};
 use crate::lease::Lease;
 use crate::mesh::ReplicaHandler;
 use crate::metrics::Metrics;
+use crate::poll::BusyPoll;
 use crate::replica::server::ReplicaServer;
 use crate::status::{DiskHealth, DiskStatus, DiskUsage, StorageStatus};
 use crate::store::plain::PlainStore;
@@ -67,6 +68,8 @@ pub struct StorageOptions {
     pub open_store: StoreOpener,
     /// How volumes are offered to VMs.
     pub start_target: TargetStarter,
+    /// Polling of the runtime that storage runs on; whoever owns the runtime runs it.
+    pub poll: Arc<BusyPoll>,
 }
 
 /// Why storage did not do what it was asked.
@@ -159,7 +162,10 @@ impl Storage {
 
     /// The replica server, to be given to the Storage mesh.
     pub fn rpc_handler(&self) -> Arc<dyn netfabric::rpc::Handler> {
-        Arc::new(ReplicaHandler(self.shared.rim.replicas.clone()))
+        Arc::new(ReplicaHandler {
+            server: self.shared.rim.replicas.clone(),
+            poll: self.shared.options.poll.clone(),
+        })
     }
 
     /// Converges to the configuration: opens and drops disks, opens, reconfigures and closes volumes. Idempotent. Opening goes on
@@ -179,8 +185,11 @@ impl Storage {
             ids.into_iter().filter_map(|id| volumes.remove(&id)).collect()
         };
         join_all(gone.into_iter().map(|volume| async move {
-            // The target first: its guest must not see requests fail that are only cut short.
-            drop(volume.target);
+            // The target first: its guest must not see requests fail that are only cut short. Its threads are waited for.
+            let target = volume.target;
+            if tokio::task::spawn_blocking(move || drop(target)).await.is_err() {
+                tracing::error!("a target did not end in order");
+            }
             volume.coordinator.close().await;
         }))
         .await;

@@ -18,7 +18,8 @@ use storage::control::{CommitError, ControlPlane};
 use storage::ids::{ByteSize, DiskId, Generation, SegmentIndex, VolumeId};
 use storage::status::{MemberState, VolumeState};
 use storage::{
-    MeshTransport, NodeId, Storage, StorageConfig, StorageError, StorageOptions, Timing, plain_stores,
+    BusyPoll, MeshTransport, NodeId, Storage, StorageConfig, StorageError, StorageOptions, Timing,
+    plain_stores,
 };
 
 const LONG: Duration = Duration::from_secs(30);
@@ -104,6 +105,7 @@ async fn start(
         timing: Timing::default(),
         open_store: plain_stores(),
         start_target: Arc::new(|_, _, _| Err("no targets here".into())),
+        poll: BusyPoll::new(),
     };
     let transport = MeshTransport::new();
     let storage =

@@ -8,15 +8,16 @@ use storage::{
     target::{Access, Target, TargetOptions},
 };
 
-use super::vmm_group;
+use super::{shard::Shard, vmm_group};
 use crate::{paths::NodePaths, state};
 
 /// Queues of a target; a VM uses as many of them as it has processors.
 const QUEUES: u16 = 4;
 
 /// Starts targets on the sockets that the configuration names, each with its record of requests in flight.
-pub(crate) fn target_starter(paths: &NodePaths) -> TargetStarter {
+pub(crate) fn target_starter(paths: &NodePaths, shard: &Shard) -> TargetStarter {
     let paths = paths.clone();
+    let (runtime, poll) = (shard.runtime().clone(), shard.poll().clone());
     Arc::new(move |volume, socket, device| {
         let options = TargetOptions {
             socket,
@@ -25,6 +26,8 @@ pub(crate) fn target_starter(paths: &NodePaths) -> TargetStarter {
             queues: QUEUES,
             serial: serial(volume),
             access: Access::ReadWrite,
+            runtime: runtime.clone(),
+            poll: poll.clone(),
         };
         let target = Target::start(options, device).map_err(|error| super::server::chain(&error))?;
         Ok(Box::new(target) as _)

@@ -38,6 +38,7 @@ use super::{
         CopyVolume, DataConfig, DataInstance, DeleteSegments, LeaseState, MonotonicTime, Observed, Readiness,
     },
     server::{blocking, chain},
+    shard::Shard,
     uplink::Uplink,
 };
 use crate::{files::remove_if_there, paths::NodePaths, state};
@@ -73,8 +74,8 @@ pub(crate) enum StartError {
         /// Why.
         source: MeshError,
     },
-    /// The thread that moves frames cannot start.
-    #[error("the thread that moves frames does not start")]
+    /// A thread that moves guests' data cannot start.
+    #[error("a thread that moves guests' data does not start")]
     Thread(#[source] std::io::Error),
     /// Storage cannot start.
     #[error("storage does not start")]
@@ -88,6 +89,7 @@ pub(crate) enum StartError {
 pub(crate) struct Engine {
     instance: DataInstance,
     paths: NodePaths,
+    shard: Shard,
     storage: Storage,
     storage_mesh: Mesh,
     frames: Frames,
@@ -119,24 +121,33 @@ impl Engine {
         let node = identity.node();
         let mesh_config =
             |class, listen| MeshConfig { link_mtu: options.link_mtu, ..MeshConfig::new(class, listen) };
+        let shard = Shard::start("storage").map_err(StartError::Thread)?;
         let transport = MeshTransport::new();
         let storage_options = StorageOptions {
             node,
             state_dir: options.paths.data(),
             timing: Timing::default(),
             open_store: storage::plain_stores(),
-            start_target: backends::target_starter(&options.paths),
+            start_target: backends::target_starter(&options.paths, &shard),
+            poll: shard.poll().clone(),
         };
-        let storage = Storage::start(storage_options, transport.clone(), Arc::new(uplink)).await?;
         let config = mesh_config(Class::Storage, options.listen_storage);
-        let storage_mesh = Mesh::start(identity.clone(), config, storage.rpc_handler())
-            .await
-            .map_err(|source| StartError::Mesh { class: Class::Storage, source })?;
-        let binding = tokio::spawn(transport.bind(storage_mesh.clone()));
+        let mesh_identity = identity.clone();
+        let started = shard.run(async move {
+            let storage = Storage::start(storage_options, transport.clone(), Arc::new(uplink)).await?;
+            let mesh = Mesh::start(mesh_identity, config, storage.rpc_handler())
+                .await
+                .map_err(|source| StartError::Mesh { class: Class::Storage, source })?;
+            let binding = tokio::spawn(transport.bind(mesh.clone()));
+            Ok::<_, StartError>((storage, mesh, binding))
+        });
+        let vanished = |error| StartError::Thread(std::io::Error::other(error));
+        let (storage, storage_mesh, binding) = started.await.map_err(vanished)??;
         let frames = Frames::start(identity, mesh_config(Class::Frames, options.listen_frames)).await?;
         Ok(Arc::new(Self {
             instance,
             paths: options.paths.clone(),
+            shard,
             storage,
             storage_mesh,
             frames,
@@ -156,6 +167,7 @@ impl Engine {
         }
         self.binding.abort();
         self.storage_mesh.close().await;
+        self.shard.stop().await;
         self.frames.stop().await;
     }
 
@@ -222,7 +234,10 @@ impl Engine {
             .iter()
             .map(|peer| ((peer.node, peer.storage), (peer.node, peer.frames)))
             .unzip::<_, _, BTreeMap<_, _>, BTreeMap<_, _>>();
-        self.storage_mesh.set_peers(storage);
+        {
+            let _on_its_thread = self.shard.enter();
+            self.storage_mesh.set_peers(storage);
+        }
         self.frames.set_peers(frames);
         // Each part is tried even when the other fails: a bad port must not keep volumes closed.
         let overlay = self.frames.overlay().apply(&config.overlay);
@@ -248,7 +263,11 @@ impl Engine {
             applied.present = present;
             applied.missing = missing;
         }
-        self.storage.apply(here).await.map_err(|error| storage_error(&error))
+        let storage = self.storage.clone();
+        // On the shard, as are the coordinators and stores that it starts.
+        let applied = self.shard.run(async move { storage.apply(here).await }).await;
+        let ended = |error| RpcError::new(ErrorCode::Unavailable, format!("storage has ended: {error}"));
+        applied.map_err(ended)?.map_err(|error| storage_error(&error))
     }
 
     pub(crate) fn observed(&self) -> Observed {

@@ -9,6 +9,7 @@
 //! |---|---|
 //! | [`protocol`] | what control and data process say to each other |
 //! | `engine` | the running data plane: meshes, storage, overlay, lease |
+//! | `shard` | the thread on which storage and its mesh run |
 //! | `frames` | the overlay and its mesh, on a thread of their own |
 //! | `backends` | how volumes are offered to VMs: vhost-user-blk targets |
 //! | `server` | serves `data.sock` |
@@ -16,8 +17,9 @@
 //! | [`client`] | the other side of `data.sock`, for the control process and for tests |
 //! | [`disks`] | physical disks: inventory, preparing, finding them again |
 //!
-//! Threads: a multi-threaded tokio runtime for storage and calls, a single-threaded one for frames, and what stores,
-//! targets and ports start for themselves.
+//! Threads: one each, with a runtime of its own, for storage (a shard) and for frames, on which guests' I/O runs to completion; a
+//! small multi-threaded runtime for calls and whatever else is not on that way; and what stores, targets and ports start for
+//! themselves.
 
 mod backends;
 pub mod client;
@@ -27,6 +29,7 @@ mod frames;
 pub mod metrics;
 pub mod protocol;
 mod server;
+mod shard;
 mod uplink;
 
 #[cfg(test)]
@@ -46,6 +49,8 @@ use self::{engine::Engine, protocol::DataInstance, server::Server, uplink::Uplin
 pub use crate::control::options::Args;
 use crate::paths::NodePaths;
 
+/// Threads for calls, next to those that move guests' data.
+const WORKERS: usize = 2;
 /// How often a node that is in no cluster looks whether it is now.
 const IDENTITY_POLL: Duration = Duration::from_millis(200);
 /// Group whose members may connect to the guests' sockets: the user that VMMs run as is in it.
@@ -61,6 +66,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         link_mtu: node.link_mtu,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS)
         .enable_all()
         .thread_name("data")
         .build()

@@ -1,13 +1,16 @@
 //! One connection of a front end: what the vhost-user crate calls, and the queues.
 //!
-//! Each connection has a backend, queues and worker threads of its own, so that nothing of a broken one is left to the next. The workers
-//! end when the connection does: `handle_event` returns an error then, and only then (it is the crate's way to end a worker).
+//! Each connection has a backend, queues and one worker thread of the crate's, so that nothing of a broken one is left to the next. The
+//! worker sees each ring start, then takes its kicks out of its own epoll set: from there on they go to the queue's task on the device's
+//! runtime. The worker ends when the connection does: `handle_event` returns an error then, and only then (it is the crate's way to
+//! end a worker).
 
 use super::inflight::InflightRecord;
 use super::queue::Queue;
 use super::request::SERIAL_LEN;
 use super::{Access, geometry};
 use crate::device::BlockDevice;
+use crate::poll::BusyPoll;
 use parking_lot::{Condvar, Mutex};
 use std::cell::RefCell;
 use std::io;
@@ -16,13 +19,18 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
-use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringMutex};
+use vhost_user_backend::{
+    ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringEpollHandler, VringMutex, VringT,
+};
 use vm_memory::{
     Address, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryLoadGuard, GuestMemoryMmap,
     GuestMemoryRegion,
 };
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 /// How long a front end that stops a ring is kept waiting for its requests.
 const DRAIN_LIMIT: Duration = Duration::from_secs(20);
@@ -62,6 +70,7 @@ pub(super) struct Shared {
     pub(super) access: Access,
     pub(super) serial: [u8; SERIAL_LEN],
     pub(super) record: Arc<InflightRecord>,
+    pub(super) poll: Arc<BusyPoll>,
     pub(super) outstanding: Outstanding,
     pub(super) inflight_bytes: AtomicU64,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
@@ -76,12 +85,14 @@ impl Shared {
         access: Access,
         serial: [u8; SERIAL_LEN],
         record: Arc<InflightRecord>,
+        poll: Arc<BusyPoll>,
     ) -> Self {
         Self {
             device,
             access,
             serial,
             record,
+            poll,
             outstanding: Outstanding::default(),
             inflight_bytes: AtomicU64::new(0),
             memory: GuestMemoryAtomic::new(GuestMemoryMmap::new()),
@@ -137,33 +148,55 @@ fn memory_identity(memory: &GuestMemoryMmap) -> u64 {
     hash
 }
 
+/// The crate's worker thread of a connection.
+type Worker = VringEpollHandler<Arc<Connection>>;
+
 /// See the module.
 pub(super) struct Connection {
     me: Weak<Self>,
     shared: Arc<Shared>,
     queues: Vec<Arc<Queue>>,
+    /// The tasks that work the queues.
+    tasks: Vec<AbortHandle>,
+    /// Wakes the crate's worker, to see that the connection is closed.
+    waker: EventNotifier,
+    wake_event: EventConsumer,
+    /// The crate's worker.
+    worker: Mutex<Weak<Worker>>,
     /// Ends the connection's socket.
     shutdown: Mutex<Option<ShutdownHandle>>,
 }
 
 impl Connection {
-    pub(super) fn new(shared: Shared, queues: u16) -> io::Result<Arc<Self>> {
+    pub(super) fn new(shared: Shared, queues: u16, runtime: &Handle) -> io::Result<Arc<Self>> {
         let shared = Arc::new(shared);
-        let queues = (0..usize::from(queues))
-            .map(|index| Queue::new(index, Arc::clone(&shared)).map(Arc::new))
-            .collect::<io::Result<_>>()?;
-        Ok(Arc::new_cyclic(|me| Self { me: me.clone(), shared, queues, shutdown: Mutex::new(None) }))
+        let (wake_event, waker) = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
+        let queues: Vec<Arc<Queue>> =
+            (0..usize::from(queues)).map(|index| Arc::new(Queue::new(index, Arc::clone(&shared)))).collect();
+        let tasks =
+            queues.iter().map(|queue| runtime.spawn(Arc::clone(queue).work()).abort_handle()).collect();
+        Ok(Arc::new_cyclic(|me| Self {
+            me: me.clone(),
+            shared,
+            queues,
+            tasks,
+            waker,
+            wake_event,
+            worker: Mutex::new(Weak::new()),
+            shutdown: Mutex::new(None),
+        }))
     }
 
-    /// The crate's daemon for this connection, with its worker threads.
+    /// The crate's daemon for this connection, with its worker thread.
     pub(super) fn daemon(self: &Arc<Self>) -> Result<VhostUserDaemon<Arc<Self>>, vhost_user_backend::Error> {
         let name = "blk-front-end".to_owned();
         let daemon = VhostUserDaemon::new(name, Arc::clone(self), self.shared.memory.clone())?;
-        for (handler, queue) in daemon.get_epoll_handlers().iter().zip(&self.queues) {
-            let fd = queue.wake_event().as_raw_fd();
-            handler
+        if let Some(worker) = daemon.get_epoll_handlers().first() {
+            let fd = self.wake_event.as_raw_fd();
+            worker
                 .register_listener(fd, EventSet::IN, self.wake_token())
                 .map_err(vhost_user_backend::Error::StartDaemon)?;
+            *self.worker.lock() = Arc::downgrade(worker);
         }
         Ok(daemon)
     }
@@ -171,6 +204,20 @@ impl Connection {
     /// The crate's number for the wake event: the first one that is free.
     fn wake_token(&self) -> u64 {
         self.queues.len() as u64 + 1
+    }
+
+    /// A ring was started: its kicks go to the queue's task from now on.
+    fn take_over(&self, queue: &Queue, ring: &VringMutex) {
+        if let Err(error) = queue.adopt(ring) {
+            tracing::error!(%error, "a ring's kicks cannot be taken over");
+            return;
+        }
+        let kick = ring.get_ref().get_kick().as_ref().map(AsRawFd::as_raw_fd);
+        let worker = self.worker.lock().upgrade();
+        if let (Some(kick), Some(worker)) = (kick, worker) {
+            // Not found means that it was taken out before. The number only must not be that of a queue.
+            let _ = worker.unregister_listener(kick, EventSet::IN, self.wake_token());
+        }
     }
 
     pub(super) fn set_shutdown(&self, handle: Option<ShutdownHandle>) {
@@ -184,10 +231,12 @@ impl Connection {
         }
     }
 
-    /// Ends the workers. Answers that come later stay out of the rings.
+    /// Ends worker and tasks. Answers that come later stay out of the rings.
     pub(super) fn close(&self) {
         self.shared.closed.store(true, Ordering::SeqCst);
-        self.queues.iter().for_each(|queue| queue.wake());
+        self.queues.iter().for_each(|queue| queue.end());
+        // The counter is full only if the worker is awake anyway.
+        let _ = self.waker.notify();
     }
 
     /// Waits for the device; tells how many requests it still has.
@@ -260,7 +309,8 @@ impl VhostUserBackend for Connection {
     }
 
     fn queues_per_thread(&self) -> Vec<u64> {
-        (0..self.queues.len()).map(|index| 1 << index).collect()
+        // One worker for all: it has nothing to do but to see rings start.
+        vec![(0..self.queues.len()).fold(0, |mask, index| mask | 1 << index)]
     }
 
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
@@ -276,18 +326,26 @@ impl VhostUserBackend for Connection {
         device_event: u16,
         _events: EventSet,
         vrings: &[VringMutex],
-        thread_id: usize,
+        _thread: usize,
     ) -> io::Result<()> {
-        let (Some(queue), Some(ring)) = (self.queues.get(thread_id), vrings.first()) else { return Ok(()) };
         if u64::from(device_event) == self.wake_token() {
             // Nothing to read: somebody else's wake-up was merged into the last one.
-            let _ = queue.wake_event().consume();
+            let _ = self.wake_event.consume();
         }
         WorkerGuard::set(&self.me);
         if self.shared.is_closed() {
             return Err(io::ErrorKind::ConnectionAborted.into());
         }
-        queue.process(ring);
+        let index = usize::from(device_event);
+        if let (Some(queue), Some(ring)) = (self.queues.get(index), vrings.get(index)) {
+            self.take_over(queue, ring);
+        }
         Ok(())
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(AbortHandle::abort);
     }
 }

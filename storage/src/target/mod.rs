@@ -10,8 +10,8 @@
 //! | [`inflight`] | the record that lets a restarted process continue where a killed one stopped |
 //! | [`geometry`] | features and configuration space |
 //!
-//! Threads of a target: the listener, and for each connection the crate's one for the socket and one for each queue. Answers are published
-//! by the thread that completes the request.
+//! Queues are tasks of the device's runtime ([`TargetOptions::runtime`]): on the way from a ring to the device and back no request changes
+//! threads. Threads of a target's own: the listener, and for each connection the crate's two, for the socket and for rings that start.
 //!
 //! Rules:
 //! - A request taken from a ring is in the record until it is answered. A request that the device does not complete (the lease lapsed, the
@@ -30,6 +30,7 @@ use self::connection::{Connection, Shared};
 use self::inflight::InflightRecord;
 use self::request::SERIAL_LEN;
 use crate::device::BlockDevice;
+use crate::poll::BusyPoll;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use parking_lot::Mutex;
 use std::fs::{self, Permissions};
@@ -42,6 +43,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use thiserror::Error;
+use tokio::runtime::Handle;
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
 
@@ -79,6 +81,10 @@ pub struct TargetOptions {
     pub serial: String,
     /// Whether the guest may write.
     pub access: Access,
+    /// The runtime that works the queues: that of the device, so that a request changes no thread.
+    pub runtime: Handle,
+    /// Polling of that runtime.
+    pub poll: Arc<BusyPoll>,
 }
 
 /// Why a target could not start.
@@ -155,6 +161,8 @@ impl Target {
             serial,
             access: options.access,
             queues: options.queues,
+            runtime: options.runtime,
+            poll: options.poll,
         };
         let thread = thread::Builder::new()
             .name("blk-target".to_owned())
@@ -220,6 +228,8 @@ struct Server {
     serial: [u8; SERIAL_LEN],
     access: Access,
     queues: u16,
+    runtime: Handle,
+    poll: Arc<BusyPoll>,
 }
 
 impl Server {
@@ -263,10 +273,15 @@ impl Server {
 
     /// Serves one connection to its end.
     fn serve(&self, mut listener: Listener) -> Result<(), vhost_user_backend::Error> {
-        let shared =
-            Shared::new(Arc::clone(&self.device), self.access, self.serial, Arc::clone(&self.record));
-        let connection =
-            Connection::new(shared, self.queues).map_err(vhost_user_backend::Error::StartDaemon)?;
+        let shared = Shared::new(
+            Arc::clone(&self.device),
+            self.access,
+            self.serial,
+            Arc::clone(&self.record),
+            Arc::clone(&self.poll),
+        );
+        let connection = Connection::new(shared, self.queues, &self.runtime)
+            .map_err(vhost_user_backend::Error::StartDaemon)?;
         let mut daemon = connection.daemon()?;
         let started = daemon.start(&mut listener);
         if started.is_ok() {

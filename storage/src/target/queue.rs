@@ -1,7 +1,9 @@
 //! One virtqueue: takes requests, gives them to the device, puts answers into the ring.
 //!
-//! The queue's worker thread takes requests. Answers come on any thread: whoever completes first publishes for all who complete
-//! meanwhile, with one notification. While the worker takes a batch, answers gather and are published at its end.
+//! One task of the device's runtime works a queue: it takes requests in batches and gives them to the device, which works on the same
+//! thread. Answers may come on any thread; they gather and the task publishes them in its next turn, with one notification for all. While
+//! the runtime polls (see [`crate::poll`]) and the guest is busy, the task looks at the ring in each turn and the guest does not kick;
+//! before it sleeps it asks for a kick.
 //!
 //! Locks, in their order: the answers' list; the ring (the crate's lock, which also orders the record's stores). Neither is held while
 //! the device is called.
@@ -12,18 +14,23 @@ use super::request::{self, Action, DescriptorTable, Limits, Malformed, Reply, St
 use crate::device::{BlockError, BlockOp};
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
 use vhost_user_backend::{VringMutex, VringState, VringT};
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+use vmm_sys_util::event::EventConsumer;
 
 /// Requests taken before answers are published.
 const BATCH: usize = 32;
 /// Bytes of data in the requests of one guest in flight, beyond which no more are taken.
 const MAX_INFLIGHT_BYTES: u64 = 64 << 20;
+/// How long a guest's queue is looked at in each turn after its last request.
+const BUSY: Duration = Duration::from_micros(500);
 
 /// An answer that waits for its place in the ring.
 struct Answer {
@@ -33,11 +40,10 @@ struct Answer {
     data: Bytes,
 }
 
-#[derive(Default)]
-struct Answers {
-    waiting: Vec<Answer>,
-    /// Somebody is publishing, or will be.
-    busy: bool,
+/// A ring that the front end has started, and the event by which the guest kicks it.
+struct Started {
+    ring: VringMutex,
+    kick: OwnedFd,
 }
 
 /// Whether requests are taken from the ring.
@@ -56,22 +62,21 @@ pub(super) struct Queue {
     index: usize,
     shared: Arc<Shared>,
     stage: Mutex<Stage>,
-    answers: Mutex<Answers>,
+    answers: Mutex<Vec<Answer>>,
     /// Requests taken and not answered.
     unanswered: Mutex<usize>,
     answered: Condvar,
     /// No more requests are taken until one is answered.
     stalled: AtomicBool,
-    /// Ends the worker or lets it look again.
-    waker: EventNotifier,
-    wake_event: EventConsumer,
-    ring: Mutex<Option<VringMutex>>,
+    /// Lets the task look again.
+    waker: Notify,
+    /// A ring that the task does not know of yet.
+    started: Mutex<Option<Started>>,
 }
 
 impl Queue {
-    pub(super) fn new(index: usize, shared: Arc<Shared>) -> std::io::Result<Self> {
-        let (wake_event, waker) = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
-        Ok(Self {
+    pub(super) fn new(index: usize, shared: Arc<Shared>) -> Self {
+        Self {
             index,
             shared,
             stage: Mutex::new(Stage::Stopped),
@@ -79,52 +84,117 @@ impl Queue {
             unanswered: Mutex::new(0),
             answered: Condvar::new(),
             stalled: AtomicBool::new(false),
-            waker,
-            wake_event,
-            ring: Mutex::new(None),
-        })
+            waker: Notify::new(),
+            started: Mutex::new(None),
+        }
     }
 
-    /// The event on which the worker looks at the queue again.
-    pub(super) fn wake_event(&self) -> &EventConsumer {
-        &self.wake_event
-    }
-
-    /// Makes the worker look at the queue again.
+    /// Makes the task look at the queue again.
     pub(super) fn wake(&self) {
-        // The counter is full only if it is awake anyway.
-        let _ = self.waker.notify();
+        self.waker.notify_one();
     }
 
-    /// Takes what the guest made available. Called by the worker only.
-    pub(super) fn process(self: &Arc<Self>, ring: &VringMutex) {
-        self.ring.lock().get_or_insert_with(|| ring.clone());
-        self.shared.outstanding.enter();
-        loop {
-            self.answers.lock().busy = true;
-            let taken = self.take_batch(ring);
-            self.publish(ring);
-            match taken {
-                Taken::All => break,
-                Taken::Some => {}
+    /// The connection is closed: ends the task, and whoever waits for answers.
+    pub(super) fn end(&self) {
+        self.wake();
+        let _in_order = self.unanswered.lock();
+        self.answered.notify_all();
+    }
+
+    /// The front end has started the ring: the task takes over its kicks.
+    pub(super) fn adopt(&self, ring: &VringMutex) -> std::io::Result<()> {
+        let kick = ring.get_ref().get_kick().as_ref().map(EventConsumer::try_clone).transpose()?;
+        if let Some(kick) = kick {
+            // SAFETY: the descriptor is open, and the event gives up its ownership here.
+            let kick = unsafe { OwnedFd::from_raw_fd(kick.into_raw_fd()) };
+            *self.started.lock() = Some(Started { ring: ring.clone(), kick });
+        }
+        self.wake();
+        Ok(())
+    }
+
+    /// Works the queue until the connection is closed.
+    pub(super) async fn work(self: Arc<Self>) {
+        let mut current: Option<(VringMutex, AsyncFd<OwnedFd>)> = None;
+        let mut last_taken = Instant::now();
+        while !self.shared.is_closed() {
+            let started = self.started.lock().take();
+            if let Some(Started { ring, kick }) = started {
+                // SAFETY: an `OwnedFd` is open, and the same, for as long as it lives, which is in the `AsyncFd`.
+                match unsafe { AsyncFd::register(kick) } {
+                    Ok(kick) => current = Some((ring, kick)),
+                    Err(error) => {
+                        tracing::error!(queue = self.index, %error, "a ring's kicks cannot be watched")
+                    }
+                }
+            }
+            let Some((ring, kick)) = &current else {
+                self.waker.notified().await;
+                continue;
+            };
+            if self.process(ring) {
+                last_taken = Instant::now();
+                self.shared.poll.note();
+            }
+            if self.shared.poll.is_awake() && last_taken.elapsed() < BUSY {
+                tokio::task::yield_now().await;
+                continue;
+            }
+            if self.ask_for_kick(ring) {
+                continue;
+            }
+            tokio::select! {
+                // Events of tokio come with each kick: nothing needs to be read.
+                ready = kick.readable() => if let Ok(mut ready) = ready { ready.clear_ready() },
+                () = self.waker.notified() => {}
             }
         }
-        self.shared.outstanding.leave();
     }
 
-    fn take_batch(self: &Arc<Self>, ring: &VringMutex) -> Taken {
+    /// Takes what the guest made available and publishes what was answered. Tells whether there was anything.
+    fn process(self: &Arc<Self>, ring: &VringMutex) -> bool {
+        let mut any = self.publish(ring);
+        self.shared.outstanding.enter();
+        while self.take_batch(ring) {
+            any = true;
+            // Those that the device answered at once.
+            self.publish(ring);
+        }
+        self.shared.outstanding.leave();
+        any
+    }
+
+    /// Asks the guest to kick for its next request. True if there is one already.
+    fn ask_for_kick(&self, ring: &VringMutex) -> bool {
+        let mut state = ring.get_mut();
+        if !state.get_queue().ready() || !state.is_enabled() || *self.stage.lock() != Stage::Running {
+            return false;
+        }
+        if self.over_budget() {
+            return false;
+        }
+        match state.enable_notification() {
+            Ok(more) => more,
+            Err(error) => {
+                self.broken(&mut self.stage.lock(), &error.to_string());
+                false
+            }
+        }
+    }
+
+    /// Takes some requests and gives them to the device; false when there was none.
+    fn take_batch(self: &Arc<Self>, ring: &VringMutex) -> bool {
         let memory = self.shared.memory();
-        let mut heads = Vec::with_capacity(BATCH);
+        let mut heads = Vec::new();
         let table;
-        let mut taken = Taken::Some;
         {
             let mut state = ring.get_mut();
             if !state.get_queue().ready() || !state.is_enabled() || self.shared.is_closed() {
-                return Taken::All;
+                return false;
             }
             let mut stage = self.stage.lock();
             match *stage {
-                Stage::Broken => return Taken::All,
+                Stage::Broken => return false,
                 Stage::Running => {}
                 Stage::Stopped => match self.start(&mut state, &memory) {
                     Ok(unfinished) => {
@@ -135,7 +205,7 @@ impl Queue {
                     Err(why) => {
                         *stage = Stage::Broken;
                         tracing::warn!(queue = self.index, why, "ring cannot be used");
-                        return Taken::All;
+                        return false;
                     }
                 },
             }
@@ -146,7 +216,6 @@ impl Queue {
             let resumed = heads.len();
             while heads.len() - resumed < BATCH {
                 if self.over_budget() {
-                    taken = Taken::All;
                     break;
                 }
                 // Looked up anew each time: the ring's lock is held, and so nobody else takes from it.
@@ -162,17 +231,7 @@ impl Queue {
                         );
                         break;
                     }
-                    Ok(None) => match state.enable_notification() {
-                        Ok(true) => {}
-                        Ok(false) => {
-                            taken = Taken::All;
-                            break;
-                        }
-                        Err(error) => {
-                            self.broken(&mut stage, &error.to_string());
-                            break;
-                        }
-                    },
+                    Ok(None) => break,
                     Err(error) => {
                         self.broken(&mut stage, &error.to_string());
                         break;
@@ -181,10 +240,11 @@ impl Queue {
             }
             *self.unanswered.lock() += heads.len();
         }
+        let any = !heads.is_empty();
         for head in heads {
             self.submit(&memory, table, head);
         }
-        taken
+        any
     }
 
     fn broken(&self, stage: &mut Stage, why: &str) {
@@ -192,7 +252,7 @@ impl Queue {
         *stage = Stage::Broken;
     }
 
-    /// Whether to wait for answers before more is taken; if so, the next answer wakes the worker.
+    /// Whether to wait for answers before more is taken; if so, the next answer wakes the task.
     fn over_budget(&self) -> bool {
         if self.shared.inflight_bytes.load(Ordering::SeqCst) < MAX_INFLIGHT_BYTES {
             return false;
@@ -265,32 +325,33 @@ impl Queue {
         self.answered.notify_all();
     }
 
-    /// Adds an answer to those that wait.
+    /// Adds an answer to those that wait; the task publishes them in its next turn.
     fn answer(&self, answer: Answer) {
-        self.answers.lock().waiting.push(answer);
+        let mut answers = self.answers.lock();
+        answers.push(answer);
+        let first = answers.len() == 1;
+        drop(answers);
+        if first {
+            self.wake();
+        }
     }
 
-    /// Puts answers into the ring until none waits. The caller has set `busy`.
-    fn publish(&self, ring: &VringMutex) {
-        loop {
-            let batch = {
-                let mut answers = self.answers.lock();
-                if answers.waiting.is_empty() {
-                    answers.busy = false;
-                    return;
-                }
-                std::mem::take(&mut answers.waiting)
-            };
-            let count = batch.len();
-            if let Err(error) = self.publish_batch(ring, batch) {
-                self.broken(&mut self.stage.lock(), &error.to_string());
-            }
-            *self.unanswered.lock() -= count;
-            self.answered.notify_all();
-            if self.stalled.swap(false, Ordering::SeqCst) {
-                self.wake();
-            }
+    /// Puts answers into the ring. Tells whether there were any.
+    fn publish(&self, ring: &VringMutex) -> bool {
+        let batch = std::mem::take(&mut *self.answers.lock());
+        let count = batch.len();
+        if count == 0 {
+            return false;
         }
+        if let Err(error) = self.publish_batch(ring, batch) {
+            self.broken(&mut self.stage.lock(), &error.to_string());
+        }
+        *self.unanswered.lock() -= count;
+        self.answered.notify_all();
+        if self.stalled.swap(false, Ordering::SeqCst) {
+            self.wake();
+        }
+        true
     }
 
     fn publish_batch(&self, ring: &VringMutex, batch: Vec<Answer>) -> Result<(), virtio_queue::Error> {
@@ -322,7 +383,7 @@ impl Queue {
     pub(super) fn drain(&self, limit: Duration) -> Result<(), Duration> {
         let deadline = Instant::now() + limit;
         let mut unanswered = self.unanswered.lock();
-        while *unanswered > 0 {
+        while *unanswered > 0 && !self.shared.is_closed() {
             if self.answered.wait_until(&mut unanswered, deadline).timed_out() && *unanswered > 0 {
                 return Err(limit);
             }
@@ -332,13 +393,6 @@ impl Queue {
         self.shared.record.clear(self.index);
         Ok(())
     }
-}
-
-enum Taken {
-    /// There may be more.
-    Some,
-    /// There is nothing more to do now.
-    All,
 }
 
 /// A request in the device's hands. Dropped without a result (the device was closed), the request stays in flight in the
@@ -364,18 +418,7 @@ impl Ticket {
                 (Status::from(&error), Bytes::new())
             }
         };
-        let queue = Arc::clone(&self.queue);
-        let publish = {
-            let mut answers = queue.answers.lock();
-            answers.waiting.push(Answer { head, reply, status, data });
-            !std::mem::replace(&mut answers.busy, true)
-        };
-        if publish {
-            let ring = queue.ring.lock().clone();
-            if let Some(ring) = ring {
-                queue.publish(&ring);
-            }
-        }
+        self.queue.answer(Answer { head, reply, status, data });
     }
 }
 

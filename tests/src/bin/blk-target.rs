@@ -13,6 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
+use storage::BusyPoll;
 use storage::device::{BlockDevice, BlockError, BlockOp, Completion};
 use storage::target::{Access, Target, TargetOptions};
 
@@ -109,6 +110,7 @@ fn main() -> Result<()> {
         thread::spawn(move || worker.run(&receiver));
     }
     let size = device.metadata()?.len();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let _target = Target::start(
         TargetOptions {
             socket: socket.into(),
@@ -117,6 +119,8 @@ fn main() -> Result<()> {
             queues: queues.parse()?,
             serial: "0123456789abcdef01234567".to_owned(),
             access: Access::ReadWrite,
+            runtime: runtime.handle().clone(),
+            poll: BusyPoll::new(),
         },
         Arc::new(FileDevice { size, work: sender }),
     )?;
