@@ -1,9 +1,11 @@
-//! Measures storage and overlay beside the raw medium and the bare link: `bench --hci PATH --out DIR`. Prints tables and
-//! writes `storage.json` and `network.json`. Needs root, iproute2, fio and iperf3.
+//! Measures storage and overlay beside what they run on: `bench [--storage] --hci PATH --out DIR`. Prints
+//! tables and writes `storage.json` and `network.json`. Needs root, iproute2, fio and iperf3; with `--storage`, which
+//! sets storage beside its peers, also qemu-storage-daemon and Ceph.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use hci_tests::bench::storage::Targets;
 use hci_tests::bench::{network, print_table, storage, write_json};
 use hci_tests::native::scratch;
 
@@ -11,26 +13,43 @@ fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words[..] {
-        ["--hci", hci, "--out", out] => measure(Path::new(hci), Path::new(out)),
+        ["--hci", hci, "--out", out] => {
+            measure_storage(Path::new(hci), Path::new(out), Targets::Ours)?;
+            measure_network(Path::new(hci), Path::new(out))
+        }
+        ["--storage", "--hci", hci, "--out", out] => {
+            measure_storage(Path::new(hci), Path::new(out), Targets::WithPeers)
+        }
         // Child processes of the measurements.
         ["tap", socket] => network::run_tap(Path::new(socket)),
         ["echo", address] => network::run_echo(address.parse()?),
         ["round-trips", address] => network::run_round_trips(address.parse()?),
-        _ => bail!("usage: bench --hci PATH_OF_EXECUTABLE --out DIRECTORY_FOR_RESULTS"),
+        _ => bail!("usage: bench [--storage] --hci PATH_OF_EXECUTABLE --out DIRECTORY_FOR_RESULTS"),
     }
 }
 
-fn measure(hci: &Path, out: &Path) -> Result<()> {
+/// The directory for results, made when it is not there.
+fn prepare(out: &Path) -> Result<PathBuf> {
     scratch::prepare()?;
     scratch::clean_up_on_signals()?;
     std::fs::create_dir_all(out)?;
-    let out: PathBuf = std::fs::canonicalize(out)?;
-    let rows = storage::measure(hci)?;
-    write_json(&out.join("storage.json"), &rows)?;
-    print_table("A volume with three replicas beside the raw medium (one copy, fio)", &rows);
+    Ok(std::fs::canonicalize(out)?)
+}
+
+fn measure_storage(hci: &Path, out: &Path, targets: Targets) -> Result<()> {
+    let file = prepare(out)?.join("storage.json");
+    let rows = storage::measure(hci, targets)?;
+    write_json(&file, &rows)?;
+    print_table("A volume with three replicas beside others on the same medium", &rows);
+    println!("\nThe same as JSON is in {}", file.display());
+    Ok(())
+}
+
+fn measure_network(hci: &Path, out: &Path) -> Result<()> {
+    let file = prepare(out)?.join("network.json");
     let rows = network::measure(hci)?;
-    write_json(&out.join("network.json"), &rows)?;
+    write_json(&file, &rows)?;
     print_table("The overlay beside the bare link", &rows);
-    println!("\nThe same as JSON is in {}", out.display());
+    println!("\nThe same as JSON is in {}", file.display());
     Ok(())
 }

@@ -341,6 +341,11 @@ impl DataCluster {
         self.record.lock().nodes[node].overlay = config;
     }
 
+    /// The process ids of the data processes that run, in the nodes' order.
+    pub fn pids(&self) -> Vec<u32> {
+        self.nodes.iter().filter_map(|node| node.process.as_ref()).map(DataProcess::pid).collect()
+    }
+
     /// The metrics of a node.
     pub fn metrics(&self, node: usize) -> Result<String> {
         Ok(self.runtime.block_on(self.nodes[node].client.call(&Metrics, QUICK))?)

@@ -1,0 +1,82 @@
+//! qemu-storage-daemon: one file as a vhost-user-blk device, the least that a vhost-user target can cost.
+
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+
+use super::client::Client;
+use super::workload::{AREA, WORKLOADS};
+use super::{Medium, write_all};
+use crate::bench::Row;
+use crate::native::scratch::Directory;
+
+const START_LIMIT: Duration = Duration::from_secs(10);
+
+/// A process that ends when dropped, or with this one.
+#[derive(Debug)]
+pub(super) struct Server(Child);
+
+impl Server {
+    /// Starts a command in the background, silently.
+    pub(super) fn start(mut command: Command) -> Result<Self> {
+        // SAFETY: between fork and exec only an async-signal-safe call is made: prctl.
+        unsafe {
+            command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));
+        }
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        Ok(Self(child.with_context(|| format!("cannot start {:?}", command.get_program()))?))
+    }
+
+    /// Its process id.
+    pub(super) fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Measures one.
+pub fn measure(medium: Medium) -> Result<Vec<Row>> {
+    let directory = Directory::new()?;
+    let file = medium.place(&directory, 2 * AREA)?.join("disk");
+    write_all(&file)?;
+    let socket = directory.path().join("socket");
+    let server = start(&file, &socket)?;
+    let target = format!("qemu-storage-daemon, {}", medium.name());
+    let mut client = Client::connect(&socket)?;
+    client.fill()?;
+    let mut rows = Vec::new();
+    for workload in WORKLOADS {
+        rows.push(client.measure(workload, &[server.pid()])?.row(&target, workload));
+    }
+    Ok(rows)
+}
+
+fn start(file: &Path, socket: &Path) -> Result<Server> {
+    let mut command = Command::new("qemu-storage-daemon");
+    command
+        .arg("--blockdev")
+        .arg(format!("driver=file,node-name=disk,filename={},cache.direct=on,aio=io_uring", file.display()))
+        .arg("--export")
+        .arg(format!(
+            "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on",
+            socket.display()
+        ));
+    let server = Server::start(command)?;
+    let deadline = Instant::now() + START_LIMIT;
+    while !socket.exists() {
+        ensure!(Instant::now() < deadline, "qemu-storage-daemon made no socket within {START_LIMIT:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(server)
+}

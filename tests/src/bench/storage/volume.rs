@@ -1,0 +1,84 @@
+//! Our target: three data processes, each in a network namespace with a disk of its own, and a volume on all three.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::Medium;
+use super::client::Client;
+use super::workload::{AREA, UNDER_LOSS, WORKLOADS};
+use crate::bench::Row;
+use crate::native::cluster::{self, DataCluster, Disks, PATIENCE};
+
+/// Room for the data, its log and its checksums.
+const DISK: u64 = 2 * AREA;
+/// How long the load runs while a replica is lost; the loss comes in the middle.
+const LOSS: Duration = Duration::from_secs(8);
+
+/// How a replica's process is lost.
+#[derive(Clone, Copy, Debug)]
+enum Loss {
+    Killed,
+    Stopped,
+}
+
+/// Measures one.
+pub fn measure(hci: &Path, medium: Medium) -> Result<Vec<Row>> {
+    let options = cluster::Options {
+        hci: Some(hci.to_owned()),
+        mtu: 9000,
+        disks: match medium {
+            Medium::Memory => Disks::Memory(vec![DISK; 3]),
+            Medium::Disk => Disks::Temporary,
+        },
+        volume_bytes: AREA,
+        ..Default::default()
+    };
+    let mut cluster = DataCluster::start(&options)?;
+    cluster.open(0)?;
+    let rows = on_cluster(&format!("volume, {}", medium.name()), &mut cluster);
+    rows.with_context(|| cluster.logs())
+}
+
+fn on_cluster(target: &str, cluster: &mut DataCluster) -> Result<Vec<Row>> {
+    let mut client = Client::connect(&cluster.socket(0))?;
+    client.fill()?;
+    let pids = cluster.pids();
+    let mut rows = Vec::new();
+    for workload in WORKLOADS {
+        rows.push(client.measure(workload, &pids)?.row(target, workload));
+    }
+    let in_sync = cluster.record().lock().in_sync();
+    ensure!(in_sync == 3, "only {in_sync} replicas are in sync at the end: these are no figures of three");
+    // The socket serves one client at a time.
+    drop(client);
+    for (loss, name) in [
+        (Loss::Killed, "4 KiB random write, depth 8, a replica is killed"),
+        (Loss::Stopped, "4 KiB random write, depth 8, a replica is stopped"),
+    ] {
+        let gap = longest_gap(cluster, loss)?;
+        rows.push(Row::new(target, name, vec![("gap_s", gap.as_secs_f64())]));
+    }
+    Ok(rows)
+}
+
+fn longest_gap(cluster: &mut DataCluster, loss: Loss) -> Result<Duration> {
+    let socket = cluster.socket(0);
+    let load = std::thread::spawn(move || Client::connect(&socket)?.measure_for(UNDER_LOSS, &[], LOSS));
+    std::thread::sleep(LOSS / 4);
+    let lost = Pid::from_raw(i32::try_from(cluster.pids()[2])?);
+    match loss {
+        Loss::Killed => cluster.kill(&[2])?,
+        Loss::Stopped => kill(lost, Signal::SIGSTOP)?,
+    }
+    let measured = load.join().map_err(|_| anyhow::anyhow!("the load panicked"))??;
+    match loss {
+        Loss::Killed => cluster.start_node(2)?,
+        Loss::Stopped => kill(lost, Signal::SIGCONT)?,
+    }
+    cluster.wait_in_sync().with_context(|| format!("the lost replica is not back within {PATIENCE:?}"))?;
+    Ok(measured.longest_gap)
+}
