@@ -19,7 +19,10 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use netfabric::pki::Identity;
+use netfabric::{
+    NodeId,
+    pki::{Identity, node_of_certificate},
+};
 use rustls::{RootCertStore, ServerConfig, server::WebPkiClientVerifier};
 use tokio::{
     io::{AsyncRead, AsyncWrite, copy_bidirectional},
@@ -59,8 +62,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub enum Peer {
     /// Over the local socket: root.
     Local,
-    /// Over HTTPS with a certificate of the cluster's CA.
-    Certified,
+    /// Over HTTPS with a certificate of the cluster's CA, and whose it is, if it is a node's.
+    Certified(Option<NodeId>),
     /// Over HTTPS without; a token may come with each request.
     Anonymous,
 }
@@ -107,7 +110,8 @@ async fn authorize(
     next: Next,
 ) -> Response {
     let allowed = match peer {
-        Peer::Local | Peer::Certified => true,
+        Peer::Local => true,
+        Peer::Certified(node) => !has_left(&app, node),
         Peer::Anonymous => {
             is_open(request.method(), request.uri().path()) || bearer_is_admin(&app, request.headers())
         }
@@ -123,6 +127,12 @@ async fn authorize(
     let mut response = problem.into_response();
     response.headers_mut().insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
     response
+}
+
+/// Whether a certificate is of a node that has left the cluster: it is not good any more.
+fn has_left(app: &App, node: Option<NodeId>) -> bool {
+    let Some((node, member)) = node.zip(app.member()) else { return false };
+    member.state().removed_nodes.contains(&node)
 }
 
 fn bearer_is_admin(app: &App, headers: &HeaderMap) -> bool {
@@ -414,8 +424,11 @@ pub async fn serve_https(
                 tasks.spawn(async move {
                     match tokio::time::timeout(HEAD_DEADLINE, acceptor.accept(stream)).await {
                         Ok(Ok(stream)) => {
-                            let shown = stream.get_ref().1.peer_certificates().is_some();
-                            let peer = if shown { Peer::Certified } else { Peer::Anonymous };
+                            let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+                            let peer = match shown {
+                                Some(certificate) => Peer::Certified(node_of_certificate(certificate)),
+                                None => Peer::Anonymous,
+                            };
                             serve_one(stream, router.layer(Extension(peer)), shutdown).await;
                         }
                         Ok(Err(error)) => tracing::debug!(%address, %error, "no TLS"),

@@ -71,6 +71,11 @@ impl Handler for Service {
             let Some((member, reconciler)) = member else {
                 return Err(RpcError::new(ErrorCode::Unavailable, "this node is starting"));
             };
+            if let Caller::Node(node) = from
+                && member.state().removed_nodes.contains(&node)
+            {
+                return Err(RpcError::new(ErrorCode::Refused, "this node has left the cluster"));
+            }
             match request.method {
                 rpc::RENEW => renewed(&member, from, &request).await,
                 rpc::API => forwarded(&member, request).await,

@@ -372,3 +372,64 @@ async fn bad_requests_and_bad_uploads_change_nothing() {
     assert_eq!(changes, 1, "only the image was created");
     n1.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_is_drained_and_leaves_for_good() {
+    let room = Room::new();
+    let (n1, n2, n3) = (room.node(1).await, room.node(2).await, room.node(3).await);
+    let created = n1.post("/v1/cluster", json!({ "name": "prod" })).await;
+    assert!(created["admin_token"].is_string());
+    let token = n1.post("/v1/cluster/tokens", json!({ "uses": 3 })).await["token"].clone();
+    for node in [&n2, &n3] {
+        join(node, token.as_str().unwrap()).await;
+    }
+    n1.sees_voters(3).await;
+
+    let pool = n2.get("/v1/pool").await;
+    assert_eq!((&pool["rebuild_grace_seconds"], &pool["rebalance"]), (&json!(600), &json!(true)));
+    let (status, _) =
+        n2.ask(Method::PATCH, "/v1/pool", json!({ "rebuild_grace_seconds": 60, "rebalance": false })).await;
+    assert_eq!(status, 202);
+    let pool = n3.get("/v1/pool").await;
+    let policy = (&pool["rebuild_grace_seconds"], &pool["rebalance"], &pool["reserve_percent"]);
+    assert_eq!(policy, (&json!(60), &json!(false), &json!(10)), "what is not given stays");
+    n2.problem(Method::PATCH, "/v1/pool", json!({ "reserve_percent": 90 }), 400).await;
+    let (status, _) = n2.ask(Method::PATCH, "/v1/nodes/n1", json!({ "rack": "r1" })).await;
+    assert_eq!(status, 202);
+    assert_eq!(n2.get("/v1/nodes/n1").await["rack"], "r1");
+    for (method, path, value, status) in [
+        (Method::POST, "/v1/disks/n1:%2Fdev%2Fnone/evict", json!({}), 404),
+        (Method::POST, "/v1/nodes/none/drain", json!({}), 404),
+        (Method::PATCH, "/v1/nodes/n1", json!({}), 400),
+        (Method::PATCH, "/v1/volumes/none", json!({ "replicas": 2 }), 404),
+        (Method::POST, "/v1/volumes/none/grow", json!({ "size_bytes": 4096 }), 404),
+    ] {
+        n1.problem(method, path, value, status).await;
+    }
+
+    n1.post("/v1/nodes/n3/drain", json!({})).await;
+    assert_eq!(n1.get("/v1/nodes/n3").await["service"], "draining");
+    n1.post("/v1/nodes/n3/resume", json!({})).await;
+    let leaving = n1.post("/v1/nodes/n3/evict", json!({})).await["task"]["id"].clone();
+    eventually("the node has left", async || {
+        let nodes = n1.get("/v1/nodes").await;
+        (nodes["items"].as_array()?.len() == 2).then_some(())
+    })
+    .await;
+    let task = n1.get(&format!("/v1/tasks/{}", leaving.as_str().unwrap())).await;
+    assert_eq!(task["state"], "done");
+    n1.sees_voters(2).await;
+    eventually("what is left still decides", async || {
+        let network = json!({ "name": "lan", "subnet": "10.9.0.0/24" });
+        let (status, _) = n2.ask(Method::POST, "/v1/networks", network).await;
+        (status == 202 || status == 409).then_some(())
+    })
+    .await;
+    n1.problem(Method::POST, "/v1/nodes/n3/drain", json!({}), 404).await;
+    let (status, _) =
+        n3.ask(Method::POST, "/v1/networks", json!({ "name": "x", "subnet": "10.8.0.0/24" })).await;
+    assert!(!status.is_success(), "who has left changes nothing: {status}");
+    for node in [n1, n2, n3] {
+        node.stop().await;
+    }
+}

@@ -304,3 +304,59 @@ async fn a_lease_that_runs_out_holds_io_back_until_it_is_renewed() {
     node.shutdown.cancel();
     node.reconciler.stopped().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_volume_moves_to_another_disk_and_grows() {
+    let temp = tempfile::tempdir().unwrap();
+    let node = Node::start(temp.path());
+    node.start_data();
+    let content = Bytes::from((0..1 << 20).map(|at: u32| (at / 4096) as u8).collect::<Vec<_>>());
+    let (_, volume) = image(&node, temp.path(), &content).await;
+    let old = node.cluster.0.lock().volumes[&volume].segments[0].replicas[0].disk;
+    let new = DiskId::random();
+    let path = temp.path().join("second").display().to_string();
+    node.propose(Op::AddDisk { disk: new, node: node.id, path, wipe: WipePolicy::Refuse }).await;
+    node.state_when("the disk is ready", |state| state.disks[&new].state == DiskState::Ready).await;
+
+    let segment = SegmentIndex(0);
+    node.propose(Op::AddReplica { volume, segment, disk: new, replaces: Some(old) }).await;
+    let moved = |state: &ClusterState| {
+        let copies = &state.volumes[&volume].segments[0].replicas;
+        copies.len() == 1 && copies[0].disk == new && copies[0].state == ReplicaState::InSync
+    };
+    let state = node.state_when("the new copy has taken over", moved).await;
+    assert_eq!(state.volumes[&volume].generation, Generation(1), "it stayed open");
+    let released = |state: &ClusterState| state.may_purge(volume, &state.retired[&volume][&old]);
+    node.state_when("the coordinator has let the old copy go", released).await;
+    let length = u32::try_from(content.len()).unwrap();
+    let read = VolumeRead { volume: volume.into(), offset: 0, length };
+    assert!(node.data().read(read).await.unwrap() == content, "the copy differs");
+
+    let size = (1 << 30) + SIZE;
+    let end = VolumeWrite { volume: volume.into(), offset: size - 4096 };
+    let block = Bytes::from(vec![7; 4096]);
+    assert!(node.data().write(end, block.clone()).await.is_err(), "not so large yet");
+    // By hand: a volume that is being imported is not grown by anybody.
+    {
+        let mut state = node.cluster.0.lock();
+        let volume = state.volumes.get_mut(&volume).unwrap();
+        volume.size_bytes = size;
+        volume.segments.push(volume.segments[0].clone());
+    }
+    let (severity, subject) = (Severity::Info, Subject::Cluster);
+    node.propose(Op::Note { severity, kind: "test".into(), subject, message: String::new() }).await;
+    let mut grown = false;
+    for _ in 0..1000 {
+        grown = node.data().write(end, block.clone()).await.is_ok();
+        if grown {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(grown, "it is not larger within 10 s");
+    let read = VolumeRead { volume: volume.into(), offset: size - 4096, length: 4096 };
+    assert!(node.data().read(read).await.unwrap() == block);
+    assert_eq!(node.cluster.0.lock().volumes[&volume].departures, 0, "no copy was distrusted");
+    node.shutdown.cancel();
+    node.reconciler.stopped().await;
+}

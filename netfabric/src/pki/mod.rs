@@ -20,7 +20,7 @@ mod tls;
 
 pub use ca::{ClusterCa, Fingerprint};
 pub use identity::{Identity, NodeKey};
-pub(crate) use tls::node_of_certificate;
+pub use tls::node_of_certificate;
 
 /// Why a key, certificate or identity cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -253,6 +253,48 @@ fn disks_are_prepared_and_their_health_is_told() {
 }
 
 #[test]
+fn a_copy_that_left_is_let_go_once_the_data_process_has_forgotten_it_and_removed_later() {
+    let mut state = assigned();
+    let mut now = observed(Some(serving(&state)));
+    now.runs.insert(vm(), alive(1));
+    let (volume, segment, generation) = (volume(), SegmentIndex(0), Generation(1));
+    let two = Some(2);
+    apply(
+        &mut state,
+        Op::SetVolume { volume, replicas: two, min_in_sync: None, durability: None, unreachable: Vec::new() },
+    );
+    apply(&mut state, Op::RemoveReplica { volume, segment, disk: disk(1) });
+    let plan = plan_for(&state, &now);
+    assert_eq!(plan.actions, [], "the data process may still read from it");
+    now.data.as_mut().unwrap().applied = plan.data.map(Arc::new);
+    let release = Action::ReleaseReplicas { volume, generation, disk: disk(1), segments: vec![segment] };
+    assert_eq!(plan_for(&state, &now).actions, [release]);
+
+    apply(&mut state, Op::ReplicasReleased { volume, generation, disk: disk(1), segments: vec![segment] });
+    for (waited, due) in [(0, false), (29, false), (30, true)] {
+        now.purgeable_for.insert((volume, disk(1)), Duration::from_secs(waited));
+        let purge = Action::PurgeReplicas { volume, disk: disk(1), segments: vec![segment] };
+        assert_eq!(plan_for(&state, &now).actions.contains(&purge), due, "after {waited} s");
+    }
+}
+
+#[test]
+fn a_forced_restart_kills_and_a_graceful_one_presses_the_button() {
+    for (restart, force) in [(Op::RestartVm(vm()), false), (Op::ResetVm(vm()), true)] {
+        let mut state = assigned();
+        let mut now = observed(Some(serving(&state)));
+        now.runs.insert(vm(), alive(1));
+        apply(&mut state, restart);
+        let epoch = RunEpoch(1);
+        let expected = match force {
+            true => Action::KillVm { vm: vm(), epoch, why: Ended::Killed },
+            false => Action::PressPowerButton { vm: vm(), epoch },
+        };
+        assert_eq!(plan_for(&state, &now).actions, [expected]);
+    }
+}
+
+#[test]
 fn deleted_volumes_are_purged_from_disks_that_work() {
     let mut state = cluster();
     apply(&mut state, Op::SetVmDesired { vm: vm(), desired: DesiredRun::Stopped(StopMode::Force) });
