@@ -4,6 +4,7 @@ use std::{
     collections::BTreeSet,
     future::Future,
     sync::{Arc, OnceLock},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -22,6 +23,10 @@ use super::{
 };
 use crate::{paths::NodePaths, state};
 
+/// How long a look at the disks, and a preparation, wait for their turn.
+const LIST_PATIENCE: Duration = Duration::from_secs(2);
+const FORMAT_PATIENCE: Duration = Duration::from_secs(60);
+
 /// The handler of `data.sock`. It is there before the node has an identity; the engine comes later.
 #[derive(Clone)]
 pub(crate) struct Server {
@@ -32,16 +37,14 @@ struct Shared {
     instance: DataInstance,
     paths: NodePaths,
     engine: OnceLock<Arc<Engine>>,
-    /// Disks are prepared one after the other: two calls must not race for one device.
-    preparing: tokio::sync::Mutex<()>,
-    /// One look at the disks at a time: on a broken one it may take long, and nobody should queue behind it.
-    listing: tokio::sync::Mutex<()>,
+    /// Held while disks are prepared or looked at: both open devices for themselves alone, so that one would find a
+    /// device in use only because the other one has it.
+    disks: tokio::sync::Mutex<()>,
 }
 
 impl Server {
     pub(crate) fn new(instance: DataInstance, paths: NodePaths) -> Self {
-        let (preparing, listing) = Default::default();
-        let shared = Shared { instance, paths, engine: OnceLock::new(), preparing, listing };
+        let shared = Shared { instance, paths, engine: OnceLock::new(), disks: Default::default() };
         Self { shared: Arc::new(shared) }
     }
 
@@ -126,15 +129,21 @@ impl Server {
         Ok(Response::new(&())?.with_bulk(data))
     }
 
+    /// The right to open disks. A broken disk may hold up whoever has it, so nobody waits without end.
+    async fn disks(&self, patience: Duration) -> Result<tokio::sync::MutexGuard<'_, ()>, RpcError> {
+        let busy =
+            |_| RpcError::new(ErrorCode::Unavailable, "the disks of this node are busy; it is tried again");
+        tokio::time::timeout(patience, self.shared.disks.lock()).await.map_err(busy)
+    }
+
     async fn list_disks(&self) -> Result<Vec<LocalDisk>, RpcError> {
-        let busy = |_| RpcError::new(ErrorCode::Unavailable, "an earlier look at the disks has not ended");
-        let _one_at_a_time = self.shared.listing.try_lock().map_err(busy)?;
+        let _alone = self.disks(LIST_PATIENCE).await?;
         let disks = blocking(inventory::list).await?;
         disks.map_err(|error| RpcError::new(ErrorCode::Internal, format!("cannot list the disks: {error}")))
     }
 
     async fn format(&self, call: FormatDisk) -> Result<FormattedDisk, RpcError> {
-        let _one_at_a_time = self.shared.preparing.lock().await;
+        let _alone = self.disks(FORMAT_PATIENCE).await?;
         let mount_point = self.shared.paths.disk(state::DiskId(call.disk.0));
         blocking(move || prepare::prepare(call.disk, &call.path, call.wipe, &mount_point))
             .await?
