@@ -248,6 +248,41 @@ impl Cluster {
         }
     }
 
+    /// A replica of a segment leaves its set, as far as enough others are in sync, or one that has left comes again, out of sync.
+    pub(super) fn reshape(&self, n: usize) {
+        let (disk, node) = (self.nodes[n].disk_id, self.nodes[n].id);
+        // A set changes where its coordinator is told of it; one that is cut off is not.
+        let told = self.raft.record.lock().coordinator.is_some_and(|c| self.raft.reaches_majority(c));
+        if !told {
+            return;
+        }
+        let segment = SegmentIndex(self.dice.below(2) as u32);
+        let minimum = usize::from(self.raft.record.lock().volume.min_in_sync);
+        self.change_set(segment, |replicas| match replicas.iter().position(|r| r.disk == disk) {
+            Some(at) => {
+                let others = replicas.iter().filter(|r| r.disk != disk && r.state == ReplicaState::InSync);
+                if others.count() >= minimum {
+                    replicas.remove(at);
+                }
+            }
+            None => replicas.push(ReplicaConfig { disk, node, state: ReplicaState::OutOfSync }),
+        });
+    }
+
+    /// All replicas are in their sets again.
+    pub(super) fn complete_sets(&self) {
+        for segment in (0..2).map(SegmentIndex) {
+            self.change_set(segment, |replicas| {
+                for n in &self.nodes {
+                    if replicas.iter().all(|r| r.disk != n.disk_id) {
+                        let state = ReplicaState::OutOfSync;
+                        replicas.push(ReplicaConfig { disk: n.disk_id, node: n.id, state });
+                    }
+                }
+            });
+        }
+    }
+
     /// Makes the volume larger: new segments have replicas on all disks.
     pub(super) fn grow(&self, size: u64) {
         let config = {

@@ -98,6 +98,7 @@ async fn run(seed: u64) -> Result<Tally, Vec<String>> {
         cluster.start(n);
     }
     cluster.network.heal();
+    cluster.complete_sets();
     // Late messages arrive.
     cluster.run_until(Duration::from_secs(7), |_| false).await;
     if !cluster.run_until(RECOVERY, Cluster::is_healthy).await {
@@ -172,7 +173,8 @@ fn fault(cluster: &mut Cluster) {
             if dice.percent(50) { cluster.network.cut(id, other) } else { cluster.network.cut(other, id) }
         }
         58..62 => cluster.network.set_late(1 + dice.below(5)),
-        62..74 => cluster.network.heal(),
+        62..72 => cluster.network.heal(),
+        72..84 => cluster.reshape(n),
         _ => (0..NODES).for_each(|n| cluster.start(n)),
     }
 }
