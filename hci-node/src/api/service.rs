@@ -192,7 +192,8 @@ fn read(member: &Arc<Member>, path: &[&str], full: &str) -> Result<ApiResponse, 
     let reports = member.leader.reports();
     let members = member.replicated.members();
     let leader = member.replicated.leadership().borrow().leader;
-    let views = Views { state: &state, reports: &reports, members: &members, leader };
+    let etas = member.leader.etas();
+    let views = Views { state: &state, reports: &reports, etas: &etas, members: &members, leader };
     match path {
         ["status"] => ApiResponse::json(200, &views.status()),
         ["cluster"] => match views.cluster() {

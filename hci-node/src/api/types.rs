@@ -443,6 +443,8 @@ pub struct Volume {
     pub moves: u32,
     /// How far it is to full redundancy, 0 to 1.
     pub progress: f64,
+    /// How long that will take at the pace so far, when there is one.
+    pub eta_seconds: Option<u64>,
     /// What may be lost without harm, as a sentence.
     pub tolerates: String,
     /// What would stop its I/O, one sentence for each node or disk; empty when any one may be lost.

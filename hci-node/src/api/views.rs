@@ -3,7 +3,7 @@
 
 mod volumes;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use super::types as api;
 use crate::{
@@ -22,6 +22,8 @@ pub struct Views<'a> {
     pub state: &'a ClusterState,
     /// What nodes reported; empty where nobody leads.
     pub reports: &'a BTreeMap<NodeId, NodeReport>,
+    /// How long volumes need until nothing of them is missing, as far as can be told.
+    pub etas: &'a BTreeMap<VolumeId, Duration>,
     /// The consensus group.
     pub members: &'a [Member],
     /// The leader.
@@ -375,6 +377,9 @@ impl Views<'_> {
                 );
                 if view.state == api::VolumeState::Resyncing {
                     message.push_str(&format!(", rebuilding, {:.0} % there", view.progress * 100.0));
+                }
+                if let Some(seconds) = view.eta_seconds {
+                    message.push_str(&format!(", about {seconds} s to go"));
                 }
                 if let Some(left) = view.resync_blocks_left.filter(|left| *left > 0) {
                     message.push_str(&format!(", {left} blocks left"));

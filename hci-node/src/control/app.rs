@@ -210,6 +210,7 @@ impl App {
         let views = crate::api::views::Views {
             state: &state,
             reports: &Default::default(),
+            etas: &Default::default(),
             members: &members,
             leader,
         };

@@ -102,6 +102,25 @@ fn cluster(scrape: &Scrape, running: &Running) {
     scrape.gauge("hci_volumes", "Volumes.", number(state.volumes.len() as u64));
     let degraded = state.volumes.values().filter(|volume| volume.is_degraded()).count();
     scrape.gauge("hci_volumes_degraded", "Volumes with too few complete copies.", number(degraded as u64));
+    let segments = || state.volumes.values().flat_map(|volume| &volume.segments);
+    let moving = segments()
+        .flat_map(|segment| &segment.replicas)
+        .filter(|copy| copy.replaces.is_some() && copy.state == crate::state::ReplicaState::OutOfSync);
+    scrape.gauge("hci_pool_moves", "Copies on their way to another disk.", number(moving.count() as u64));
+    let lacking: usize = state
+        .volumes
+        .values()
+        .map(|volume| {
+            let wanted = usize::from(volume.replicas);
+            volume.segments.iter().filter(|segment| segment.in_sync() < wanted).count()
+        })
+        .sum();
+    scrape.gauge("hci_pool_segments", "Segments of all volumes.", number(segments().count() as u64));
+    scrape.gauge(
+        "hci_pool_segments_degraded",
+        "Segments with too few complete copies.",
+        number(lacking as u64),
+    );
     let copies: Vec<_> = state
         .volumes
         .values()

@@ -16,7 +16,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{join::token::TokenString, options::Args};
-use crate::pinned_tls;
+use crate::{
+    data::{self, EngineOptions},
+    paths::NodePaths,
+    pinned_tls,
+};
 
 /// Long enough for a loaded machine; every wait ends as soon as it may.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -133,6 +137,44 @@ impl Node {
             UnixStream::connect(self.dir.join("run/node.sock")).await.ok()
         })
         .await;
+    }
+
+    /// Runs a data process on threads of its own until the token ends.
+    fn start_data(&self) -> CancellationToken {
+        let options = EngineOptions {
+            paths: NodePaths::new(self.dir.join("state"), self.dir.join("run")),
+            listen_storage: self.args.listen_storage.unwrap(),
+            listen_frames: self.args.listen_frames.unwrap(),
+            link_mtu: Some(1500),
+        };
+        let stop = CancellationToken::new();
+        let stopped = stop.clone();
+        std::thread::spawn(move || {
+            let runtime =
+                tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+            // What it says of its end is of no interest: the test kills it.
+            let _ = runtime.block_on(data::serve(options, stopped));
+            runtime.shutdown_timeout(Duration::from_secs(5));
+        });
+        stop
+    }
+
+    /// Gives a directory of this node to the pool.
+    async fn add_disk(&self, name: &str) -> String {
+        let path = self.dir.join(name);
+        std::fs::create_dir_all(&path).unwrap();
+        let path = path.display().to_string();
+        let node = self.args.node_name.as_deref().unwrap();
+        self.post("/v1/disks", json!({ "node": node, "path": path })).await;
+        eventually("the disk is in the pool", async || {
+            let disks = self.get("/v1/disks").await;
+            let ready = |disk: &Value| {
+                disk["path"] == path.as_str() && disk["state"] == "ready" && disk["used_bytes"].is_u64()
+            };
+            disks["items"].as_array()?.iter().any(ready).then_some(())
+        })
+        .await;
+        path
     }
 
     async fn stop(self) -> (Args, PathBuf) {
@@ -430,6 +472,65 @@ async fn a_node_is_drained_and_leaves_for_good() {
         n3.ask(Method::POST, "/v1/networks", json!({ "name": "x", "subnet": "10.8.0.0/24" })).await;
     assert!(!status.is_success(), "who has left changes nothing: {status}");
     for node in [n1, n2, n3] {
+        node.stop().await;
+    }
+}
+
+/// Four nodes with a disk each, and three copies of a volume: one node goes away and does not come back.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_copies_of_a_lost_node_are_rebuilt_on_another_one() {
+    let room = Room::new();
+    let n1 = room.node(1).await;
+    n1.post("/v1/cluster", json!({ "name": "prod" })).await;
+    let token = n1.post("/v1/cluster/tokens", json!({ "uses": 3 })).await["token"].clone();
+    let mut nodes = vec![n1];
+    for n in 2..=4 {
+        let node = room.node(n).await;
+        join(&node, token.as_str().unwrap()).await;
+        nodes.push(node);
+    }
+    let data: Vec<_> = nodes.iter().map(Node::start_data).collect();
+    nodes[0].sees_voters(3).await;
+    for node in &nodes[..3] {
+        node.add_disk("disk").await;
+    }
+    nodes[0].post("/v1/volumes", json!({ "name": "v", "size_bytes": 3_u64 << 30, "replicas": 3 })).await;
+    let (status, _) = nodes[0]
+        .ask(Method::PATCH, "/v1/pool", json!({ "rebuild_grace_seconds": 2, "rebalance": false }))
+        .await;
+    assert_eq!(status, 202);
+    nodes[3].add_disk("disk").await;
+
+    // The last one that votes, so that the others go on; never the one that is asked.
+    let lost = nodes.remove(2);
+    data[2].cancel();
+    lost.stop().await;
+    let rebuilt = eventually("the volume has three copies again, none of them there", async || {
+        let volume = nodes[0].ask(Method::GET, "/v1/volumes/v", Value::Null).await.1;
+        let placement = volume["placement"].as_array()?;
+        let elsewhere = placement.iter().all(|place| place["node"] != "n3" && place["state"] == "in-sync");
+        (elsewhere && volume["in_sync"] == 3 && placement.len() == 3).then_some(volume)
+    })
+    .await;
+    assert_eq!(rebuilt["tolerates"], "the loss of any 1 node");
+    assert_eq!(rebuilt["at_risk"], json!([]));
+    let events = nodes[0].get("/v1/events").await;
+    let told = |kind: &str| events["items"].as_array().unwrap().iter().any(|event| event["kind"] == kind);
+    assert!(told("node-lost") && told("rebuild"), "{events}");
+
+    // What is left changes its number of copies and its size.
+    let set = nodes[0].ask(Method::PATCH, "/v1/volumes/v", json!({ "replicas": 2 })).await;
+    assert_eq!(set.0, 202, "{}", set.1);
+    nodes[0].post("/v1/volumes/v/grow", json!({ "size_bytes": 5_u64 << 30 })).await;
+    eventually("the volume has two copies of five segments", async || {
+        let volume = nodes[0].get("/v1/volumes/v").await;
+        let placement = volume["placement"].as_array()?;
+        let copies: u64 = placement.iter().filter_map(|place| place["in_sync"].as_u64()).sum();
+        (copies == 10 && volume["segments"] == 5).then_some(())
+    })
+    .await;
+    data.iter().for_each(CancellationToken::cancel);
+    for node in nodes {
         node.stop().await;
     }
 }

@@ -8,8 +8,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    ClusterState, DiskId, NodeId, NodeService, Refusal, RefusalKind, Replica, ReplicaState, SEGMENT_BYTES,
-    Segment,
+    ClusterState, DiskId, DiskRoom, NodeId, NodeService, Refusal, RefusalKind, Replica, ReplicaState,
+    SEGMENT_BYTES, Segment,
 };
 
 /// How much more than its capacity may be promised on a disk.
@@ -80,10 +80,17 @@ pub fn place(state: &ClusterState, wish: &Wish<'_>) -> Result<Vec<Segment>, Refu
         return Err(Refusal::new(
             RefusalKind::Capacity,
             format!(
-                "{wanted} copies need disks on {wanted} nodes, but {} of {} nodes have usable disks ({} disks in all)",
+                "{wanted} copies need disks on {wanted} nodes, but {} of {} nodes have usable disks ({} disks in all{})",
                 nodes.len(),
                 state.nodes.len(),
-                rooms.len()
+                rooms.len(),
+                match state.disks.values().filter(|disk| disk.room == DiskRoom::Reserved).count() {
+                    0 => String::new(),
+                    full => format!(
+                        ", {full} more have only their reserve of {} % left",
+                        state.pool.reserve_percent
+                    ),
+                }
             ),
             if nodes.is_empty() {
                 "add disks: hci disk list, then hci disk add NODE PATH".to_owned()

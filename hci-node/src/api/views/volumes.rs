@@ -140,6 +140,7 @@ impl Views<'_> {
             segments_degraded: degraded(volume),
             moves: moves(volume),
             progress: progress(volume),
+            eta_seconds: self.etas.get(&volume.id).map(|eta| eta.as_secs()),
             tolerates,
             at_risk,
             placement: self.placement(volume),
@@ -183,4 +184,63 @@ enum Outcome {
     Waits,
     /// The last complete copy is gone.
     Lost,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::{ClusterState, Command, Generation, Op, VolumeId, report::NodeReport, testing::*};
+
+    /// Three nodes with a disk each, and a volume that is open on the first one.
+    fn cluster_with_volume(replicas: u8) -> (ClusterState, VolumeId) {
+        let mut state = cluster(3);
+        let volume = new_volume(1, replicas);
+        let id = volume.id;
+        run(&mut state, Op::CreateVolume { volume, near: Some(node_id(1)), unreachable: vec![] });
+        let node = node_id(1);
+        run(&mut state, Op::OpenVolume { volume: id, node, expected: Generation(0), unreachable: vec![] });
+        (state, id)
+    }
+
+    fn run(state: &mut ClusterState, op: Op) {
+        state.apply(&Command { at: Timestamp(0), task: None, op }).unwrap();
+    }
+
+    fn seen(state: &ClusterState, id: VolumeId) -> api::Volume {
+        let reports = state.nodes.keys().map(|node| (*node, NodeReport::default())).collect();
+        let views = Views { state, reports: &reports, etas: &Default::default(), members: &[], leader: None };
+        views.volume(&state.volumes[&id])
+    }
+
+    #[test]
+    fn a_whole_volume_tolerates_a_node_and_names_no_risk() {
+        let (state, id) = cluster_with_volume(3);
+        let view = seen(&state, id);
+        assert_eq!((view.tolerates.as_str(), view.at_risk.len()), ("the loss of any 1 node", 0));
+        assert_eq!((view.progress, view.segments_degraded, view.placement.len()), (1.0, 0, 3));
+    }
+
+    #[test]
+    fn a_degraded_volume_names_the_disks_that_must_not_fail() {
+        let (mut state, volume) = cluster_with_volume(3);
+        let out =
+            Op::ReplicasOut { volume, generation: Generation(1), disk: disk_id(3), reason: "reset".into() };
+        run(&mut state, out);
+        let view = seen(&state, volume);
+        assert_eq!(view.tolerates, "no loss of a node or disk");
+        assert_eq!(view.at_risk.len(), 2, "{:?}", view.at_risk);
+        assert!(view.at_risk.iter().all(|risk| risk.ends_with("writes wait until another copy is complete")));
+        assert!(view.at_risk[0].starts_with("n1:/dev/vdb"), "{:?}", view.at_risk);
+        assert_eq!(view.segments_degraded, 3);
+        assert!((view.progress - 2.0 / 3.0).abs() < 1e-9);
+        let third = view.placement.iter().find(|place| place.node == "n3").unwrap();
+        assert_eq!((third.state, third.in_sync, third.segments), (api::CopyState::Syncing, 0, 3));
+    }
+
+    #[test]
+    fn the_last_copy_is_named_as_such() {
+        let (state, id) = cluster_with_volume(1);
+        let view = seen(&state, id);
+        assert_eq!(view.at_risk, ["n1:/dev/vdb fails: data are lost unless another copy comes back"]);
+    }
 }

@@ -3,12 +3,14 @@
 //! | module | it is |
 //! |---|---|
 //! | [`ha`] | what is due: pure |
+//! | [`pace`] | how long rebuilding takes |
 //! | [`pool`] | what is due for the pool's redundancy: pure |
 //! | [`scheduler`] | which node a VM starts on: pure |
 //!
 //! Every node runs this loop; on those that do not lead it only waits.
 
 pub mod ha;
+pub mod pace;
 pub mod pool;
 pub mod scheduler;
 #[cfg(test)]
@@ -24,13 +26,13 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use self::ha::Ha;
+use self::{ha::Ha, pace::Pace};
 use super::{
     lease::{LeaderLeases, LeaseStanding},
     replicated::{Replicated, ReplicationError},
 };
 use crate::state::{
-    ClusterState, Command, Node, NodeId, NodeService, Op, Refusal, Timestamp, report::NodeReport,
+    ClusterState, Command, Node, NodeId, NodeService, Op, Refusal, Timestamp, VolumeId, report::NodeReport,
 };
 
 /// How often the loop looks when nothing happens.
@@ -41,13 +43,20 @@ pub struct Leader {
     node: NodeId,
     replicated: Arc<dyn Replicated>,
     leases: Mutex<Option<LeaderLeases>>,
+    pace: Mutex<Pace>,
     changed: Notify,
 }
 
 impl Leader {
     /// For this node.
     pub fn new(node: NodeId, replicated: Arc<dyn Replicated>) -> Arc<Self> {
-        Arc::new(Self { node, replicated, leases: Mutex::new(None), changed: Notify::new() })
+        Arc::new(Self {
+            node,
+            replicated,
+            leases: Mutex::new(None),
+            pace: Mutex::default(),
+            changed: Notify::new(),
+        })
     }
 
     fn term_led(&self) -> Option<u64> {
@@ -90,6 +99,11 @@ impl Leader {
         self.leases.lock().as_ref().map(|leases| leases.reports(Instant::now())).unwrap_or_default()
     }
 
+    /// How long volumes need until nothing of them is missing, as far as can be told; empty unless this node leads.
+    pub fn etas(&self) -> BTreeMap<VolumeId, Duration> {
+        self.pace.lock().etas(Instant::now())
+    }
+
     /// Nodes whose lease has ended, or that have not renewed with this leader yet: nothing new is put there.
     pub fn silent(&self, state: &ClusterState) -> Vec<NodeId> {
         let now = Instant::now();
@@ -119,6 +133,7 @@ impl Leader {
             if now_led != term {
                 term = now_led;
                 ha = Ha::default();
+                *self.pace.lock() = Pace::default();
                 tracing::info!(?term, "leadership changed");
             }
             if term.is_none() {
@@ -128,6 +143,7 @@ impl Leader {
             }
             let commands = {
                 let present = state.borrow_and_update().clone();
+                self.pace.lock().look(&present, Instant::now());
                 let leases = self.leases.lock();
                 let Some(leases) = leases.as_ref() else { continue };
                 ha.decide(&present, leases, Instant::now(), Timestamp::now())

@@ -4,14 +4,14 @@
 //! that fills a disk would turn one failure into two. How much a thin segment will take is estimated from how full the
 //! disk of a complete copy is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::View;
 use crate::state::{
-    Availability, ClusterState, DiskId, NodeId, NodeService, Replica, ReplicaState, Segment, SegmentIndex,
-    Subject, Volume, VolumeId,
+    Availability, ClusterState, Disk, DiskId, NodeId, NodeService, Replica, ReplicaState, Segment,
+    SegmentIndex, Subject, Volume, VolumeId,
     placement::{self, Domain},
-    report::{DiskHealth, DiskReport},
+    report::{DiskHealth, DiskReport, ProcessState},
 };
 
 /// A copy that is to be put somewhere.
@@ -84,6 +84,8 @@ impl Place {
 /// The disks that can take copies.
 pub struct Places {
     places: Vec<Place>,
+    /// Nodes with a disk that could take copies but was not reported yet: it has just come.
+    expected: BTreeSet<NodeId>,
     /// Copies on their way to or from each disk.
     moves: BTreeMap<DiskId, u32>,
     /// Bytes of volumes with copies on each disk, as if they were full.
@@ -109,6 +111,13 @@ impl Places {
                 }
             }
         }
+        let is_new = |disk: &&Disk| {
+            let node = view.live.get(&disk.node);
+            disk.takes_replicas()
+                && node.is_some_and(|node| node.local.data_process == ProcessState::Up)
+                && report(view, disk.id).is_none()
+        };
+        let expected = view.state.disks.values().filter(is_new).map(|disk| disk.node).collect();
         let usable = view.state.disks.values().filter_map(|disk| {
             let node = view.state.nodes.get(&disk.node)?;
             let report = report(view, disk.id)?;
@@ -126,6 +135,7 @@ impl Places {
         });
         Self {
             places: usable.collect(),
+            expected,
             reserve_percent: u64::from(view.state.pool.reserve_percent.min(100)),
             limit: u32::from(view.state.pool.moves_per_disk),
             moves,
@@ -175,6 +185,10 @@ impl Places {
         };
         let former = view.state.retired.get(&copy.volume);
         let is_clean = |place: &Place| former.is_none_or(|disks| !disks.contains_key(&place.disk));
+        if self.expected.iter().any(|node| others().all(|replica| replica.node != *node)) {
+            // Whether there is a place, and a better one, is seen in a moment.
+            return Ok(None);
+        }
         let on_free_nodes: Vec<_> = self.places.iter().filter(|place| free_node(place)).cloned().collect();
         if on_free_nodes.is_empty() {
             let nodes: Vec<_> =
