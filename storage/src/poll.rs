@@ -4,8 +4,8 @@
 //! for a window: the runtime turns without waiting, and in each turn the network, the disks and the rings of busy guests are looked at.
 //!
 //! The window adapts to the load. When the thread slept for a short time only, a longer window would have caught what
-//! woke it, and it grows; when it slept for long, the window was in vain, and it shrinks. An idle shard does not poll at all, one whose next
-//! request comes after [`LONGEST`] polls for a small part of that time.
+//! woke it, and it grows; when it slept for long, the window was in vain, and it shrinks. A window that keeps ending in vain is given up for
+//! a while. So an idle shard does not poll, and one whose requests are further apart than [`LONGEST`] polls for a small part of that time.
 
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -13,26 +13,49 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
-/// Window of a shard that wakes up after a long sleep, if it has one at all.
+/// Smallest window.
 const FIRST: Duration = Duration::from_micros(10);
-/// Window at most: about the time that a request of depth 1 spends on other nodes and in the guest.
-const LONGEST: Duration = Duration::from_micros(120);
+/// Window at most: what a request of depth 1 spends on other nodes and in the guest when everybody polls.
+const LONGEST: Duration = Duration::from_micros(200);
+/// A sleep shorter than this may become one that the longest window catches, when the others poll too.
+const SHORT_SLEEP: Duration = Duration::from_micros(500);
+/// Credit for windows that end in vain: a success earns one, a failure costs [`FAILURE`].
+const CREDIT: u32 = 64;
+const FAILURE: u32 = 8;
+/// Sleeps without polling after the credit is used up.
+const PAUSE: u32 = 256;
 
 /// How long to stay awake. Pure: times are given to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Window(Duration);
+struct Window {
+    length: Duration,
+    credit: u32,
+    /// Sleeps until it is tried again.
+    pause: u32,
+}
 
 impl Window {
-    /// After the thread slept for some time although it polled before.
-    fn adapted(self, slept: Duration) -> Self {
-        Self(if slept > LONGEST * 4 {
-            let halved = self.0 / 2;
-            if halved < FIRST { Duration::ZERO } else { halved }
-        } else if slept <= LONGEST {
-            (self.0 * 2).clamp(FIRST, LONGEST)
+    const NEW: Self = Self { length: FIRST, credit: CREDIT, pause: 0 };
+
+    /// There was I/O within the window.
+    fn succeeded(&mut self) {
+        self.credit = (self.credit + 1).min(CREDIT);
+    }
+
+    /// The window ended in vain, then the thread slept for some time.
+    fn failed(&mut self, slept: Duration) {
+        if self.pause > 0 {
+            self.pause -= 1;
+        } else if slept > SHORT_SLEEP {
+            let halved = self.length / 2;
+            self.length = if halved < FIRST { Duration::ZERO } else { halved };
+        } else if self.length < LONGEST {
+            self.length = (self.length * 2).clamp(FIRST, LONGEST);
+        } else if self.credit > FAILURE {
+            self.credit -= FAILURE;
         } else {
-            self.0
-        })
+            *self = Self { length: Duration::ZERO, credit: CREDIT, pause: PAUSE };
+        }
     }
 }
 
@@ -53,7 +76,7 @@ impl BusyPoll {
             noted: AtomicBool::new(false),
             awake: AtomicBool::new(false),
             wake: Notify::new(),
-            window: Mutex::new(Window(FIRST)),
+            window: Mutex::new(Window::NEW),
         })
     }
 
@@ -81,14 +104,15 @@ impl BusyPoll {
             let mut last = Instant::now();
             let window = {
                 let mut window = self.window.lock();
-                *window = window.adapted(last - slept_since);
-                window.0
+                window.failed(last - slept_since);
+                window.length
             };
             self.awake.store(true, Ordering::Relaxed);
             loop {
                 tokio::task::yield_now().await;
                 let now = Instant::now();
                 if self.noted.swap(false, Ordering::Relaxed) {
+                    self.window.lock().succeeded();
                     last = now;
                 } else if now - last >= window {
                     break;
@@ -104,25 +128,43 @@ impl BusyPoll {
 mod tests {
     use super::*;
 
-    const SHORT: Duration = Duration::from_micros(40);
-    const LONG: Duration = Duration::from_millis(20);
+    fn after(mut window: Window, times: u32, slept: Duration) -> Window {
+        (0..times).for_each(|_| window.failed(slept));
+        window
+    }
 
     #[test]
     fn the_window_grows_under_load_up_to_its_limit() {
-        let mut window = Window(Duration::ZERO);
-        for _ in 0..10 {
-            window = window.adapted(SHORT);
-        }
-        assert_eq!(window, Window(LONGEST));
+        assert_eq!(after(Window::NEW, 6, SHORT_SLEEP).length, LONGEST);
     }
 
     #[test]
     fn rare_requests_are_not_polled_for() {
-        let mut window = Window(LONGEST);
-        for _ in 0..10 {
-            window = window.adapted(LONG);
+        let grown = after(Window::NEW, 6, SHORT_SLEEP);
+        assert_eq!(after(grown, 10, SHORT_SLEEP * 2).length, Duration::ZERO);
+    }
+
+    #[test]
+    fn a_window_that_is_always_in_vain_is_open_for_a_small_part_of_the_time_only() {
+        let mut window = Window::NEW;
+        let sleeps = 10_000;
+        let polled: Duration = (0..sleeps)
+            .map(|_| {
+                window.failed(SHORT_SLEEP);
+                window.length
+            })
+            .sum();
+        assert!(polled < SHORT_SLEEP * sleeps / 50, "{polled:?}");
+    }
+
+    #[test]
+    fn some_failures_among_successes_keep_the_window() {
+        let mut window = after(Window::NEW, 6, SHORT_SLEEP);
+        for _ in 0..1000 {
+            (0..10).for_each(|_| window.succeeded());
+            window.failed(SHORT_SLEEP);
         }
-        assert_eq!(window, Window(Duration::ZERO));
+        assert_eq!(window.length, LONGEST);
     }
 
     #[tokio::test]
