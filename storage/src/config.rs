@@ -42,6 +42,17 @@ pub struct VolumeConfig {
     pub segments: Vec<SegmentConfig>,
     /// Who uses the volume on this node.
     pub access: Access,
+    /// How much its user may do.
+    pub limits: Limits,
+}
+
+/// Limits of a volume, over reads and writes together; none is no limit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Limits {
+    /// Operations in a second.
+    pub operations_per_second: Option<u64>,
+    /// Bytes in a second.
+    pub bytes_per_second: Option<u64>,
 }
 
 /// The replica set of one segment.

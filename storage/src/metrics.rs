@@ -1,7 +1,8 @@
-//! What storage counts: latency histograms by volume and operation, and the events that operators want to know of.
+//! What storage counts: latency histograms by volume and operation, by stage of a request and by disk, and the events that
+//! operators want to know of.
 
 use crate::device::BlockOp;
-use crate::ids::VolumeId;
+use crate::ids::{DiskId, VolumeId};
 use prometheus::{HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry};
 use std::time::Duration;
 
@@ -16,6 +17,8 @@ const BUCKETS: &[f64] = &[
 pub struct Metrics {
     registry: Registry,
     latency: HistogramVec,
+    stages: HistogramVec,
+    disks: HistogramVec,
     bytes: IntCounterVec,
     events: IntCounterVec,
 }
@@ -29,6 +32,23 @@ impl Metrics {
                 .buckets(BUCKETS.to_vec()),
             &["volume", "op"],
         )?;
+        let stages = HistogramVec::new(
+            HistogramOpts::new(
+                "hci_volume_stage_seconds",
+                "Time that requests spend in each stage: queue (limits, waiting for the volume to open), local (this node's disk), \
+                 remote (another node, there and back), remote_disk (the part of it in that node's disk).",
+            )
+            .buckets(BUCKETS.to_vec()),
+            &["volume", "stage"],
+        )?;
+        let disks = HistogramVec::new(
+            HistogramOpts::new(
+                "hci_disk_op_seconds",
+                "Latency of replicas' requests to a disk of this node.",
+            )
+            .buckets(BUCKETS.to_vec()),
+            &["disk", "op"],
+        )?;
         let bytes = IntCounterVec::new(
             Opts::new("hci_volume_bytes_total", "Bytes read, written and discarded by users of volumes."),
             &["volume", "op"],
@@ -41,9 +61,11 @@ impl Metrics {
             &["volume", "event"],
         )?;
         registry.register(Box::new(latency.clone()))?;
+        registry.register(Box::new(stages.clone()))?;
+        registry.register(Box::new(disks.clone()))?;
         registry.register(Box::new(bytes.clone()))?;
         registry.register(Box::new(events.clone()))?;
-        Ok(Self { registry, latency, bytes, events })
+        Ok(Self { registry, latency, stages, disks, bytes, events })
     }
 
     /// The registry, to be gathered with those of the other parts.
@@ -59,7 +81,12 @@ impl Metrics {
             bytes: self.bytes.with_label_values(&[&id, op]),
         };
         let event = |event: &str| self.events.with_label_values(&[&id, event]);
+        let stage = |stage: &str| self.stages.with_label_values(&[&id, stage]);
         VolumeMetrics {
+            queue: Stage(stage("queue")),
+            local: Stage(stage("local")),
+            remote: Stage(stage("remote")),
+            remote_disk: Stage(stage("remote_disk")),
             read: op("read"),
             write: op("write"),
             flush: op("flush"),
@@ -72,6 +99,31 @@ impl Metrics {
             reconciled_blocks: event("block_reconciled"),
         }
     }
+
+    /// The metrics of one disk of this node.
+    pub(crate) fn disk(&self, disk: DiskId) -> DiskMetrics {
+        let id = disk.to_string();
+        let op = |op: &str| Stage(self.disks.with_label_values(&[&id, op]));
+        DiskMetrics { read: op("read"), write: op("write"), flush: op("flush") }
+    }
+}
+
+/// Where a request's time goes.
+#[derive(Clone, Debug)]
+pub(crate) struct Stage(prometheus::Histogram);
+
+impl Stage {
+    pub(crate) fn observe(&self, took: Duration) {
+        self.0.observe(took.as_secs_f64());
+    }
+}
+
+/// The metrics of one disk, looked up once.
+#[derive(Clone, Debug)]
+pub(crate) struct DiskMetrics {
+    pub(crate) read: Stage,
+    pub(crate) write: Stage,
+    pub(crate) flush: Stage,
 }
 
 #[derive(Clone, Debug)]
@@ -87,6 +139,10 @@ pub(crate) struct VolumeMetrics {
     write: OpMetrics,
     flush: OpMetrics,
     discard: OpMetrics,
+    pub(crate) queue: Stage,
+    pub(crate) local: Stage,
+    pub(crate) remote: Stage,
+    pub(crate) remote_disk: Stage,
     pub(crate) checksum_errors: IntCounter,
     pub(crate) repaired_blocks: IntCounter,
     pub(crate) unreadable: IntCounter,

@@ -137,7 +137,8 @@ impl Storage {
         control: Arc<dyn ControlPlane>,
     ) -> Result<Self, StorageError> {
         let boot = crate::boot::next(&options.state_dir)?;
-        let replicas = Arc::new(ReplicaServer::new(options.node, boot));
+        let metrics = Metrics::new()?;
+        let replicas = Arc::new(ReplicaServer::new(options.node, boot, metrics.clone()));
         let rim = Rim {
             node: options.node,
             boot,
@@ -147,7 +148,6 @@ impl Storage {
             lease: Arc::new(Lease::new()),
             timing: options.timing,
         };
-        let metrics = Metrics::new()?;
         tracing::info!(node = %options.node, boot = boot.0, "storage starts");
         let shared = Shared {
             options,

@@ -12,7 +12,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use storage::config::{
-    Access, CleanState, DiskConfig, Durability, ReplicaConfig, ReplicaState, SegmentConfig, VolumeConfig,
+    Access, CleanState, DiskConfig, Durability, Limits, ReplicaConfig, ReplicaState, SegmentConfig,
+    VolumeConfig,
 };
 use storage::control::{CommitError, ControlPlane};
 use storage::ids::{ByteSize, DiskId, Generation, SegmentIndex, VolumeId};
@@ -155,6 +156,7 @@ async fn a_volume_lives_on_three_nodes() {
         clean: CleanState::Clean,
         segments: vec![SegmentConfig { index: SegmentIndex(0), replicas: replicas.collect() }],
         access: Access::Internal,
+        limits: Limits::default(),
     };
     let control = Arc::new(Control(Mutex::new(volume.clone())));
     let mut nodes = Vec::new();

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use proptest::prelude::*;
 use storage::{
     config::{
-        Access, CleanState, DiskConfig, Durability, ReplicaConfig, ReplicaState, SegmentConfig,
+        Access, CleanState, DiskConfig, Durability, Limits, ReplicaConfig, ReplicaState, SegmentConfig,
         StorageConfig, VolumeConfig,
     },
     ids::{ByteSize, DiskId, Generation, SegmentIndex, VolumeId},
@@ -61,6 +61,7 @@ prop_compose! {
             clean: if clean { CleanState::Clean } else { CleanState::Unclean },
             segments: vec![SegmentConfig { index: SegmentIndex(0), replicas: replicas.collect() }],
             access: if internal { Access::Internal } else { Access::VhostUser { socket: "/run/v.sock".into() } },
+            limits: Limits::default(),
         }
     }
 }
@@ -299,5 +300,6 @@ fn volume(node: NodeId, disk: DiskId, generation: Generation, clean: CleanState)
         clean,
         segments: vec![SegmentConfig { index: SegmentIndex(0), replicas: vec![replica] }],
         access: Access::Internal,
+        limits: Limits::default(),
     }
 }

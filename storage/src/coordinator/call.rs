@@ -1,6 +1,7 @@
 //! One request to one replica, local or remote, and what its failure means for the replica.
 
 use super::Coordinator;
+use super::health::Verdict;
 use super::members::Target;
 use crate::ids::{BLOCK_SIZE, LayerId, SegmentIndex};
 use crate::replica::protocol::{
@@ -8,6 +9,7 @@ use crate::replica::protocol::{
 };
 use crate::store::{BlockVersion, ReadReply, ReplicaWrite};
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// Why a request to a replica brought nothing.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -32,15 +34,23 @@ impl Coordinator {
     ) -> Result<ReplicaOutcome, CallError> {
         let request =
             ReplicaRequest { volume: self.id, generation: self.generation, session: target.session, op };
+        let started = Instant::now();
         let reply = if target.node == self.rim.node {
             let served = self.rim.replicas.handle(self.rim.node, request);
             match tokio::time::timeout(deadline, served).await {
-                Ok(reply) => reply,
+                Ok(reply) => {
+                    self.metrics.local.observe(started.elapsed());
+                    reply
+                }
                 Err(_) => return Err(CallError::Lost("the disk did not answer in time".into())),
             }
         } else {
             match self.rim.transport.call(target.node, request, deadline).await {
-                Ok(reply) => reply,
+                Ok(reply) => {
+                    self.metrics.remote.observe(started.elapsed());
+                    self.metrics.remote_disk.observe(Duration::from_micros(reply.served_us.into()));
+                    reply
+                }
                 Err(error) => return Err(CallError::Lost(error.to_string())),
             }
         };
@@ -70,6 +80,23 @@ impl Coordinator {
         }
     }
 
+    /// How long to wait for a replica.
+    fn deadline(&self, target: Target) -> Duration {
+        self.health.lock().deadline(target.disk, self.rim.timing.member_deadline)
+    }
+
+    /// Takes note of a write's time. A disk that holds the others up for long is lost, if the volume can do without it.
+    fn observe(&self, target: Target, started: Instant) {
+        let now = Instant::now();
+        let verdict = self.health.lock().observe(target.disk, now - started, now);
+        let Verdict::Slow(reason) = verdict else { return };
+        let spare = self.table.lock().is_spare(target.disk);
+        if spare {
+            self.health.lock().bar(target.disk, now);
+            self.lose(&target, &reason);
+        }
+    }
+
     pub(super) async fn read_replica(
         &self,
         target: Target,
@@ -78,7 +105,7 @@ impl Coordinator {
         blocks: u32,
     ) -> Result<ReadReply, CallError> {
         let op = ReplicaOp::Read { at: address(target, segment), block, blocks };
-        match self.call(target, op, self.rim.timing.member_deadline).await? {
+        match self.call(target, op, self.deadline(target)).await? {
             ReplicaOutcome::Data(reply) if is_intact(&reply, blocks) => Ok(reply),
             _ => Err(CallError::Lost("the answer does not fit the request".into())),
         }
@@ -92,9 +119,11 @@ impl Coordinator {
         ack: AckWhen,
     ) -> Result<(), CallError> {
         let op = ReplicaOp::Write { at: address(target, segment), write, ack };
-        match self.call(target, op, self.rim.timing.member_deadline).await? {
+        let started = Instant::now();
+        match self.call(target, op, self.deadline(target)).await? {
             ReplicaOutcome::Done => {
                 self.table.lock().note_written(&target);
+                self.observe(target, started);
                 Ok(())
             }
             _ => Err(CallError::Lost("the answer does not fit the request".into())),

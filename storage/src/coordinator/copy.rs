@@ -120,7 +120,7 @@ impl Coordinator {
     pub(super) async fn repair(self: Arc<Self>, segment: SegmentIndex, block: u32) {
         let at = u64::from(segment.0) * u64::from(BLOCKS_PER_SEGMENT) + u64::from(block);
         let _range = self.ranges.lock(at..at + 1, Mode::Copy).await;
-        let replicas = self.table.lock().readers(segment, self.rim.node);
+        let replicas = self.table.lock().readers(segment, self.rim.node, 0);
         let (mut sources, mut targets) = (Vec::new(), Vec::new());
         for (i, replica) in replicas.iter().enumerate() {
             match self.read_replica(*replica, segment, block, 1).await {

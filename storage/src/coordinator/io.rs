@@ -20,6 +20,8 @@ use tokio::time::Instant;
 
 /// Zeroes are sent in pieces of this size, so that none takes long on any disk.
 const MAX_ZEROES: u64 = 64 << 20;
+/// Blocks that are read from the same replica when none is local, before it is another's turn.
+const TURN: u32 = 64;
 /// How often a write is tried again that every replica refused for lack of room.
 const FULL_RETRY: Duration = Duration::from_secs(1);
 
@@ -33,8 +35,13 @@ enum Payload {
 impl Coordinator {
     /// Carries out one request.
     pub(super) async fn execute(self: &Arc<Self>, op: BlockOp) -> Result<Bytes, BlockError> {
-        self.serving().await;
         let started = Instant::now();
+        self.serving().await;
+        let early = self.limiter.lock().admit(&op, Instant::now());
+        if !early.is_zero() {
+            tokio::time::sleep(early).await;
+        }
+        self.metrics.queue.observe(started.elapsed());
         let result = match &op {
             BlockOp::Read { offset, len } => self.read(*offset, *len).await,
             BlockOp::Write { offset, data } => self.write(*offset, data.clone()).await,
@@ -121,7 +128,7 @@ impl Coordinator {
         let mut disk_error = None;
         loop {
             let mut seen = self.changed.seen();
-            let readers = self.table.lock().readers(segment, self.rim.node);
+            let readers = self.table.lock().readers(segment, self.rim.node, block / TURN);
             if readers.is_empty() {
                 match disk_error.take() {
                     Some(text) => return Err(BlockError::Io(text)),
@@ -154,7 +161,7 @@ impl Coordinator {
         let mut data = BytesMut::with_capacity(blocks as usize * BLOCK_SIZE as usize);
         let mut crcs = Vec::with_capacity(blocks as usize);
         for block in first..first + blocks {
-            let readers = self.table.lock().readers(segment, self.rim.node);
+            let readers = self.table.lock().readers(segment, self.rim.node, block / TURN);
             let mut damaged = false;
             let mut intact = None;
             for target in readers {

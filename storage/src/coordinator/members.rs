@@ -281,11 +281,31 @@ impl MemberTable {
         })
     }
 
-    /// Replicas that may serve a read, the local one first.
-    pub(crate) fn readers(&self, segment: SegmentIndex, local: NodeId) -> Vec<Target> {
-        let mut readers = self.in_state(segment, SlotState::InSync);
-        readers.sort_by_key(|t| t.node != local);
+    /// Replicas that may serve a read: the local one first, then the others from a start that `turn` moves, so that reads spread
+    /// over them.
+    pub(crate) fn readers(&self, segment: SegmentIndex, local: NodeId, turn: u32) -> Vec<Target> {
+        let (mut readers, mut remote): (Vec<_>, Vec<_>) =
+            self.in_state(segment, SlotState::InSync).into_iter().partition(|t| t.node == local);
+        if !remote.is_empty() {
+            let first = turn as usize % remote.len();
+            remote.rotate_left(first);
+        }
+        readers.append(&mut remote);
         readers
+    }
+
+    /// Whether all segments of a disk have enough replicas in sync without it.
+    pub(crate) fn is_spare(&self, disk: DiskId) -> bool {
+        let Some(member) = self.members.get(&disk) else { return true };
+        let others = |segment: SegmentIndex| {
+            self.members
+                .iter()
+                .filter(|(d, m)| {
+                    **d != disk && m.slots.get(&segment).is_some_and(|s| s.sync == SlotState::InSync)
+                })
+                .count()
+        };
+        member.slots.keys().all(|segment| others(*segment) >= self.min_in_sync)
     }
 
     /// Whether a write that these have acknowledged is complete.
@@ -528,7 +548,7 @@ impl Member {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Access, CleanState, Durability};
+    use crate::config::{Access, CleanState, Durability, Limits};
     use crate::ids::{ByteSize, Generation, SEGMENT_SIZE, VolumeId};
     use crate::replica::protocol::BootEpoch;
     use uuid::Uuid;
@@ -561,6 +581,7 @@ mod tests {
                 replicas: states.into_iter().enumerate().map(replica).collect(),
             }],
             access: Access::Internal,
+            limits: Limits::default(),
         }
     }
 
@@ -719,9 +740,24 @@ mod tests {
     fn readers_are_local_first_and_in_sync_only() {
         let mut table = open(1);
         let third = NodeId::new(Uuid::from_u128(3));
-        assert_eq!(table.readers(SEGMENT, third)[0].disk, disk(3));
+        assert_eq!(table.readers(SEGMENT, third, 0)[0].disk, disk(3));
         table.lose(disk(3), session(3), "gone");
         table.attached(disk(3), session(4), false);
-        assert!(table.readers(SEGMENT, third).iter().all(|t| t.disk != disk(3)));
+        assert!(table.readers(SEGMENT, third, 0).iter().all(|t| t.disk != disk(3)));
+    }
+    #[test]
+    fn reads_spread_over_the_others_when_none_is_local() {
+        let table = open(1);
+        let first = |turn| table.readers(SEGMENT, NodeId::new(Uuid::from_u128(9)), turn)[0].disk;
+        let firsts: std::collections::BTreeSet<_> = (0..3).map(first).collect();
+        assert_eq!(firsts.len(), 3);
+    }
+
+    #[test]
+    fn a_disk_is_spare_only_while_enough_others_are_in_sync() {
+        let mut table = open(2);
+        assert!(table.is_spare(disk(1)));
+        table.lose(disk(2), session(2), "gone");
+        assert!(!table.is_spare(disk(1)) && table.is_spare(disk(2)));
     }
 }

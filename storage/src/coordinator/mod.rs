@@ -7,8 +7,10 @@
 //! | `members` | pure: which replicas are attached and in sync, when a write or a flush is complete |
 //! | `ranges` | pure: which operations may touch which blocks at the same time (`locks` waits for them) |
 //! | `diff` | pure: which blocks of replicas differ and what they become |
+//! | `health` | pure: deadlines from observed latencies, disks that are too slow |
 //! | `geometry` | pure: byte ranges, segments, blocks |
 //! | `call` | one request to one replica, and what its failure means |
+//! | `limits` | pure: operations and bytes per second |
 //! | `io` | reads, writes and flushes |
 //! | `open` | announcing the generation, reconciliation, opening again |
 //! | `resync` | attaching replicas that come back, copying what they lack |
@@ -26,7 +28,9 @@ mod commit;
 mod copy;
 mod diff;
 mod geometry;
+mod health;
 mod io;
+mod limits;
 mod locks;
 mod members;
 mod open;
@@ -45,6 +49,8 @@ use crate::signal::Signal;
 use crate::status::{VolumeState, VolumeStatus};
 use crate::transport::Transport;
 use bytes::Bytes;
+use health::Health;
+use limits::Limiter;
 use locks::RangeLocks;
 use members::{MemberTable, Patience};
 use netfabric::NodeId;
@@ -62,7 +68,7 @@ const SEQUENCE_BITS: u32 = 44;
 /// Deadlines and pacing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Timing {
-    /// A replica that is silent for this long is taken out of the in-sync set.
+    /// A replica that is silent for this long is taken out of the in-sync set; sooner when it used to be much faster.
     pub member_deadline: Duration,
     /// The same for flushes, which take as long as the disk does. A node that vanished is noticed by its connection.
     pub flush_deadline: Duration,
@@ -121,6 +127,8 @@ pub(crate) struct Coordinator {
     clean: CleanState,
     rim: Rim,
     table: Mutex<MemberTable>,
+    health: Mutex<Health>,
+    limiter: Mutex<Limiter>,
     /// Tells of changes of `table`; whoever waits for one notes what it has seen before it looks.
     changed: Signal<()>,
     phase: Signal<Phase>,
@@ -154,6 +162,8 @@ impl Coordinator {
             durability: config.durability,
             clean: config.clean,
             table: Mutex::new(MemberTable::new(config)),
+            health: Mutex::default(),
+            limiter: Mutex::new(Limiter::new(config.limits)),
             changed: Signal::new(()),
             phase: Signal::new(Phase::Opening),
             give_up: Signal::new(false),
@@ -185,6 +195,7 @@ impl Coordinator {
 
     /// Takes over a changed replica set of the same generation.
     pub(crate) fn configure(&self, config: &VolumeConfig) {
+        self.limiter.lock().configure(config.limits);
         self.change(|table| table.configure(config));
         if self.phase.get() == Phase::Open {
             self.grow(Patience::Waits);

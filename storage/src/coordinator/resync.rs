@@ -64,7 +64,7 @@ impl Coordinator {
                 }
             }
             let now = Instant::now();
-            let away = self.table.lock().detached();
+            let away = self.away(now);
             let due: Vec<_> =
                 away.into_iter().filter(|(disk, _)| backoff.get(disk).is_none_or(|b| b.at <= now)).collect();
             for (disk, node) in due {
@@ -87,6 +87,15 @@ impl Coordinator {
                 () = tokio::time::sleep(self.rim.timing.retry) => {}
             }
         }
+    }
+
+    /// Members without a session, but for those that were too slow and can be done without for now.
+    fn away(&self, now: Instant) -> Vec<(DiskId, NodeId)> {
+        let table = self.table.lock();
+        let health = self.health.lock();
+        let mut away = table.detached();
+        away.retain(|(disk, _)| !health.is_barred(*disk, now) || !table.is_spare(*disk));
+        away
     }
 
     /// Starts a session with a member that was away.

@@ -112,6 +112,8 @@ impl ReplicaOp {
 pub struct ReplicaReply {
     /// Boot epoch of the answering process: a new one means that it may have lost what was logged and not flushed.
     pub boot: BootEpoch,
+    /// Microseconds from the request's arrival to its answer.
+    pub served_us: u32,
     /// The result.
     pub result: Result<ReplicaOutcome, ReplicaError>,
 }

@@ -11,11 +11,13 @@ use super::protocol::{
 use crate::ids::{
     BLOCK_SIZE, BLOCKS_PER_SEGMENT, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId,
 };
+use crate::metrics::{DiskMetrics, Metrics};
 use crate::store::{DiskStore, ReplicaWrite, StoreError, WriteContent};
 use netfabric::NodeId;
 use parking_lot::{Mutex, RwLock};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use tokio::time::Instant;
 
 /// Blocks of a segment that are removed in one step.
 const CLEAR_BLOCKS: u32 = 16384;
@@ -31,23 +33,32 @@ struct Attachment {
 /// The door of one replica: requests of the session hold it shared, a new attachment takes it exclusively.
 type Gate = Arc<tokio::sync::RwLock<Option<Attachment>>>;
 
+/// A disk that is open.
+#[derive(Clone)]
+struct Disk {
+    store: Arc<dyn DiskStore>,
+    metrics: Arc<DiskMetrics>,
+}
+
 /// The replica server of a node.
 pub(crate) struct ReplicaServer {
     node: NodeId,
     boot: BootEpoch,
-    disks: RwLock<BTreeMap<DiskId, Arc<dyn DiskStore>>>,
+    disks: RwLock<BTreeMap<DiskId, Disk>>,
+    metrics: Metrics,
     gates: Mutex<BTreeMap<(VolumeId, DiskId), Gate>>,
 }
 
 impl ReplicaServer {
-    pub(crate) fn new(node: NodeId, boot: BootEpoch) -> Self {
-        Self { node, boot, disks: RwLock::default(), gates: Mutex::default() }
+    pub(crate) fn new(node: NodeId, boot: BootEpoch, metrics: Metrics) -> Self {
+        Self { node, boot, disks: RwLock::default(), metrics, gates: Mutex::default() }
     }
 
     /// Adds a disk, or replaces its store; sessions with it end.
     pub(crate) fn add_disk(&self, disk: DiskId, store: Arc<dyn DiskStore>) {
         self.gates.lock().retain(|(_, d), _| *d != disk);
-        self.disks.write().insert(disk, store);
+        let metrics = Arc::new(self.metrics.disk(disk));
+        self.disks.write().insert(disk, Disk { store, metrics });
     }
 
     /// Takes a disk away.
@@ -58,7 +69,7 @@ impl ReplicaServer {
 
     /// The disks.
     pub(crate) fn disks(&self) -> Vec<(DiskId, Arc<dyn DiskStore>)> {
-        self.disks.read().iter().map(|(d, s)| (*d, s.clone())).collect()
+        self.disks.read().iter().map(|(id, disk)| (*id, disk.store.clone())).collect()
     }
 
     /// Removes what all disks hold of a volume.
@@ -82,7 +93,7 @@ impl ReplicaServer {
         disk: DiskId,
         segments: &[SegmentIndex],
     ) -> Result<(), StoreError> {
-        let store = self.disks.read().get(&disk).cloned();
+        let store = self.disks.read().get(&disk).map(|disk| disk.store.clone());
         let Some(store) = store else { return Err(StoreError::Io(format!("disk {disk} is not here"))) };
         for segment in segments {
             let at = SegmentKey { volume, segment: *segment, layer: LayerId::default() };
@@ -93,12 +104,16 @@ impl ReplicaServer {
 
     /// Serves one request of a node (this one included).
     pub(crate) async fn handle(&self, from: NodeId, request: ReplicaRequest) -> ReplicaReply {
-        ReplicaReply { boot: self.boot, result: self.serve(from, request).await }
+        let started = Instant::now();
+        let result = self.serve(from, request).await;
+        let served_us = u32::try_from(started.elapsed().as_micros()).unwrap_or(u32::MAX);
+        ReplicaReply { boot: self.boot, served_us, result }
     }
 
     async fn serve(&self, from: NodeId, request: ReplicaRequest) -> Result<ReplicaOutcome, ReplicaError> {
         let disk = request.op.disk();
-        let store = self.disks.read().get(&disk).cloned().ok_or(ReplicaError::NoSuchDisk)?;
+        let Disk { store, metrics } =
+            self.disks.read().get(&disk).cloned().ok_or(ReplicaError::NoSuchDisk)?;
         let caller =
             Attachment { coordinator: from, generation: request.generation, session: request.session };
         if let ReplicaOp::Attach { .. } = request.op {
@@ -126,9 +141,11 @@ impl ReplicaServer {
             ReplicaOp::Attach { .. } => Err(ReplicaError::Invalid("attach".into())),
             ReplicaOp::Write { at, write, ack } => {
                 check_write(&write, from != self.node)?;
+                let started = Instant::now();
                 store.write(key(&at), write).await?;
+                metrics.write.observe(started.elapsed());
                 if ack == AckWhen::Durable {
-                    store.flush().await?;
+                    flush(store.as_ref(), &metrics).await?;
                 }
                 Ok(ReplicaOutcome::Done)
             }
@@ -137,14 +154,17 @@ impl ReplicaServer {
                 if u64::from(blocks) * BLOCK_SIZE > crate::ids::MAX_TRANSFER {
                     return Err(ReplicaError::Invalid(format!("a read of {blocks} blocks is too long")));
                 }
-                Ok(ReplicaOutcome::Data(store.read(key(&at), block, blocks).await?))
+                let started = Instant::now();
+                let data = store.read(key(&at), block, blocks).await?;
+                metrics.read.observe(started.elapsed());
+                Ok(ReplicaOutcome::Data(data))
             }
             ReplicaOp::Versions { at, block, blocks } => {
                 check_range(block, blocks)?;
                 Ok(ReplicaOutcome::Versions(store.versions(key(&at), block..block + blocks).await?))
             }
             ReplicaOp::Flush { .. } => {
-                store.flush().await?;
+                flush(store.as_ref(), &metrics).await?;
                 Ok(ReplicaOutcome::Done)
             }
         }
@@ -153,6 +173,13 @@ impl ReplicaServer {
     fn gate(&self, volume: VolumeId, disk: DiskId) -> Gate {
         self.gates.lock().entry((volume, disk)).or_default().clone()
     }
+}
+
+async fn flush(store: &dyn DiskStore, metrics: &DiskMetrics) -> Result<(), StoreError> {
+    let started = Instant::now();
+    store.flush().await?;
+    metrics.flush.observe(started.elapsed());
+    Ok(())
 }
 
 /// Makes every block of a segment as if it had never been written.

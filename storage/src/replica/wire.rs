@@ -35,6 +35,7 @@ enum Op {
 #[derive(Serialize, Deserialize)]
 struct ReplyHeader {
     boot: BootEpoch,
+    served_us: u32,
     result: Result<Outcome, ReplicaError>,
 }
 
@@ -103,7 +104,7 @@ pub(crate) fn encode_reply(reply: ReplicaReply) -> Result<Response, EncodeError>
         }
         ReplicaOutcome::Versions(versions) => Outcome::Versions(versions),
     });
-    Ok(Response::new(&ReplyHeader { boot: reply.boot, result })?.with_bulk(bulk))
+    Ok(Response::new(&ReplyHeader { boot: reply.boot, served_us: reply.served_us, result })?.with_bulk(bulk))
 }
 
 pub(crate) fn decode_reply(response: &Response) -> Result<ReplicaReply, DecodeError> {
@@ -114,7 +115,7 @@ pub(crate) fn decode_reply(response: &Response) -> Result<ReplicaReply, DecodeEr
         Outcome::Data { crcs } => ReplicaOutcome::Data(ReadReply { data: response.bulk.clone(), crcs }),
         Outcome::Versions(versions) => ReplicaOutcome::Versions(versions),
     });
-    Ok(ReplicaReply { boot: header.boot, result })
+    Ok(ReplicaReply { boot: header.boot, served_us: header.served_us, result })
 }
 
 #[cfg(test)]
@@ -188,7 +189,7 @@ mod tests {
                 Ok(ReplicaOutcome::Attached { previous: Generation(boot) }),
                 Err(ReplicaError::Fenced { current: Generation(7) }),
             ] {
-                let reply = ReplicaReply { boot: BootEpoch(boot), result };
+                let reply = ReplicaReply { boot: BootEpoch(boot), served_us: boot as u32, result };
                 prop_assert_eq!(decode_reply(&encode_reply(reply.clone()).unwrap()).unwrap(), reply);
             }
         }

@@ -6,7 +6,7 @@ use super::history::History;
 use super::net::{Network, NodeTransport};
 use super::raft::{NodeControl, Raft};
 use crate::config::{
-    Access, CleanState, Durability, ReplicaConfig, ReplicaState, SegmentConfig, VolumeConfig,
+    Access, CleanState, Durability, Limits, ReplicaConfig, ReplicaState, SegmentConfig, VolumeConfig,
 };
 use crate::coordinator::{Coordinator, Rim, Timing, VolumeDevice};
 use crate::ids::{BLOCK_SIZE, ByteSize, DiskId, Generation, SEGMENT_SIZE, SegmentIndex, VolumeId};
@@ -94,6 +94,7 @@ impl Cluster {
                 .map(|i| SegmentConfig { index: SegmentIndex(i), replicas: replicas.clone() })
                 .collect(),
             access: Access::Internal,
+            limits: Limits::default(),
         };
         let network = Network::new(dice.clone());
         let history = Arc::new(Mutex::new(History::default()));
@@ -128,7 +129,7 @@ impl Cluster {
         }
         node.boots += 1;
         let boot = BootEpoch(node.boots);
-        let server = Arc::new(ReplicaServer::new(node.id, boot));
+        let server = Arc::new(ReplicaServer::new(node.id, boot, self.metrics.clone()));
         server.add_disk(node.disk_id, node.disk.open());
         let alive = CancellationToken::new();
         self.network.up(node.id, server.clone(), alive.clone());

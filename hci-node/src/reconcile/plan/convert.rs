@@ -76,6 +76,7 @@ pub fn volume_config(volume: &Volume, access: config::Access) -> config::VolumeC
         },
         segments: segments.collect(),
         access,
+        limits: config::Limits::default(),
     }
 }
 
