@@ -321,6 +321,17 @@ impl Storage {
         &self.shared.metrics
     }
 
+    /// Lets go of all volumes and disks at once, as the end of the process would: requests go unanswered, nothing is closed
+    /// clean, and another process may have the disks. Blocks until the stores have ended.
+    pub fn abandon(&self) {
+        for (_, open) in std::mem::take(&mut *self.shared.volumes.lock()) {
+            open.coordinator.kill();
+        }
+        for disk in std::mem::take(&mut *self.shared.disks.lock()).into_keys() {
+            self.shared.rim.replicas.remove_disk(disk);
+        }
+    }
+
     /// Closes all volumes, clean where possible.
     pub async fn shutdown(&self) {
         let disks = self.shared.disks.lock().iter().map(|(id, d)| (*id, d.path.clone())).collect::<Vec<_>>();

@@ -27,7 +27,6 @@ use storage::{
     status::{DiskHealth, DiskStatus, DiskUsage},
 };
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 
 use super::{
     backends,
@@ -158,16 +157,19 @@ impl Engine {
         }))
     }
 
-    /// Watches the lease and the disks until `shutdown`, then closes the meshes.
-    pub(crate) async fn run(self: Arc<Self>, shutdown: CancellationToken) {
-        tokio::select! {
-            () = shutdown.cancelled() => {}
-            () = self.watch_lease() => {}
-            () = self.watch_disks() => {}
-        }
+    /// Watches the lease and the disks, without end.
+    pub(crate) async fn watch(&self) {
+        tokio::join!(self.watch_lease(), self.watch_disks());
+    }
+
+    /// Closes the meshes, ends the threads and lets go of the disks. Nothing is served afterwards.
+    pub(crate) async fn close(&self) {
         self.binding.abort();
         self.storage_mesh.close().await;
         self.shard.stop().await;
+        let storage = self.storage.clone();
+        // What is there to be told of it went with the meshes.
+        let _ = tokio::task::spawn_blocking(move || storage.abandon()).await;
         self.frames.stop().await;
     }
 

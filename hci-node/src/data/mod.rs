@@ -106,7 +106,7 @@ pub async fn serve(options: EngineOptions, shutdown: CancellationToken) -> anyho
         tracing::info!(%node, ?instance, "the data plane is up");
         server.ready(engine.clone());
         uplink.hello(instance).await;
-        engine.run(shutdown.clone()).await;
+        engine.watch().await;
         anyhow::Ok(())
     };
     let sockets = async { Ok(serve_unix(&socket, Arc::new(server.clone()), shutdown.clone()).await?) };
@@ -116,6 +116,9 @@ pub async fn serve(options: EngineOptions, shutdown: CancellationToken) -> anyho
         () = shutdown.cancelled() => Ok(()),
     };
     shutdown.cancel();
+    if let Ok(engine) = server.engine() {
+        engine.close().await;
+    }
     ended
 }
 

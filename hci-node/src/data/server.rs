@@ -55,7 +55,8 @@ impl Server {
         }
     }
 
-    fn engine(&self) -> Result<Arc<Engine>, RpcError> {
+    /// The running data plane.
+    pub(super) fn engine(&self) -> Result<Arc<Engine>, RpcError> {
         let unjoined = || RpcError::new(ErrorCode::Unavailable, "this node is in no cluster yet");
         self.shared.engine.get().cloned().ok_or_else(unjoined)
     }
