@@ -2,7 +2,10 @@
 //!
 //! Stable: fields are added, never changed in meaning. Ids are strings, sizes are in bytes, times are RFC 3339.
 
+mod storage;
+
 use serde::{Deserialize, Serialize};
+pub use storage::*;
 
 /// A list of resources.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -227,6 +230,15 @@ pub struct Node {
     pub joined: String,
 }
 
+/// `PATCH /v1/nodes/NAME`: what is given is changed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetNode {
+    /// The failure domain that it shares with others; empty takes the label away.
+    #[serde(default)]
+    pub rack: Option<String>,
+}
+
 /// Whether a node is meant to carry anything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -247,284 +259,6 @@ pub enum NodeState {
     Available,
     /// Its lease ran out.
     Lost,
-}
-
-/// A disk: one of the pool, or a candidate.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Disk {
-    /// Its id; none for a candidate.
-    pub id: Option<String>,
-    /// Name of its node.
-    pub node: String,
-    /// Its device.
-    pub path: String,
-    /// How it is.
-    pub state: DiskState,
-    /// Segments with a copy on it.
-    pub segments: u32,
-    /// Why it is not well, or what it holds.
-    pub message: Option<String>,
-    /// Capacity.
-    pub capacity_bytes: u64,
-    /// Used, as far as known.
-    pub used_bytes: Option<u64>,
-    /// Model, as far as known.
-    pub model: Option<String>,
-}
-
-/// How a disk is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum DiskState {
-    /// Not in the pool, and blank.
-    Free,
-    /// Not in the pool, and holds something.
-    Foreign,
-    /// Being prepared.
-    Preparing,
-    /// In the pool.
-    Ready,
-    /// Takes no more writes.
-    Full,
-    /// Broken.
-    Failed,
-    /// Its node is lost.
-    Unreachable,
-    /// It is emptied and leaves the pool.
-    Draining,
-    /// It was declared dead and leaves the pool.
-    Dead,
-    /// It has only its reserve left and gets no new copies.
-    Reserved,
-}
-
-/// `POST /v1/disks/DISK/evict`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct EvictDisk {
-    /// Whether it is declared dead: its copies are rebuilt from the others instead of being moved.
-    #[serde(default)]
-    pub force: bool,
-}
-
-/// `GET /v1/pool`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Pool {
-    /// How long a node may be lost before its copies are rebuilt elsewhere.
-    pub rebuild_grace_seconds: u32,
-    /// Share of each disk that placement and rebuilding leave free.
-    pub reserve_percent: u8,
-    /// Segments that are copied to or away from one disk at a time.
-    pub moves_per_disk: u8,
-    /// Whether copies are moved to even out how full the disks are.
-    pub rebalance: bool,
-    /// Copies on their way to another disk.
-    pub moves: u32,
-    /// Segments with fewer complete copies than they should have.
-    pub segments_degraded: u32,
-    /// Segments in all.
-    pub segments: u32,
-    /// Data of copies that have left their disks and are still to be removed there, in segments.
-    pub segments_to_remove: u32,
-    /// Capacity of all disks.
-    pub raw_bytes: u64,
-    /// Used on all disks.
-    pub used_bytes: u64,
-}
-
-/// `PATCH /v1/pool`: what is given is changed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SetPool {
-    /// See [`Pool`].
-    #[serde(default)]
-    pub rebuild_grace_seconds: Option<u32>,
-    /// See [`Pool`].
-    #[serde(default)]
-    pub reserve_percent: Option<u8>,
-    /// See [`Pool`].
-    #[serde(default)]
-    pub moves_per_disk: Option<u8>,
-    /// See [`Pool`].
-    #[serde(default)]
-    pub rebalance: Option<bool>,
-}
-
-/// `PATCH /v1/nodes/NAME`: what is given is changed.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SetNode {
-    /// The failure domain that it shares with others; empty takes the label away.
-    #[serde(default)]
-    pub rack: Option<String>,
-}
-
-/// `PATCH /v1/volumes/NAME`: what is given is changed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SetVolume {
-    /// How many copies.
-    #[serde(default)]
-    pub replicas: Option<u8>,
-    /// Writes wait below this many copies.
-    #[serde(default)]
-    pub min_in_sync: Option<u8>,
-    /// When a write counts as complete.
-    #[serde(default)]
-    pub durability: Option<Durability>,
-}
-
-/// `POST /v1/volumes/NAME/grow`.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct GrowVolume {
-    /// Its new size.
-    pub size_bytes: u64,
-}
-
-/// When a write counts as complete.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Durability {
-    /// When all in-sync copies have it; a flush makes it durable.
-    #[default]
-    WriteBack,
-    /// When it is durable on all in-sync copies.
-    WriteThrough,
-}
-
-/// `POST /v1/disks`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct AddDisk {
-    /// The node, by name or id.
-    pub node: String,
-    /// The device.
-    pub path: String,
-    /// Whether what it holds may be destroyed.
-    #[serde(default)]
-    pub wipe: bool,
-}
-
-/// A volume.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Volume {
-    /// Its id.
-    pub id: String,
-    /// Its name.
-    pub name: String,
-    /// Its size.
-    pub size_bytes: u64,
-    /// How many copies it should have.
-    pub replicas: u8,
-    /// The smallest number of complete copies over all its segments.
-    pub in_sync: u8,
-    /// Writes wait below this.
-    pub min_in_sync: u8,
-    /// How it is.
-    pub state: VolumeState,
-    /// What it waits for.
-    pub message: Option<String>,
-    /// How often it was opened.
-    pub generation: u64,
-    /// Name of the node that has it open.
-    pub coordinator: Option<String>,
-    /// `vm NAME`, `image NAME` or nothing.
-    pub used_by: Option<String>,
-    /// When a write counts as complete.
-    pub durability: Durability,
-    /// Blocks that are still to be resynced.
-    pub resync_blocks_left: Option<u64>,
-    /// Segments in all.
-    pub segments: u32,
-    /// Segments with fewer complete copies than they should have.
-    pub segments_degraded: u32,
-    /// Copies on their way to another disk.
-    pub moves: u32,
-    /// How far it is to full redundancy, 0 to 1.
-    pub progress: f64,
-    /// How long that will take at the pace so far, when there is one.
-    pub eta_seconds: Option<u64>,
-    /// What may be lost without harm, as a sentence.
-    pub tolerates: String,
-    /// What would stop its I/O, one sentence for each node or disk; empty when any one may be lost.
-    pub at_risk: Vec<String>,
-    /// Its copies, one entry for each disk that holds some.
-    pub placement: Vec<VolumePlacement>,
-    /// When it was created.
-    pub created: String,
-}
-
-/// A disk that holds copies of a volume.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct VolumePlacement {
-    /// Name of the node.
-    pub node: String,
-    /// The device.
-    pub disk: String,
-    /// The rack of the node.
-    pub rack: Option<String>,
-    /// Segments on it.
-    pub segments: u32,
-    /// Segments on it that are complete.
-    pub in_sync: u32,
-    /// How its copies are.
-    pub state: CopyState,
-    /// Copies on it that are to replace others, or to be replaced.
-    pub moving: u32,
-}
-
-/// How the copies on a disk are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum CopyState {
-    /// All complete.
-    InSync,
-    /// Some are being completed.
-    Syncing,
-    /// Their node is lost; they are waited for.
-    Waiting,
-    /// They are moved to other disks.
-    Leaving,
-    /// They are not counted on any more.
-    Gone,
-}
-
-/// How a volume is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum VolumeState {
-    /// Nobody has it open; all copies are there.
-    Closed,
-    /// It is being opened.
-    Opening,
-    /// It is served with all its copies.
-    Healthy,
-    /// It has fewer copies than it should.
-    Degraded,
-    /// It has fewer copies than it should, and they are being completed.
-    Resyncing,
-    /// I/O waits.
-    Waiting,
-}
-
-/// `POST /v1/volumes`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct CreateVolume {
-    /// Its name.
-    pub name: String,
-    /// Its size.
-    pub size_bytes: u64,
-    /// How many copies; 3 when none, or as many as there are nodes with disks.
-    #[serde(default)]
-    pub replicas: Option<u8>,
-    /// Writes wait below this many copies.
-    #[serde(default)]
-    pub min_in_sync: Option<u8>,
-    /// When a write counts as complete.
-    #[serde(default)]
-    pub durability: Durability,
 }
 
 /// An image.

@@ -254,7 +254,10 @@ impl ClusterState {
                     .nodes
                     .get(&replica.node)
                     .is_some_and(|node| node.availability == Availability::Available)
-                && self.disks.get(&replica.disk).is_some_and(|disk| disk.state == DiskState::Ready)
+                && self
+                    .disks
+                    .get(&replica.disk)
+                    .is_some_and(|disk| disk.state == DiskState::Ready && disk.service != DiskService::Dead)
         };
         let curable = || volume.segments.iter().flat_map(|segment| &segment.replicas).any(in_reach);
         volume.is_filled() && !wanted_by_vm && !is_copied() && curable()

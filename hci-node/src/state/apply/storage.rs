@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 
 use super::{Applied, check_free, check_name, conflict, invalid, not_found, replicas};
 use crate::state::{
-    BLOCK_BYTES, Cleanliness, ClusterState, DiskId, Durability, Generation, Goal, NodeId, Outcome, Refusal,
-    RefusalKind, ReplicaState, SegmentIndex, Severity, Subject, Timestamp, Volume, VolumeFill, VolumeId,
-    VolumeOwner,
+    BLOCK_BYTES, Cleanliness, ClusterState, DiskId, DiskService, Durability, Generation, Goal, NodeId,
+    Outcome, Refusal, RefusalKind, ReplicaState, SegmentIndex, Severity, Subject, Timestamp, Volume,
+    VolumeFill, VolumeId, VolumeOwner,
     command::NewVolume,
     placement::{self, Wish},
 };
@@ -347,7 +347,11 @@ pub(super) fn replica_in(
     departures: u64,
     at: Timestamp,
 ) -> Result<Applied, Refusal> {
+    let is_dead = state.disks.get(&disk).is_none_or(|disk| disk.service == DiskService::Dead);
     let volume = current(state, id, generation)?;
+    if is_dead {
+        return Err(conflict("the disk was declared dead", "use the set as it is now"));
+    }
     if volume.departures != departures {
         return Err(Refusal::new(
             RefusalKind::Conflict,

@@ -351,6 +351,18 @@ fn a_dead_disk_leaves_even_when_its_copies_find_no_other_place() {
 }
 
 #[test]
+fn a_disk_that_is_declared_dead_is_not_filled_again_though_it_answers() {
+    let mut world = World::new(3);
+    let volume = world.volume(1, 3);
+    world.pass(1);
+    let task = world.ask(Op::SetDiskService { disk: disk_id(2), service: DiskService::Dead }).unwrap();
+    world.pass(10);
+    assert_eq!(world.task(task).state, TaskState::Done);
+    assert!(!world.disks_of(volume).contains(&disk_id(2)) && !world.state.disks.contains_key(&disk_id(2)));
+    assert_eq!(world.state.volumes[&volume].fewest_in_sync(), 2);
+}
+
+#[test]
 fn a_node_is_emptied_of_vms_and_data_and_then_only_membership_is_left() {
     let mut world = World::new(4);
     let mut new = new_vm(1, vec![new_volume(1, 3)]);
