@@ -15,15 +15,16 @@ use tokio::sync::Notify;
 
 /// Smallest window.
 const FIRST: Duration = Duration::from_micros(10);
-/// Window at most: what a request of depth 1 spends on other nodes and in the guest when everybody polls.
-const LONGEST: Duration = Duration::from_micros(200);
+/// Window at most: what a request of depth 1 spends on other nodes and in the guest while they do not poll yet. Then all of them are
+/// awake and it takes half of that.
+const LONGEST: Duration = Duration::from_micros(400);
 /// A sleep shorter than this may become one that the longest window catches, when the others poll too.
-const SHORT_SLEEP: Duration = Duration::from_micros(500);
+const SHORT_SLEEP: Duration = Duration::from_micros(600);
 /// Credit for windows that end in vain: a success earns one, a failure costs [`FAILURE`].
 const CREDIT: u32 = 64;
 const FAILURE: u32 = 8;
 /// Sleeps without polling after the credit is used up.
-const PAUSE: u32 = 256;
+const PAUSE: u32 = 512;
 
 /// How long to stay awake. Pure: times are given to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -135,12 +136,12 @@ mod tests {
 
     #[test]
     fn the_window_grows_under_load_up_to_its_limit() {
-        assert_eq!(after(Window::NEW, 6, SHORT_SLEEP).length, LONGEST);
+        assert_eq!(after(Window::NEW, 8, SHORT_SLEEP).length, LONGEST);
     }
 
     #[test]
     fn rare_requests_are_not_polled_for() {
-        let grown = after(Window::NEW, 6, SHORT_SLEEP);
+        let grown = after(Window::NEW, 8, SHORT_SLEEP);
         assert_eq!(after(grown, 10, SHORT_SLEEP * 2).length, Duration::ZERO);
     }
 
@@ -159,7 +160,7 @@ mod tests {
 
     #[test]
     fn some_failures_among_successes_keep_the_window() {
-        let mut window = after(Window::NEW, 6, SHORT_SLEEP);
+        let mut window = after(Window::NEW, 8, SHORT_SLEEP);
         for _ in 0..1000 {
             (0..10).for_each(|_| window.succeeded());
             window.failed(SHORT_SLEEP);
