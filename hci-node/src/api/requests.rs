@@ -16,8 +16,8 @@ use super::{
 use crate::state::{
     ClusterState, DesiredRun, Disk, DiskId, DiskService, DiskState, Durability, ImageId, ImagePart,
     NetworkId, Node, NodeId, NodeService, Op, PoolPolicy, PortId, Rebalancing, Segment, StopMode, Subject,
-    VmId, VolumeId, WipePolicy,
-    command::{NewPort, NewVm, NewVolume},
+    VmId, VolumeId, VolumeLimits, WipePolicy,
+    command::{NewPort, NewVm, NewVolume, VolumeChange},
     report::NodeReport,
 };
 
@@ -228,11 +228,31 @@ impl Context<'_> {
         }
         Ok(Op::SetVolume {
             volume: self.volume(name)?,
-            replicas: request.replicas,
-            min_in_sync: request.min_in_sync,
-            durability: request.durability.map(durability),
+            change: VolumeChange {
+                replicas: request.replicas,
+                min_in_sync: request.min_in_sync,
+                durability: request.durability.map(durability),
+                limits: self.limits(name, request)?,
+            },
             unreachable: self.silent.clone(),
         })
+    }
+
+    /// The limits of a volume after a request that may name one of them only; 0 takes one away.
+    fn limits(&self, name: &str, request: api::SetVolume) -> Result<Option<VolumeLimits>, Problem> {
+        if request.operations_per_second.is_none() && request.bytes_per_second.is_none() {
+            return Ok(None);
+        }
+        let volume = self.state.find_volume(name).ok_or_else(|| not_found("volume", name))?;
+        let changed =
+            |asked: Option<u64>, now| asked.map_or(now, |limit| Some(limit).filter(|limit| *limit > 0));
+        Ok(Some(VolumeLimits {
+            operations_per_second: changed(
+                request.operations_per_second,
+                volume.limits.operations_per_second,
+            ),
+            bytes_per_second: changed(request.bytes_per_second, volume.limits.bytes_per_second),
+        }))
     }
 
     /// `POST /v1/volumes/NAME/grow`.

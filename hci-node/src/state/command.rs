@@ -66,6 +66,19 @@ pub struct NewVolume {
     pub durability: Durability,
 }
 
+/// What is to change about a volume; none stays as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeChange {
+    /// How many copies.
+    pub replicas: Option<u8>,
+    /// Fewer in-sync copies than this make writes wait.
+    pub min_in_sync: Option<u8>,
+    /// When a write counts as complete.
+    pub durability: Option<Durability>,
+    /// What it may take of the pool's speed.
+    pub limits: Option<VolumeLimits>,
+}
+
 /// A NIC that is to be created; its addresses are allocated while applying.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NewPort {
@@ -490,16 +503,12 @@ pub enum Op {
     RemoveNode(NodeId),
 
     // volumes that change
-    /// Changes how many copies a volume has, and what is asked of them.
+    /// Changes what a volume is meant to be.
     SetVolume {
         /// The volume.
         volume: VolumeId,
-        /// How many copies.
-        replicas: Option<u8>,
-        /// Fewer in-sync copies than this make writes wait.
-        min_in_sync: Option<u8>,
-        /// When a write counts as complete.
-        durability: Option<Durability>,
+        /// What changes.
+        change: VolumeChange,
         /// Nodes that cannot take copies now.
         unreachable: Vec<NodeId>,
     },

@@ -343,6 +343,15 @@ pub enum Durability {
     WriteThrough,
 }
 
+/// Limits of a volume, over reads and writes together; none is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeLimits {
+    /// Operations in a second.
+    pub operations_per_second: Option<u64>,
+    /// Bytes in a second.
+    pub bytes_per_second: Option<u64>,
+}
+
 /// A replicated block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Volume {
@@ -376,6 +385,8 @@ pub struct Volume {
     pub min_wanted: u8,
     /// When a write counts as complete.
     pub durability: Durability,
+    /// What it may take of the pool's speed.
+    pub limits: VolumeLimits,
 }
 
 impl Volume {

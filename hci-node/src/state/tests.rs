@@ -362,7 +362,11 @@ fn a_copy_that_left_while_nobody_had_the_volume_open_is_free_at_once() {
         .unwrap();
     run(
         &mut state,
-        Op::SetVolume { volume, replicas: Some(2), min_in_sync: None, durability: None, unreachable: vec![] },
+        Op::SetVolume {
+            volume,
+            change: VolumeChange { replicas: Some(2), ..VolumeChange::default() },
+            unreachable: vec![],
+        },
     )
     .unwrap();
     let disk = set_of(&state, volume, 0)[2].0;
@@ -382,9 +386,7 @@ fn more_copies_raise_the_minimum_only_once_they_are_there() {
     run(&mut state, open(volume, 1, 0, &[])).unwrap();
     let set = |replicas| Op::SetVolume {
         volume,
-        replicas: Some(replicas),
-        min_in_sync: None,
-        durability: None,
+        change: VolumeChange { replicas: Some(replicas), ..VolumeChange::default() },
         unreachable: vec![],
     };
     assert_eq!(refused(&mut state, set(4)), RefusalKind::Invalid);
@@ -402,6 +404,25 @@ fn more_copies_raise_the_minimum_only_once_they_are_there() {
     }
     assert_eq!(state.volumes[&volume].min_in_sync, 2);
     assert!(state.volumes[&volume].is_settled());
+}
+
+#[test]
+fn limits_and_durability_change_alone_and_a_limit_of_nothing_is_refused() {
+    let mut state = cluster(3);
+    let volume = with_volume(&mut state, 3);
+    let set = |change| Op::SetVolume { volume, change, unreachable: vec![] };
+    let limits = VolumeLimits { operations_per_second: Some(100), bytes_per_second: None };
+    run(&mut state, set(VolumeChange { limits: Some(limits), ..Default::default() })).unwrap();
+    let durability = Some(Durability::WriteThrough);
+    run(&mut state, set(VolumeChange { durability, ..Default::default() })).unwrap();
+    let now = &state.volumes[&volume];
+    assert_eq!((now.limits, now.durability), (limits, Durability::WriteThrough));
+    assert_eq!((now.replicas, now.min_in_sync), (3, 2));
+    let nothing = Some(VolumeLimits { operations_per_second: Some(0), bytes_per_second: None });
+    assert_eq!(
+        refused(&mut state, set(VolumeChange { limits: nothing, ..Default::default() })),
+        RefusalKind::Invalid
+    );
 }
 
 #[test]
@@ -639,9 +660,7 @@ fn any_change() -> impl Strategy<Value = Op> {
         2 => (n.clone(), proptest::option::of(0..5u8), proptest::option::of(0..4u8)).prop_map(
             move |(n, replicas, min_in_sync)| Op::SetVolume {
                 volume: volume(n),
-                replicas,
-                min_in_sync,
-                durability: None,
+                change: VolumeChange { replicas, min_in_sync, ..VolumeChange::default() },
                 unreachable: vec![],
             }
         ),

@@ -244,7 +244,7 @@ impl Coordinator {
         targets: Vec<Target>,
         acked: &mut Vec<Target>,
     ) -> Option<Duration> {
-        let ack = match self.durability {
+        let ack = match *self.durability.lock() {
             Durability::WriteBack => AckWhen::Logged,
             Durability::WriteThrough => AckWhen::Durable,
         };

@@ -123,7 +123,7 @@ pub(crate) struct Coordinator {
     /// Grows only.
     size: AtomicU64,
     generation: Generation,
-    durability: Durability,
+    durability: Mutex<Durability>,
     clean: CleanState,
     rim: Rim,
     table: Mutex<MemberTable>,
@@ -159,7 +159,7 @@ impl Coordinator {
             id: config.id,
             size: AtomicU64::new(config.size.0),
             generation: config.generation,
-            durability: config.durability,
+            durability: Mutex::new(config.durability),
             clean: config.clean,
             table: Mutex::new(MemberTable::new(config)),
             health: Mutex::default(),
@@ -196,6 +196,7 @@ impl Coordinator {
     /// Takes over a changed replica set of the same generation.
     pub(crate) fn configure(&self, config: &VolumeConfig) {
         self.limiter.lock().configure(config.limits);
+        *self.durability.lock() = config.durability;
         self.change(|table| table.configure(config));
         if self.phase.get() == Phase::Open {
             self.grow(Patience::Waits);

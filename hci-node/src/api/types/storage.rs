@@ -116,6 +116,12 @@ pub struct SetVolume {
     /// When a write counts as complete.
     #[serde(default)]
     pub durability: Option<Durability>,
+    /// Most operations in a second; 0 takes the limit away.
+    #[serde(default)]
+    pub operations_per_second: Option<u64>,
+    /// Most bytes in a second; 0 takes the limit away.
+    #[serde(default)]
+    pub bytes_per_second: Option<u64>,
 }
 
 /// `POST /v1/volumes/NAME/grow`.
@@ -177,6 +183,10 @@ pub struct Volume {
     pub used_by: Option<String>,
     /// When a write counts as complete.
     pub durability: Durability,
+    /// Most operations in a second, reads and writes together.
+    pub operations_per_second: Option<u64>,
+    /// Most bytes in a second, reads and writes together.
+    pub bytes_per_second: Option<u64>,
     /// Blocks that are still to be resynced.
     pub resync_blocks_left: Option<u64>,
     /// Segments in all.

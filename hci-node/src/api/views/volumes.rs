@@ -135,6 +135,8 @@ impl Views<'_> {
                 Durability::WriteBack => api::Durability::WriteBack,
                 Durability::WriteThrough => api::Durability::WriteThrough,
             },
+            operations_per_second: volume.limits.operations_per_second,
+            bytes_per_second: volume.limits.bytes_per_second,
             resync_blocks_left: resync,
             segments: count(volume.segments.iter()),
             segments_degraded: degraded(volume),

@@ -42,9 +42,9 @@ pub enum Verb {
         #[arg(long, default_value = "write-back", value_parser = ["write-back", "write-through"])]
         durability: String,
     },
-    /// Change how many copies a volume has, while it is in use.
+    /// Change how many copies a volume has, or what it may take, while it is in use.
     #[command(
-        after_help = "Examples:\n  hci volume set data1 --replicas 3\n  hci volume set scratch --replicas 1 --no-wait\nAPI: PATCH /v1/volumes/NAME"
+        after_help = "Examples:\n  hci volume set data1 --replicas 3\n  hci volume set scratch --iops 2000 --bandwidth 100MiB\nAPI: PATCH /v1/volumes/NAME"
     )]
     Set {
         /// The volume's name or id.
@@ -56,9 +56,15 @@ pub enum Verb {
         /// Writes wait while fewer copies than this are complete.
         #[arg(long, value_parser = clap::value_parser!(u8).range(1..=3))]
         min_in_sync: Option<u8>,
-        /// When a write counts as complete; holds from the next time that the volume is opened.
+        /// When a write counts as complete.
         #[arg(long, value_parser = ["write-back", "write-through"])]
         durability: Option<String>,
+        /// Most operations in a second, reads and writes together; 0 takes the limit away.
+        #[arg(long)]
+        iops: Option<u64>,
+        /// Most bytes in a second, reads and writes together; 0 takes the limit away.
+        #[arg(long, value_parser = parse_limit)]
+        bandwidth: Option<u64>,
     },
     /// Make a volume larger, while it is in use.
     #[command(
@@ -84,6 +90,11 @@ pub enum Verb {
     },
 }
 
+/// A size, or 0.
+fn parse_limit(text: &str) -> Result<u64, String> {
+    if text == "0" { Ok(0) } else { parse_size(text) }
+}
+
 const COLUMNS: &[Column] = &[
     column("NAME", "/name"),
     column("STATE", "/state"),
@@ -104,8 +115,11 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
     match verb {
         Verb::List => context.list("/v1/volumes", COLUMNS).await,
         Verb::Get { name } => context.show("/v1/volumes", &name).await,
-        Verb::Set { name, replicas, min_in_sync, durability } => {
-            let body = json!({ "replicas": replicas, "min_in_sync": min_in_sync, "durability": durability });
+        Verb::Set { name, replicas, min_in_sync, durability, iops, bandwidth } => {
+            let body = json!({
+                "replicas": replicas, "min_in_sync": min_in_sync, "durability": durability,
+                "operations_per_second": iops, "bytes_per_second": bandwidth,
+            });
             let path = object_path("/v1/volumes", &name);
             let answer = context.client.json(Method::PATCH, &path, Some(&body)).await?;
             context.change(answer, "/v1/volumes", &name, COLUMNS).await

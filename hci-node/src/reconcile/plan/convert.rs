@@ -76,7 +76,10 @@ pub fn volume_config(volume: &Volume, access: config::Access) -> config::VolumeC
         },
         segments: segments.collect(),
         access,
-        limits: config::Limits::default(),
+        limits: config::Limits {
+            operations_per_second: volume.limits.operations_per_second,
+            bytes_per_second: volume.limits.bytes_per_second,
+        },
     }
 }
 

@@ -146,8 +146,8 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
         Op::SetNodeService { node, service } => cluster::set_service(state, *node, *service, at),
         Op::RemoveNode(node) => cluster::remove_node(state, *node, at),
 
-        Op::SetVolume { volume, replicas, min_in_sync, durability, unreachable } => {
-            storage::set_volume(state, *volume, *replicas, *min_in_sync, *durability, unreachable)
+        Op::SetVolume { volume, change, unreachable } => {
+            storage::set_volume(state, *volume, change, unreachable)
         }
         Op::GrowVolume { volume, size_bytes, unreachable } => {
             storage::grow_volume(state, *volume, *size_bytes, unreachable, at)

@@ -8,10 +8,10 @@ use std::collections::BTreeMap;
 
 use super::{Applied, check_free, check_name, conflict, invalid, not_found, replicas};
 use crate::state::{
-    BLOCK_BYTES, Cleanliness, ClusterState, DiskId, DiskService, Durability, Generation, Goal, NodeId,
-    Outcome, Refusal, RefusalKind, ReplicaState, SegmentIndex, Severity, Subject, Timestamp, Volume,
-    VolumeFill, VolumeId, VolumeOwner,
-    command::NewVolume,
+    BLOCK_BYTES, Cleanliness, ClusterState, DiskId, DiskService, Generation, Goal, NodeId, Outcome, Refusal,
+    RefusalKind, ReplicaState, SegmentIndex, Severity, Subject, Timestamp, Volume, VolumeFill, VolumeId,
+    VolumeLimits, VolumeOwner,
+    command::{NewVolume, VolumeChange},
     placement::{self, Wish},
 };
 
@@ -81,6 +81,7 @@ pub(super) fn plan_volume(
         departures: 0,
         min_wanted: min_in_sync,
         durability: new.durability,
+        limits: VolumeLimits::default(),
     })
 }
 
@@ -399,20 +400,23 @@ pub(super) fn volume_filled(
 pub(super) fn set_volume(
     state: &mut ClusterState,
     id: VolumeId,
-    replicas: Option<u8>,
-    min_in_sync: Option<u8>,
-    durability: Option<Durability>,
+    change: &VolumeChange,
     unreachable: &[NodeId],
 ) -> Result<Applied, Refusal> {
     let volume = state.volumes.get(&id).ok_or_else(|| not_found("volume", id))?;
     let name = volume.name.clone();
-    let wanted = replicas.unwrap_or(volume.replicas);
-    let minimum = match (min_in_sync, replicas) {
+    let wanted = change.replicas.unwrap_or(volume.replicas);
+    let minimum = match (change.min_in_sync, change.replicas) {
         (Some(minimum), _) => minimum,
         (None, Some(replicas)) if replicas != volume.replicas => usual_minimum(replicas),
         (None, _) => volume.min_wanted,
     };
     check_copies(wanted, minimum)?;
+    if let Some(limits) = change.limits
+        && (limits.operations_per_second == Some(0) || limits.bytes_per_second == Some(0))
+    {
+        return Err(invalid("a limit of nothing stops the volume", "use a limit of 1 or more, or none"));
+    }
     if wanted > volume.replicas {
         // One segment more stands for all: the others are placed one by one, as room permits.
         let wish =
@@ -423,7 +427,8 @@ pub(super) fn set_volume(
         volume.replicas = wanted;
         volume.min_wanted = minimum;
         volume.min_in_sync = volume.min_in_sync.min(minimum);
-        volume.durability = durability.unwrap_or(volume.durability);
+        volume.durability = change.durability.unwrap_or(volume.durability);
+        volume.limits = change.limits.unwrap_or(volume.limits);
         settle_minimum(volume);
     }
     Ok(Applied::now("volume set", Subject::Volume(id), name).until(Goal::VolumeSettled(id)))

@@ -390,9 +390,7 @@ fn the_number_of_copies_follows_what_is_asked_for() {
     for replicas in [3, 2, 1, 2] {
         let op = Op::SetVolume {
             volume,
-            replicas: Some(replicas),
-            min_in_sync: None,
-            durability: None,
+            change: VolumeChange { replicas: Some(replicas), ..VolumeChange::default() },
             unreachable: vec![],
         };
         let task = world.ask(op).unwrap();

@@ -261,7 +261,11 @@ fn a_copy_that_left_is_let_go_once_the_data_process_has_forgotten_it_and_removed
     let two = Some(2);
     apply(
         &mut state,
-        Op::SetVolume { volume, replicas: two, min_in_sync: None, durability: None, unreachable: Vec::new() },
+        Op::SetVolume {
+            volume,
+            change: command::VolumeChange { replicas: two, ..command::VolumeChange::default() },
+            unreachable: Vec::new(),
+        },
     );
     apply(&mut state, Op::RemoveReplica { volume, segment, disk: disk(1) });
     let plan = plan_for(&state, &now);
