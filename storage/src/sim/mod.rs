@@ -9,6 +9,7 @@
 //! | `dice` | seeded randomness |
 //! | `disk` | disks with a volatile cache |
 //! | `net` | the network |
+//! | `flaws` | planted bugs, which the checker must find |
 //! | `raft` | the control plane |
 //! | `cluster` | nodes, faults, what the control plane does |
 //! | `client` | the workload |
@@ -19,6 +20,7 @@ mod client;
 mod cluster;
 mod dice;
 mod disk;
+mod flaws;
 mod history;
 mod net;
 mod raft;
@@ -28,6 +30,7 @@ use crate::config::Durability;
 use crate::ids::DiskId;
 use cluster::{Cluster, NODES, Setup};
 use dice::Dice;
+use flaws::{FLAWS, Flaw};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -35,6 +38,8 @@ use tokio::time::Instant;
 
 /// Seeds of a normal run.
 const SEEDS: u64 = 100;
+/// Seeds within which a planted bug must be found.
+const FLAW_SEEDS: u64 = 60;
 /// How long faults go on, in simulated time.
 const FAULTS: Duration = Duration::from_secs(8);
 /// Everything must be well again within this time after the last fault.
@@ -62,12 +67,19 @@ struct Tally {
 
 /// One random run. Returns what went wrong.
 async fn run(seed: u64) -> Result<Tally, Vec<String>> {
+    run_with(seed, None).await
+}
+
+async fn run_with(seed: u64, flaw: Option<Flaw>) -> Result<Tally, Vec<String>> {
     let dice = Dice::new(seed);
     let setup = Setup {
         min_in_sync: 1 + dice.below(2) as u8,
         durability: if dice.percent(20) { Durability::WriteThrough } else { Durability::WriteBack },
     };
     let mut cluster = Cluster::new(dice.clone(), setup);
+    if let Some(flaw) = flaw {
+        cluster.network.plant(flaw);
+    }
     let mut workers = JoinSet::new();
     let mut known: BTreeSet<u64> = BTreeSet::new();
     let end = Instant::now() + FAULTS;
@@ -233,4 +245,23 @@ fn panic_on_violations(seed: u64, result: &Result<Tally, Vec<String>>) {
 fn a_seed_is_a_run() {
     let twice: Vec<String> = (0..2).map(|_| format!("{:?}", simulate(run(7)))).collect();
     assert_eq!(twice[0], twice[1]);
+}
+
+/// The self-test of the checker: each planted bug is found within a few runs, by what was read or by what the disks hold at the end.
+#[test]
+fn planted_bugs_are_found() {
+    std::thread::scope(|scope| {
+        for flaw in FLAWS {
+            scope.spawn(move || {
+                let found = (0..FLAW_SEEDS).find(|seed| {
+                    let result = simulate(run_with(*seed, Some(flaw)));
+                    result.is_err_and(|violations| !violations[0].starts_with("not healthy"))
+                });
+                match found {
+                    Some(seed) => println!("{flaw:?}: found with seed {seed}"),
+                    None => panic!("{flaw:?} was not found with {FLAW_SEEDS} seeds"),
+                }
+            });
+        }
+    });
 }

@@ -1,6 +1,7 @@
 //! The simulated network: delays, some of them longer than any deadline, partitions in one or both directions, dead nodes.
 
 use super::dice::Dice;
+use super::flaws::{Flaw, Flawed};
 use crate::replica::protocol::{ReplicaReply, ReplicaRequest};
 use crate::replica::server::ReplicaServer;
 use crate::transport::{PeerChange, Transport, TransportError};
@@ -27,11 +28,18 @@ pub(super) struct Network {
     state: Mutex<State>,
     events: broadcast::Sender<PeerChange>,
     dice: Dice,
+    flawed: Flawed,
 }
 
 impl Network {
     pub(super) fn new(dice: Dice) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), events: broadcast::Sender::new(64), dice })
+        let flawed = Flawed::new(dice.clone());
+        Arc::new(Self { state: Mutex::default(), events: broadcast::Sender::new(64), dice, flawed })
+    }
+
+    /// From now on something is done wrong.
+    pub(super) fn plant(&self, flaw: Flaw) {
+        self.flawed.plant(flaw);
     }
 
     /// A process came up; it ends when the token is cancelled.
@@ -105,7 +113,7 @@ impl Transport for NodeTransport {
                         if network.is_cut(from, to) {
                             std::future::pending::<()>().await;
                         }
-                        let reply = server.handle(from, request).await;
+                        let reply = network.flawed.handle(&server, from, request).await;
                         tokio::time::sleep(answers).await;
                         if network.is_cut(to, from) {
                             std::future::pending::<()>().await;
