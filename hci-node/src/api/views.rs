@@ -370,6 +370,9 @@ impl Views<'_> {
             if view.state == api::VolumeState::Waiting {
                 let message = view.message.unwrap_or_else(|| "I/O waits".to_owned());
                 add(api::Health::Critical, "volume", view.name, message);
+            } else if let Some(lost) = self.out_of_reach(volume) {
+                let message = format!("no complete copy of {lost} of {} segments is in reach", view.segments);
+                add(api::Health::Critical, "volume", view.name, message);
             } else if volume.is_degraded() {
                 let mut message = format!(
                     "{} of {} copies, {} of {} segments lack some",

@@ -54,6 +54,12 @@ impl Views<'_> {
         segment.replicas.iter().filter(is_present).collect()
     }
 
+    /// Segments of which no complete copy is in reach, if there are any.
+    pub(super) fn out_of_reach(&self, volume: &Volume) -> Option<u32> {
+        let lost = count(volume.segments.iter().filter(|segment| self.present(segment).is_empty()));
+        (lost > 0).then_some(lost)
+    }
+
     /// How many nodes may be lost before I/O on a volume stops.
     pub(super) fn spare_copies(&self, volume: &Volume) -> u32 {
         let spare =
@@ -237,6 +243,24 @@ mod tests {
         assert!((view.progress - 2.0 / 3.0).abs() < 1e-9);
         let third = view.placement.iter().find(|place| place.node == "n3").unwrap();
         assert_eq!((third.state, third.in_sync, third.segments), (api::CopyState::Syncing, 0, 3));
+    }
+
+    #[test]
+    fn a_volume_whose_last_copy_is_out_of_reach_is_critical() {
+        let (mut state, _) = cluster_with_volume(1);
+        let availability = crate::state::Availability::Lost { since: Timestamp(0) };
+        run(&mut state, Op::SetAvailability { node: node_id(1), availability });
+        let views = Views {
+            state: &state,
+            reports: &Default::default(),
+            etas: &Default::default(),
+            members: &[],
+            leader: Some(node_id(2)),
+        };
+        let status = views.status();
+        assert_eq!(status.health, api::Health::Critical);
+        let message = &status.problems[0].message;
+        assert!(message.contains("3 of 3 segments"), "{message}");
     }
 
     #[test]
