@@ -80,6 +80,10 @@ impl Pool {
         let mut changes = Vec::new();
         let mut lacks = Vec::new();
         for volume in view.state.volumes.values().filter(|volume| volume.is_filled()) {
+            if !standing::is_workable(view, volume) {
+                // Only the return of a complete copy helps; a move that is begun now would hold up others.
+                continue;
+            }
             for (index, segment) in volume.numbered() {
                 look(view, volume, index, segment, &mut changes, &mut lacks);
             }
@@ -184,10 +188,6 @@ fn look<'a>(
         return;
     }
     let sources = segment.replicas.iter().filter(|replica| standing::is_source(view, replica)).count();
-    if sources == 0 {
-        // Nothing to copy from: only the return of a complete copy helps.
-        return;
-    }
     let replaceable = |state: Standing| {
         segment
             .replicas

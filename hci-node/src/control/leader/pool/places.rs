@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::View;
+use super::{View, standing};
 use crate::state::{
     Availability, ClusterState, Disk, DiskId, NodeId, NodeService, Replica, ReplicaState, Segment,
     SegmentIndex, Subject, Volume, VolumeId,
@@ -100,7 +100,9 @@ impl Places {
         let promised = placement::promised(view.state);
         let mut moves: BTreeMap<DiskId, u32> = BTreeMap::new();
         let mut coming: BTreeMap<DiskId, u64> = BTreeMap::new();
-        for volume in view.state.volumes.values() {
+        // What cannot go on does not hold up others.
+        let workable = view.state.volumes.values().filter(|volume| standing::is_workable(view, volume));
+        for volume in workable {
             for (index, segment) in volume.numbered() {
                 for replica in segment.replicas.iter().filter(|r| r.state == ReplicaState::OutOfSync) {
                     let Some(old) = replica.replaces else { continue };

@@ -1,7 +1,9 @@
 //! What a copy is worth.
 
 use super::View;
-use crate::state::{Availability, DiskService, DiskState, NodeService, Replica, ReplicaState};
+use crate::state::{
+    Availability, DiskService, DiskState, NodeService, Replica, ReplicaState, Segment, Volume,
+};
 
 /// What a copy is worth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +47,12 @@ pub fn of(view: View<'_>, replica: &Replica) -> Standing {
         ReplicaState::InSync => Standing::Good,
         ReplicaState::OutOfSync => Standing::Coming,
     }
+}
+
+/// Whether a volume can be worked on: it can be opened only while every part of it has a complete copy in reach.
+pub fn is_workable(view: View<'_>, volume: &Volume) -> bool {
+    let has_source = |segment: &Segment| segment.replicas.iter().any(|replica| is_source(view, replica));
+    volume.segments.iter().all(has_source)
 }
 
 /// Whether a copy can be read now to make another one.

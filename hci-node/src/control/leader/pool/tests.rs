@@ -351,6 +351,30 @@ fn a_dead_disk_leaves_even_when_its_copies_find_no_other_place() {
 }
 
 #[test]
+fn a_volume_that_cannot_be_opened_does_not_hold_up_others() {
+    let mut world = World::new(4);
+    let (stuck, fine) = (world.volume(1, 1), world.volume(2, 2));
+    world.pass(1);
+    let lost = world.state.volumes[&stuck].segments[0].replicas[0].node;
+    let leaving = world.state.volumes[&stuck]
+        .segments
+        .iter()
+        .map(|segment| segment.replicas[0])
+        .find(|copy| copy.node != lost && world.disks_of(fine).contains(&copy.disk));
+    let Some(leaving) = leaving else { panic!("the volumes share no disk") };
+    let service = DiskService::Draining;
+    world.alive.remove(&lost);
+    world.pass(10);
+    world.ask(Op::SetDiskService { disk: leaving.disk, service }).unwrap();
+    world.pass(30);
+    assert!(!world.disks_of(fine).contains(&leaving.disk), "it has been moved");
+    assert!(world.disks_of(stuck).contains(&leaving.disk), "it waits for its last copy");
+    world.alive.insert(lost);
+    world.pass(30);
+    assert!(!world.state.disks.contains_key(&leaving.disk));
+}
+
+#[test]
 fn a_disk_that_is_declared_dead_is_not_filled_again_though_it_answers() {
     let mut world = World::new(3);
     let volume = world.volume(1, 3);
