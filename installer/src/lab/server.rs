@@ -215,8 +215,10 @@ impl Settings {
             ])
             .args([
                 "-device",
+                &format!("pcie-root-port,id=slot-{disk},chassis={number},slot={number}"),
+                "-device",
                 &format!(
-                    "virtio-blk-pci,drive={disk},serial={}-{disk},bootindex={}",
+                    "virtio-blk-pci,id=disk-{disk},bus=slot-{disk},drive={disk},serial={}-{disk},bootindex={}",
                     self.name,
                     number + if number == 0 { 1 } else { 10 }
                 ),
@@ -330,6 +332,14 @@ impl Server {
     /// When the server does not take it.
     pub fn power_button(&self) -> Result<()> {
         self.qmp("{\"execute\":\"system_powerdown\"}")
+    }
+
+    /// Pulls a data disk, `data1` or `data2`, out of its slot. It takes some seconds, and lasts until the power is cut.
+    ///
+    /// # Errors
+    /// When the server does not take it.
+    pub fn pull_disk(&self, disk: &str) -> Result<()> {
+        self.qmp(&format!("{{\"execute\":\"device_del\",\"arguments\":{{\"id\":\"disk-{disk}\"}}}}"))
     }
 
     /// Plugs or pulls its cable to the other servers.

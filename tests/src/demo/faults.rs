@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use installer::lab::{Lab, Link};
 
-use super::cluster::{Cluster, NODES};
+use super::cluster::{Cluster, NODES, number, text};
 use super::run::{flushed_by, found_its_data, go_on, healthy, restarted, wait_node_state};
-use super::timeline::Timeline;
+use super::timeline::{Look, Progress, Timeline};
 
 const SECOND: Duration = Duration::from_secs(1);
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
@@ -33,6 +33,9 @@ pub fn all(lab: &Lab, cluster: &mut Cluster<'_>, timeline: &mut Timeline) -> Res
         }
         ensure!(boots(cluster, "web1")? == before, "web1 was started again");
         healthy(cluster, progress)
+    })?;
+    timeline.step("a data disk is pulled out; its copies are rebuilt on another one", |progress| {
+        pull_disk(lab, cluster, progress)
     })?;
     timeline.step("n2 is cut off; its VM moves, and n2 lets go of it", |progress| {
         let node = cluster.show("vm get web2")?["node"].as_str().unwrap_or_default().to_owned();
@@ -72,6 +75,46 @@ pub fn all(lab: &Lab, cluster: &mut Cluster<'_>, timeline: &mut Timeline) -> Res
         }
         healthy(cluster, progress)
     })
+}
+
+/// Pulls the disk of n2 that holds most, waits until all copies are on others, and takes it out of the pool.
+fn pull_disk(lab: &Lab, cluster: &Cluster<'_>, progress: &Progress) -> Result<()> {
+    const NODE: usize = 1;
+    let disks = cluster.list("disk list")?;
+    let of_node =
+        disks.iter().filter(|disk| text(disk, "/node") == NODES[NODE] && text(disk, "/state") == "ready");
+    let pulled =
+        of_node.max_by_key(|disk| number(disk, "/segments")).context("n2 has no disk in the pool")?;
+    ensure!(number(pulled, "/segments") > 0, "no disk of n2 holds anything: {pulled}");
+    let (path, id) = (text(pulled, "/path"), text(pulled, "/id"));
+    let serial = lab
+        .node(NODE)
+        .ssh(&format!("cat /sys/block/{}/serial", path.trim_start_matches("/dev/")), 20 * SECOND)?;
+    let name = serial.stdout.trim().rsplit('-').next().unwrap_or_default().to_owned();
+    lab.node(NODE).pull_disk(&name)?;
+    progress.note(&format!(
+        "{path} of {} is out, which held {} segments",
+        NODES[NODE],
+        number(pulled, "/segments")
+    ));
+    progress.wait("the cluster to say that the disk failed", 90 * SECOND, || {
+        let disks = cluster.list("disk list")?;
+        let state =
+            disks.iter().find(|disk| text(disk, "/id") == id).map_or("gone", |disk| text(disk, "/state"));
+        Ok(if state == "failed" { Look::Done(()) } else { Look::NotYet(state.to_owned()) })
+    })?;
+    go_on(cluster, &VMS, progress)?;
+    progress.wait("all volumes to be whole without it", 180 * SECOND, || {
+        let volumes = cluster.list("volume list")?;
+        let lacking: Vec<_> = volumes
+            .iter()
+            .filter(|volume| number(volume, "/in_sync") < number(volume, "/replicas"))
+            .map(|volume| format!("{} {}", text(volume, "/name"), number(volume, "/in_sync")))
+            .collect();
+        Ok(if lacking.is_empty() { Look::Done(()) } else { Look::NotYet(lacking.join(", ")) })
+    })?;
+    cluster.hci(&format!("disk evict {}:{path} --force --yes", NODES[NODE]), 120 * SECOND)?;
+    healthy(cluster, progress)
 }
 
 /// Kills a role's process on the first server; systemd starts it again.
