@@ -92,36 +92,3 @@ async fn what_was_written_is_there_after_reopening() {
     assert!(std::fs::read_dir(dir.path().join("volumes")).unwrap().next().is_none());
     assert!(store.usage().total.0 > 0);
 }
-
-/// Prints what the store does on this machine: `cargo test --release -p storage --test plain_store -- --ignored --nocapture`.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "a measurement"]
-async fn rate_of_small_writes() {
-    let dir = tempfile::tempdir_in(std::env::var("STORE_DIR").unwrap_or("/dev/shm".to_owned())).unwrap();
-    let disk = DiskId::random();
-    PlainStore::format(dir.path(), disk).unwrap();
-    let store = open(dir.path(), disk);
-    let volume = VolumeId::random();
-    for (name, depth, reads) in
-        [("write", 1u32, false), ("write", 32, false), ("read", 1, true), ("read", 32, true)]
-    {
-        let started = Instant::now();
-        let each = 64_000 / depth.max(8);
-        let tasks = (0..depth).map(|task| {
-            let store = Arc::clone(&store);
-            tokio::spawn(async move {
-                for n in 0..each {
-                    let block = (n * 2_654_435_761u32.wrapping_add(task * 7919)) % 100_000;
-                    if reads {
-                        store.read(key(volume), block, 1).await.unwrap();
-                    } else {
-                        store.write(key(volume), write(block, u64::from(n) + 1)).await.unwrap();
-                    }
-                }
-            })
-        });
-        join_all(tasks).await.into_iter().for_each(Result::unwrap);
-        let rate = f64::from(each * depth) / started.elapsed().as_secs_f64();
-        println!("4 KiB {name}, depth {depth}: {rate:.0}/s");
-    }
-}
