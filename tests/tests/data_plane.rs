@@ -14,6 +14,7 @@ use hci_tests::native::checker::Checker;
 use hci_tests::native::cluster::{Cut, DataCluster, Disks, Options, PATIENCE};
 use hci_tests::native::control::LEASE;
 use hci_tests::native::fabric::Fabric;
+use hci_tests::native::guest_vm::{self, GuestVm};
 use hci_tests::native::load::{Load, connect, connect_with_patience};
 use netfabric::overlay::{NetworkConfig, OverlayConfig, PortConfig, PortId, Vni};
 use storage::ids::BLOCK_SIZE;
@@ -307,6 +308,40 @@ fn garbage_on_every_port_harms_nobody() -> Result<()> {
         cluster.check_processes()?;
         ensure!(cluster.record().lock().in_sync() == 3, "a replica was lost to garbage");
         verify_all(cluster, load)
+    })
+}
+
+#[test]
+fn a_guest_of_qemu_keeps_its_data_through_lost_replicas_and_a_lost_coordinator() -> Result<()> {
+    /// A guest on an emulated CPU takes its time.
+    const BOOT: Duration = Duration::from_secs(120);
+    let image = guest_vm::image()?;
+    on_cluster(&Options { volume_bytes: 128 << 20, ..Options::default() }, |cluster| {
+        cluster.open(0)?;
+        guest_vm::install(&image, &mut connect(&cluster.socket(0))?)?;
+        let console = |boot: u32| cluster.paths(0).run().join(format!("console{boot}"));
+        let (first, second) = (console(1), console(2));
+        let mut guest = GuestVm::boot(&image, &cluster.socket(0), &first)?;
+        guest.wait("the guest to boot and write", BOOT, |report| report.flushed >= Some(16))?;
+        cluster.kill(&[2])?;
+        cluster.wait("the lost replica is taken out", GIVEN_UP, |c| c.record().lock().in_sync() == 2)?;
+        guest.goes_on(PATIENCE)?;
+        cluster.start_node(2)?;
+        cluster.wait_in_sync()?;
+        cluster.restart(0)?;
+        cluster.open(0)?;
+        guest.goes_on(PATIENCE)?;
+        let flushed = guest.goes_on(PATIENCE)?;
+        drop(guest);
+
+        let mut guest = GuestVm::boot(&image, &cluster.socket(0), &second)?;
+        let found = guest.wait("the guest to look at its data", BOOT, |report| report.verified.is_some())?;
+        ensure!(found.verified >= Some(flushed), "{flushed} were flushed, found {:?}", found.verified);
+        guest.goes_on(PATIENCE)?;
+        drop(guest);
+        cluster.wait_in_sync()?;
+        connect(&cluster.socket(0))?.flush()?;
+        cluster.compare_replicas()
     })
 }
 

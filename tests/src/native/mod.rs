@@ -8,6 +8,7 @@
 //! | [`fabric`] | namespaces and links, and how to break them |
 //! | [`process`] | one data process |
 //! | [`load`] | I/O on a thread of its own while the test breaks things |
+//! | [`guest_vm`] | QEMU as the front end, with a guest that checks its own data |
 //! | [`checker`] | knows which writes were acknowledged and flushed, and what a read may return |
 //! | [`scratch`] | everything outside of this process carries its id and is removed, whatever happens |
 //!
@@ -17,6 +18,7 @@ pub mod checker;
 pub mod cluster;
 pub mod control;
 pub mod fabric;
+pub mod guest_vm;
 pub mod load;
 pub mod process;
 pub mod scratch;
