@@ -1,7 +1,7 @@
 //! A shard: a thread with a runtime of its own, on which storage and its mesh run.
 //!
 //! A guest's request goes from its ring through the coordinator to the network and back on this one thread: to hand it to
-//! another would cost more than all the work on it. While there is I/O the thread polls instead of sleeping ([`BusyPoll`]).
+//! another would cost more than all the work on it. While there is I/O the thread polls instead of sleeping ([`BusyPoll`]), where there are processors enough for it.
 //! Whatever may take long is kept away from it: stores, targets and calls have threads elsewhere.
 
 use std::{
@@ -36,6 +36,13 @@ pub(crate) fn keep_buffers() {
     }
 }
 
+/// With fewer processors a thread that polls keeps those from running that it waits for: guests, other roles, peers.
+const LEAST_PROCESSORS: usize = 3;
+
+fn may_poll() -> bool {
+    std::thread::available_parallelism().is_ok_and(|processors| processors.get() >= LEAST_PROCESSORS)
+}
+
 /// A running shard.
 pub(crate) struct Shard {
     runtime: Handle,
@@ -54,9 +61,15 @@ impl Shard {
         let (ended, polling) = (shutdown.clone(), poll.clone());
         let run = move || {
             runtime.block_on(async {
+                let polling = async {
+                    if may_poll() {
+                        polling.run().await;
+                    }
+                    std::future::pending::<()>().await;
+                };
                 tokio::select! {
                     () = ended.cancelled() => {}
-                    () = polling.run() => {}
+                    () = polling => {}
                 }
             });
             // What hangs in a broken disk must not keep the process from ending.
