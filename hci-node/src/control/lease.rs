@@ -13,10 +13,10 @@ use std::{
 
 use crate::state::{NodeId, report::NodeReport};
 
-/// How long a lease holds at the node.
-pub const NODE_LEASE: Duration = Duration::from_secs(5);
+/// How long a lease holds at the node: long enough for a control process that was killed to be back, also on a slow machine.
+pub const NODE_LEASE: Duration = Duration::from_secs(8);
 /// How long a lease holds at the leader.
-pub const LEADER_LEASE: Duration = Duration::from_secs(7);
+pub const LEADER_LEASE: Duration = Duration::from_secs(10);
 /// How often a node renews.
 pub const RENEW_EVERY: Duration = Duration::from_secs(1);
 
@@ -107,9 +107,9 @@ mod tests {
         let start = Instant::now();
         let mut leases = LeaderLeases::new(1, start);
         leases.renewed(node(1), NodeReport::default(), start + Duration::from_secs(1));
-        let at = |seconds| leases.standing(node(1), start + Duration::from_secs(seconds));
-        assert_eq!(at(7), LeaseStanding::Held);
-        assert_eq!(at(8), LeaseStanding::Expired);
+        let end = start + Duration::from_secs(1) + LEADER_LEASE;
+        assert_eq!(leases.standing(node(1), end - Duration::from_secs(1)), LeaseStanding::Held);
+        assert_eq!(leases.standing(node(1), end), LeaseStanding::Expired);
     }
 
     #[test]

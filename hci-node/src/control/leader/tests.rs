@@ -179,7 +179,7 @@ fn stopping_on_a_lost_node_ends_with_its_lease() {
     let node = world.node_of(vm).unwrap();
     world.lose(node);
     world.ask(Op::SetVmDesired { vm, desired: DesiredRun::Stopped(StopMode::Force) }, 52).unwrap();
-    world.pass(10);
+    world.pass(LEADER_LEASE.as_secs() + 3);
     assert_eq!(world.node_of(vm), None);
     assert_eq!(world.state.tasks[&TaskId(id(52))].state, TaskState::Done);
 }
@@ -194,7 +194,7 @@ fn after_losing_two_of_three_copies_a_vm_waits_for_them() {
     world.ask(Op::CreateVm { vm: new, unreachable: vec![] }, 51).unwrap();
     world.pass(2);
     world.lose(node_id(2));
-    world.pass(12);
+    world.pass(LEADER_LEASE.as_secs() + 5);
     assert_eq!(world.state.vms[&vm].epoch, RunEpoch(1), "its only copy is gone");
     world.alive.push(node_id(2));
     world.pass(2);
