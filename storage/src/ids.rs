@@ -15,6 +15,8 @@ pub const SEGMENT_SIZE: u64 = 1 << 30;
 pub const BLOCKS_PER_SEGMENT: u32 = (SEGMENT_SIZE / BLOCK_SIZE) as u32;
 /// Smallest unit a guest may address.
 pub const SECTOR_SIZE: u64 = 512;
+/// Most layers that a read may have to go through; a snapshot that would make more is refused.
+pub const MAX_DEPTH: usize = 32;
 /// Largest piece of data in one replica message (a larger guest request is cut at this size).
 pub const MAX_TRANSFER: u64 = 4 << 20;
 
@@ -61,6 +63,10 @@ uuid_id!(
     /// A volume: a virtual block device for a guest.
     VolumeId
 );
+uuid_id!(
+    /// One freezing of the top layers of one or several volumes at one point in time.
+    FreezeId
+);
 
 /// How often a volume was opened; raised through Raft at every open. Replicas refuse all but the highest.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug, Serialize, Deserialize)]
@@ -89,6 +95,29 @@ pub struct LayerId(pub u32);
 impl fmt::Display for LayerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
+    }
+}
+
+/// A layer, anywhere in the cluster: its number and the volume that it was made for. Layers of a clone have parents in
+/// another volume; a layer keeps its name when that volume is deleted and clones still need it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug, Serialize, Deserialize)]
+pub struct LayerRef {
+    /// The volume that it was made for.
+    pub volume: VolumeId,
+    /// Its number there.
+    pub layer: LayerId,
+}
+
+impl LayerRef {
+    /// The part of it that one replica of a segment holds.
+    pub fn key(self, segment: SegmentIndex) -> SegmentKey {
+        SegmentKey { volume: self.volume, segment, layer: self.layer }
+    }
+}
+
+impl fmt::Display for LayerRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.volume, self.layer)
     }
 }
 

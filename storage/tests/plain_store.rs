@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use storage::ids::{DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
 use storage::status::DiskHealth;
 use storage::store::plain::{OpenError, PlainStore};
-use storage::store::{DiskStore, ReplicaWrite, WriteContent};
+use storage::store::{DiskStore, Keep, ReplicaWrite, WriteContent};
 
 fn key(volume: VolumeId) -> SegmentKey {
     SegmentKey { volume, segment: SegmentIndex(0), layer: LayerId(0) }
@@ -65,7 +65,7 @@ async fn what_was_written_is_there_after_reopening() {
             ReplicaWrite {
                 block: 0,
                 version: Version { generation: 1, sequence: 9999 },
-                content: WriteContent::Zeroes { blocks: 100 },
+                content: WriteContent::Zeroes { blocks: 100, keep: Keep::WhereStored },
             },
         )
         .await

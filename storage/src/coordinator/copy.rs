@@ -8,7 +8,7 @@ use super::open::Interrupted;
 use super::ranges::Mode;
 use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT, SegmentIndex, Version};
 use crate::replica::protocol::AckWhen;
-use crate::store::{BlockVersion, ReadReply, ReplicaWrite, WriteContent};
+use crate::store::{BlockVersion, Keep, ReadReply, ReplicaWrite, WriteContent};
 use futures_util::StreamExt;
 use futures_util::future::join_all;
 use std::sync::Arc;
@@ -35,7 +35,7 @@ impl Coordinator {
 
     async fn apply_fix(&self, segment: SegmentIndex, replicas: &[Target], fix: Fix) -> Result<(), FixError> {
         let content = if fix.version == Version::default() {
-            WriteContent::Zeroes { blocks: fix.blocks }
+            WriteContent::Zeroes { blocks: fix.blocks, keep: Keep::WhereStored }
         } else {
             let mut found = None;
             for source in fix.sources.iter().map(|i| replicas[*i]) {
@@ -154,7 +154,10 @@ pub(super) enum FixError {
 /// Keeps zeroes thin.
 fn thin(reply: ReadReply) -> WriteContent {
     if reply.data.iter().all(|byte| *byte == 0) {
-        WriteContent::Zeroes { blocks: (reply.data.len() as u64 / BLOCK_SIZE) as u32 }
+        WriteContent::Zeroes {
+            blocks: (reply.data.len() as u64 / BLOCK_SIZE) as u32,
+            keep: Keep::WhereStored,
+        }
     } else {
         WriteContent::Data { data: reply.data, crcs: reply.crcs }
     }

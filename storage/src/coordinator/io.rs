@@ -10,7 +10,7 @@ use crate::device::{BlockError, BlockOp};
 use crate::ids::{BLOCK_SIZE, SegmentIndex};
 use crate::replica::protocol::{AckWhen, ReplicaOp, ReplicaOutcome};
 use crate::signal::Seen;
-use crate::store::{ReadReply, ReplicaWrite, WriteContent};
+use crate::store::{Keep, ReadReply, ReplicaWrite, WriteContent};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{join_all, try_join_all};
 use std::sync::Arc;
@@ -193,7 +193,7 @@ impl Coordinator {
         let range = self.ranges.lock(piece.range(), Mode::Write).await;
         self.leased().await;
         let content = match payload {
-            Payload::Zeroes => WriteContent::Zeroes { blocks: piece.blocks },
+            Payload::Zeroes => WriteContent::Zeroes { blocks: piece.blocks, keep: Keep::WhereStored },
             Payload::Data(data) if !piece.is_partial() => with_checksums(data),
             Payload::Data(data) => with_checksums(self.merge(piece, &data).await?),
         };

@@ -9,7 +9,7 @@ use super::protocol::{
     ReplicaRequest, Session,
 };
 use crate::ids::{
-    BLOCK_SIZE, BLOCKS_PER_SEGMENT, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId,
+    BLOCK_SIZE, BLOCKS_PER_SEGMENT, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, VolumeId,
 };
 use crate::metrics::{DiskMetrics, Metrics};
 use crate::store::{DiskStore, ReplicaWrite, StoreError, WriteContent};
@@ -18,9 +18,6 @@ use parking_lot::{Mutex, RwLock};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tokio::time::Instant;
-
-/// Blocks of a segment that are removed in one step.
-const CLEAR_BLOCKS: u32 = 16384;
 
 /// The coordinator that a replica is attached to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -97,7 +94,7 @@ impl ReplicaServer {
         let Some(store) = store else { return Err(StoreError::Io(format!("disk {disk} is not here"))) };
         for segment in segments {
             let at = SegmentKey { volume, segment: *segment, layer: LayerId::default() };
-            clear(store.as_ref(), at).await?;
+            store.remove(at).await?;
         }
         store.flush().await
     }
@@ -182,22 +179,6 @@ async fn flush(store: &dyn DiskStore, metrics: &DiskMetrics) -> Result<(), Store
     Ok(())
 }
 
-/// Makes every block of a segment as if it had never been written.
-async fn clear(store: &dyn DiskStore, at: SegmentKey) -> Result<(), StoreError> {
-    for start in (0..BLOCKS_PER_SEGMENT).step_by(CLEAR_BLOCKS as usize) {
-        let end = (start + CLEAR_BLOCKS).min(BLOCKS_PER_SEGMENT);
-        let stored = store.versions(at, start..end).await?;
-        for run in stored.chunk_by(|one, next| one.block + 1 == next.block) {
-            let Some(first) = run.first() else { continue };
-            let content = WriteContent::Zeroes { blocks: run.len() as u32 };
-            store
-                .write(at, ReplicaWrite { block: first.block, version: Version::default(), content })
-                .await?;
-        }
-    }
-    Ok(())
-}
-
 async fn attach(
     gate: &Gate,
     store: &dyn DiskStore,
@@ -236,7 +217,7 @@ fn check_range(block: u32, blocks: u32) -> Result<(), ReplicaError> {
 /// What came over the network is checked against its checksums, too: what is stored must be what was sent.
 fn check_write(write: &ReplicaWrite, remote: bool) -> Result<(), ReplicaError> {
     match &write.content {
-        WriteContent::Zeroes { blocks } => check_range(write.block, *blocks),
+        WriteContent::Zeroes { blocks, .. } => check_range(write.block, *blocks),
         WriteContent::Data { data, crcs } => {
             if data.len() as u64 != crcs.len() as u64 * BLOCK_SIZE {
                 return Err(ReplicaError::Invalid("data and checksums do not agree in length".into()));

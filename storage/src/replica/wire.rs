@@ -5,7 +5,7 @@ use super::protocol::{
     ReplicaRequest, Session,
 };
 use crate::ids::{DiskId, Generation, Version, VolumeId};
-use crate::store::{BlockVersion, ReadReply, ReplicaWrite, WriteContent};
+use crate::store::{BlockVersion, Keep, ReadReply, ReplicaWrite, WriteContent};
 use bytes::Bytes;
 use netfabric::rpc::{DecodeError, EncodeError, Request, Response};
 use serde::{Deserialize, Serialize};
@@ -26,7 +26,7 @@ struct RequestHeader {
 enum Op {
     Attach { disk: DiskId },
     WriteData { at: ReplicaAddress, block: u32, version: Version, crcs: Vec<u32>, ack: AckWhen },
-    WriteZeroes { at: ReplicaAddress, block: u32, version: Version, blocks: u32, ack: AckWhen },
+    WriteZeroes { at: ReplicaAddress, block: u32, version: Version, blocks: u32, keep: Keep, ack: AckWhen },
     Read { at: ReplicaAddress, block: u32, blocks: u32 },
     Versions { at: ReplicaAddress, block: u32, blocks: u32 },
     Flush { disk: DiskId },
@@ -57,8 +57,8 @@ pub(crate) fn encode_request(request: ReplicaRequest) -> Result<Request, EncodeE
                 bulk = data;
                 Op::WriteData { at, block: write.block, version: write.version, crcs, ack }
             }
-            WriteContent::Zeroes { blocks } => {
-                Op::WriteZeroes { at, block: write.block, version: write.version, blocks, ack }
+            WriteContent::Zeroes { blocks, keep } => {
+                Op::WriteZeroes { at, block: write.block, version: write.version, blocks, keep, ack }
             }
         },
         ReplicaOp::Read { at, block, blocks } => Op::Read { at, block, blocks },
@@ -82,8 +82,8 @@ pub(crate) fn decode_request(request: &Request) -> Result<ReplicaRequest, Decode
             let content = WriteContent::Data { data: request.bulk.clone(), crcs };
             ReplicaOp::Write { at, write: ReplicaWrite { block, version, content }, ack }
         }
-        Op::WriteZeroes { at, block, version, blocks, ack } => {
-            let content = WriteContent::Zeroes { blocks };
+        Op::WriteZeroes { at, block, version, blocks, keep, ack } => {
+            let content = WriteContent::Zeroes { blocks, keep };
             ReplicaOp::Write { at, write: ReplicaWrite { block, version, content }, ack }
         }
         Op::Read { at, block, blocks } => ReplicaOp::Read { at, block, blocks },
@@ -134,10 +134,11 @@ mod tests {
 
     fn op() -> impl Strategy<Value = ReplicaOp> {
         let ack = prop_oneof![Just(AckWhen::Logged), Just(AckWhen::Durable)];
+        let keep = prop_oneof![Just(Keep::WhereStored), Just(Keep::Always)];
         let content = prop_oneof![
             (proptest::collection::vec(any::<u8>(), 0..300), proptest::collection::vec(any::<u32>(), 0..9))
                 .prop_map(|(data, crcs)| WriteContent::Data { data: data.into(), crcs }),
-            any::<u32>().prop_map(|blocks| WriteContent::Zeroes { blocks }),
+            (any::<u32>(), keep).prop_map(|(blocks, keep)| WriteContent::Zeroes { blocks, keep }),
         ];
         let write = (any::<u32>(), any::<u64>(), any::<u64>(), content).prop_map(|(block, g, s, content)| {
             ReplicaWrite { block, version: Version { generation: g, sequence: s }, content }

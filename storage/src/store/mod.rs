@@ -11,16 +11,22 @@
 //! - Writes of overlapping ranges are never in flight at the same time (the coordinator's range lock); others are, in any number.
 //! - Versions may go down: resync overwrites what a stale replica has. A store keeps what was written last.
 //! - A block of zeroes keeps the version of the write that made it, but needs no room for data. Only where nothing was ever
-//!   stored may zeroes be left out altogether.
+//!   stored may zeroes be left out altogether, and only when the write says so ([`Keep::WhereStored`]).
+//! - A store knows nothing of how layers lie above each other: each read names them ([`DiskStore::read_layers`]). A layer **has** a
+//!   block when the block's version there is not the default one; recorded zeroes count as any other content.
 
+mod layers;
 pub mod plain;
 
-use crate::ids::{Generation, SegmentKey, Version, VolumeId};
+use crate::ids::{BLOCKS_PER_SEGMENT, Generation, SegmentKey, Version, VolumeId};
 use crate::status::{DiskHealth, DiskUsage};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use std::ops::Range;
 use thiserror::Error;
+
+/// Blocks of a segment that are removed in one step.
+const REMOVED_AT_ONCE: u32 = 16384;
 
 /// One write to a segment replica: a run of whole blocks with one version.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -47,7 +53,20 @@ pub enum WriteContent {
     Zeroes {
         /// How many blocks.
         blocks: u32,
+        /// Whether they are recorded where nothing is stored.
+        keep: Keep,
     },
+}
+
+/// Whether zeroes are recorded where nothing is stored.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub enum Keep {
+    /// They may be left out: nothing lies below.
+    #[default]
+    WhereStored,
+    /// They are recorded: they hide what a lower layer has. Of no effect on a write with the default version, after which the
+    /// layer does not have the blocks.
+    Always,
 }
 
 impl ReplicaWrite {
@@ -55,7 +74,7 @@ impl ReplicaWrite {
     pub fn blocks(&self) -> Range<u32> {
         let count = match &self.content {
             WriteContent::Data { crcs, .. } => crcs.len() as u32,
-            WriteContent::Zeroes { blocks } => *blocks,
+            WriteContent::Zeroes { blocks, .. } => *blocks,
         };
         self.block..self.block.saturating_add(count)
     }
@@ -111,6 +130,37 @@ pub trait DiskStore: Send + Sync + 'static {
 
     /// Reads `blocks` blocks from `block` on, verifying every checksum.
     fn read(&self, at: SegmentKey, block: u32, blocks: u32) -> BoxFuture<'_, Result<ReadReply, StoreError>>;
+
+    /// Reads `blocks` blocks from `block` on, each from the first of these layers that has it, and zeroes where none does; verifies
+    /// every checksum. `chain` names the same segment in each layer, from the top down, and is not empty.
+    ///
+    /// Nobody writes those blocks of the first layer meanwhile. Into the others blocks may be merged from below, which changes no
+    /// content. A store that can do better than to ask layer by layer should.
+    fn read_layers<'a>(
+        &'a self,
+        chain: &'a [SegmentKey],
+        block: u32,
+        blocks: u32,
+    ) -> BoxFuture<'a, Result<ReadReply, StoreError>> {
+        layers::read(self, chain, block, blocks)
+    }
+
+    /// Removes all blocks of a segment in one layer, of which nobody reads or writes any more. Durable after the next flush.
+    fn remove(&self, at: SegmentKey) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move {
+            for start in (0..BLOCKS_PER_SEGMENT).step_by(REMOVED_AT_ONCE as usize) {
+                let end = (start + REMOVED_AT_ONCE).min(BLOCKS_PER_SEGMENT);
+                let stored = self.versions(at, start..end).await?;
+                for run in stored.chunk_by(|one, next| one.block + 1 == next.block) {
+                    let Some(first) = run.first() else { continue };
+                    let content = WriteContent::Zeroes { blocks: run.len() as u32, keep: Keep::WhereStored };
+                    let write = ReplicaWrite { block: first.block, version: Version::default(), content };
+                    self.write(at, write).await?;
+                }
+            }
+            Ok(())
+        })
+    }
 
     /// Makes everything durable whose write returned before this call.
     fn flush(&self) -> BoxFuture<'_, Result<(), StoreError>>;

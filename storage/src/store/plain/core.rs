@@ -12,7 +12,7 @@ use super::overlay::{Overlay, Run, RunContent};
 use super::segment::{FileTable, VOLUMES_DIR, volume_dir};
 use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT, Generation, SegmentKey, VolumeId};
 use crate::status::DiskHealth;
-use crate::store::{BlockVersion, ReadReply, ReplicaWrite, StoreError, WriteContent};
+use crate::store::{BlockVersion, Keep, ReadReply, ReplicaWrite, StoreError, WriteContent};
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use std::collections::{HashMap, HashSet};
@@ -541,7 +541,10 @@ pub(super) fn record(at: SegmentKey, write: ReplicaWrite) -> Result<LogOp, Store
     Core::check_range(&range)?;
     let (block, version) = (write.block, write.version);
     match write.content {
-        WriteContent::Zeroes { blocks } => Ok(LogOp::Zeroes { at, block, blocks, version }),
+        WriteContent::Zeroes { keep: Keep::Always, .. } => invalid("this store keeps no zeroes for layers"),
+        WriteContent::Zeroes { blocks, keep: Keep::WhereStored } => {
+            Ok(LogOp::Zeroes { at, block, blocks, version })
+        }
         WriteContent::Data { data, crcs } => {
             if data.len() as u64 != crcs.len() as u64 * BLOCK_SIZE {
                 return invalid("the length of the data does not agree with its checksums");

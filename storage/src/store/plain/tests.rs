@@ -6,7 +6,7 @@ use super::recover;
 use super::sim::{Fault, SimMedia};
 use crate::ids::{BLOCK_SIZE, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
 use crate::status::DiskHealth;
-use crate::store::{ReplicaWrite, StoreError, WriteContent};
+use crate::store::{Keep, ReplicaWrite, StoreError, WriteContent};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -42,7 +42,7 @@ fn formatted() -> SimMedia {
 fn write_of(block: u32, blocks: u32, sequence: u64, zeroes: bool) -> ReplicaWrite {
     let version = Version { generation: 1, sequence };
     let content = if zeroes {
-        WriteContent::Zeroes { blocks }
+        WriteContent::Zeroes { blocks, keep: Keep::WhereStored }
     } else {
         let data: Vec<u8> = (0..blocks).flat_map(|b| content_of(block + b, sequence)).collect();
         let crcs = data.chunks(BLOCK_SIZE as usize).map(crc32c::crc32c).collect();
