@@ -1,6 +1,6 @@
 //! What the control plane wants of this node's storage: one declarative value, given whole each time.
 
-use crate::ids::{ByteSize, DiskId, Generation, SegmentIndex, VolumeId};
+use crate::ids::{ByteSize, DiskId, FreezeId, Generation, LayerId, LayerRef, SegmentIndex, VolumeId};
 use netfabric::NodeId;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -44,6 +44,51 @@ pub struct VolumeConfig {
     pub access: Access,
     /// How much its user may do.
     pub limits: Limits,
+    /// The layers that its content lies in.
+    pub layers: LayersConfig,
+}
+
+/// The layers of a volume.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct LayersConfig {
+    /// Raised with each change: an older configuration never replaces a newer one.
+    pub revision: u64,
+    /// What reads go through, top first; never empty. Writes go to the top, but for the time until a freeze.
+    pub chain: Vec<LayerRef>,
+    /// Further layers that every replica in sync holds: of snapshots taken before the volume was restored.
+    pub kept: Vec<LayerRef>,
+    /// How many layers from the top on replicas may differ in after a crash: those that no freeze made equal.
+    pub unsettled: u32,
+    /// A freeze that is under way. The top of the chain is its new layer.
+    pub freeze: Option<Freeze>,
+    /// A layer of the chain that is to be merged into the one above it.
+    pub merge: Option<LayerRef>,
+}
+
+impl LayersConfig {
+    /// Of a volume without snapshots.
+    pub fn single(volume: VolumeId) -> Self {
+        let chain = vec![LayerRef { volume, layer: LayerId::default() }];
+        Self { chain, unsettled: 1, ..Self::default() }
+    }
+}
+
+/// A freeze that is under way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Freeze {
+    /// Which one.
+    pub id: FreezeId,
+    /// How far it is.
+    pub stage: FreezeStage,
+}
+
+/// How far a freeze is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum FreezeStage {
+    /// Each coordinator is to hold its volume's writes and to say when it does.
+    Hold,
+    /// All hold: each goes over to the new layer, and lets writes go on.
+    Switch,
 }
 
 /// Limits of a volume, over reads and writes together; none is no limit.

@@ -1,8 +1,9 @@
 //! What storage asks of the control plane. Every call is a Raft commit, refused when the generation is not current.
 
 use crate::config::VolumeConfig;
-use crate::ids::{DiskId, Generation, SegmentIndex, VolumeId};
+use crate::ids::{DiskId, FreezeId, Generation, LayerRef, SegmentIndex, VolumeId};
 use futures_util::future::BoxFuture;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// Why a commit did not happen.
@@ -17,6 +18,17 @@ pub enum CommitError {
     /// No answer from a majority; whether the change was made is unknown. To be tried again.
     #[error("the control plane is unavailable: {0}")]
     Unavailable(String),
+}
+
+/// How far a volume is with a freeze.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum FreezeStep {
+    /// No write is under way and none begins; all replicas in sync are flushed.
+    Held,
+    /// Writes go to the new layer; none went to the old one since the volume was held.
+    Switched,
+    /// It was not held long enough, or not at all: there will be no snapshot.
+    Abandoned,
 }
 
 /// The control plane, as coordinators see it. Implemented by the data role. All calls are idempotent.
@@ -54,4 +66,23 @@ pub trait ControlPlane: Send + Sync + 'static {
         volume: VolumeId,
         generation: Generation,
     ) -> BoxFuture<'static, Result<(), CommitError>>;
+
+    /// Says how far a volume is with a freeze. Returns the volume as it stands then; the freeze is no longer part of it when it is
+    /// over, with a snapshot or without.
+    fn freeze_step(
+        &self,
+        volume: VolumeId,
+        generation: Generation,
+        freeze: FreezeId,
+        step: FreezeStep,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>>;
+
+    /// All replicas in sync durably have in the layer above it what this layer has: it leaves the chain. Returns the volume as it
+    /// stands then.
+    fn merged(
+        &self,
+        volume: VolumeId,
+        generation: Generation,
+        layer: LayerRef,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>>;
 }

@@ -4,7 +4,7 @@ use crate::config::{Access, DiskConfig, StorageConfig, VolumeConfig};
 use crate::control::ControlPlane;
 use crate::coordinator::{Coordinator, Rim, Timing, VolumeDevice};
 use crate::device::{BlockDevice, BlockError, BlockOp};
-use crate::ids::{BLOCK_SIZE, DiskId, SegmentIndex, VolumeId};
+use crate::ids::{BLOCK_SIZE, DiskId, MAX_DEPTH, SegmentKey, VolumeId};
 use crate::lease::Lease;
 use crate::mesh::ReplicaHandler;
 use crate::metrics::Metrics;
@@ -306,14 +306,9 @@ impl Storage {
         Ok(self.shared.rim.replicas.delete_volume(volume).await?)
     }
 
-    /// Removes what a disk of this node holds of segments whose replicas are elsewhere now. Idempotent.
-    pub async fn delete_segments(
-        &self,
-        volume: VolumeId,
-        disk: DiskId,
-        segments: &[SegmentIndex],
-    ) -> Result<(), StorageError> {
-        Ok(self.shared.rim.replicas.delete_segments(volume, disk, segments).await?)
+    /// Removes what a disk of this node holds of segments in layers that nobody needs there any more. Idempotent.
+    pub async fn delete_parts(&self, disk: DiskId, parts: &[SegmentKey]) -> Result<(), StorageError> {
+        Ok(self.shared.rim.replicas.delete_parts(disk, parts).await?)
     }
 
     /// Metrics.
@@ -355,5 +350,8 @@ fn check(config: &VolumeConfig) -> Result<(), String> {
             .iter()
             .zip(0..)
             .all(|(segment, i)| segment.index.0 == i && !segment.replicas.is_empty());
+    if config.layers.chain.is_empty() || config.layers.chain.len() > MAX_DEPTH {
+        return Err(format!("{} layers are no chain", config.layers.chain.len()));
+    }
     if complete { Ok(()) } else { Err(format!("{segments} segments with replicas are needed, by index")) }
 }

@@ -12,11 +12,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use storage::config::{
-    Access, CleanState, DiskConfig, Durability, Limits, ReplicaConfig, ReplicaState, SegmentConfig,
-    VolumeConfig,
+    Access, CleanState, DiskConfig, Durability, LayersConfig, Limits, ReplicaConfig, ReplicaState,
+    SegmentConfig, VolumeConfig,
 };
-use storage::control::{CommitError, ControlPlane};
-use storage::ids::{ByteSize, DiskId, Generation, SegmentIndex, VolumeId};
+use storage::control::{CommitError, ControlPlane, FreezeStep};
+use storage::ids::{ByteSize, DiskId, FreezeId, Generation, LayerRef, SegmentIndex, VolumeId};
 use storage::status::{MemberState, VolumeState};
 use storage::{
     BusyPoll, MeshTransport, NodeId, Storage, StorageConfig, StorageError, StorageOptions, Timing,
@@ -84,6 +84,25 @@ impl ControlPlane for Handle {
     ) -> BoxFuture<'static, Result<(), CommitError>> {
         self.0.commit(generation, |volume| volume.clean = CleanState::Clean)
     }
+
+    fn freeze_step(
+        &self,
+        _: VolumeId,
+        _: Generation,
+        _: FreezeId,
+        _: FreezeStep,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
+        Box::pin(async { Err(CommitError::Refused("no snapshots here".into())) })
+    }
+
+    fn merged(
+        &self,
+        _: VolumeId,
+        _: Generation,
+        _: LayerRef,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
+        Box::pin(async { Err(CommitError::Refused("no snapshots here".into())) })
+    }
 }
 
 struct Node {
@@ -147,8 +166,9 @@ async fn a_volume_lives_on_three_nodes() {
         node: *node,
         state: ReplicaState::InSync,
     });
+    let id = VolumeId::random();
     let volume = VolumeConfig {
-        id: VolumeId::random(),
+        id,
         size: ByteSize(64 << 20),
         generation: Generation(1),
         min_in_sync: 2,
@@ -157,6 +177,7 @@ async fn a_volume_lives_on_three_nodes() {
         segments: vec![SegmentConfig { index: SegmentIndex(0), replicas: replicas.collect() }],
         access: Access::Internal,
         limits: Limits::default(),
+        layers: LayersConfig::single(id),
     };
     let control = Arc::new(Control(Mutex::new(volume.clone())));
     let mut nodes = Vec::new();

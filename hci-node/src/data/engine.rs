@@ -34,7 +34,7 @@ use super::{
     frames::Frames,
     metrics,
     protocol::{
-        CopyVolume, DataConfig, DataInstance, DeleteSegments, LeaseState, MonotonicTime, Observed, Readiness,
+        CopyVolume, DataConfig, DataInstance, DeleteParts, LeaseState, MonotonicTime, Observed, Readiness,
     },
     server::{blocking, chain},
     shard::Shard,
@@ -312,8 +312,8 @@ impl Engine {
             .map_err(|error| RpcError::new(ErrorCode::Internal, format!("cannot forget requests: {error}")))
     }
 
-    pub(crate) async fn delete_segments(&self, call: &DeleteSegments) -> Result<(), RpcError> {
-        let deleted = self.storage.delete_segments(call.volume, call.disk, &call.segments).await;
+    pub(crate) async fn delete_parts(&self, call: &DeleteParts) -> Result<(), RpcError> {
+        let deleted = self.storage.delete_parts(call.disk, &call.parts).await;
         deleted.map_err(|error| storage_error(&error))
     }
 

@@ -15,7 +15,8 @@ use netfabric::{NodeId, overlay::OverlayConfig};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use storage::{
     config::{StorageConfig, VolumeConfig},
-    ids::{DiskId, Generation, SegmentIndex, VolumeId},
+    control::FreezeStep,
+    ids::{DiskId, FreezeId, Generation, LayerRef, SegmentIndex, SegmentKey, VolumeId},
     status::StorageStatus,
 };
 use uuid::Uuid;
@@ -57,7 +58,7 @@ calls! { DataCall:
     0x0109 FormatDisk => FormattedDisk;
     0x010a ListDisks => Vec<LocalDisk>;
     0x010b DeleteVolume => ();
-    0x010c DeleteSegments => ();
+    0x010c DeleteParts => ();
 }
 
 calls! { ControlCall:
@@ -66,6 +67,8 @@ calls! { ControlCall:
     0x0203 ReplicaIn => Result<VolumeConfig, CommitRefusal>;
     0x0204 Opened => Result<(), CommitRefusal>;
     0x0205 ClosedClean => Result<(), CommitRefusal>;
+    0x0206 FreezeProgress => Result<VolumeConfig, CommitRefusal>;
+    0x0207 LayerMerged => Result<VolumeConfig, CommitRefusal>;
 }
 
 /// One run of the data process. A new one knows nothing of what the last one had open.
@@ -267,15 +270,13 @@ pub struct DeleteVolume {
     pub volume: VolumeId,
 }
 
-/// Removes what a disk of this node holds of segments whose replicas are elsewhere now. Idempotent.
+/// Removes what a disk of this node holds of segments in layers that nobody needs there any more. Idempotent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DeleteSegments {
-    /// The volume.
-    pub volume: VolumeId,
+pub struct DeleteParts {
     /// The disk.
     pub disk: DiskId,
-    /// The segments.
-    pub segments: Vec<SegmentIndex>,
+    /// The segments, each in one layer.
+    pub parts: Vec<SegmentKey>,
 }
 
 /// What a data process does now.
@@ -360,6 +361,30 @@ pub struct ClosedClean {
     pub volume: VolumeId,
     /// The coordinator's generation.
     pub generation: Generation,
+}
+
+/// How far a volume is with a freeze; answers the volume as it now stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FreezeProgress {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The coordinator's generation.
+    pub generation: Generation,
+    /// The freeze.
+    pub freeze: FreezeId,
+    /// How far it is.
+    pub step: FreezeStep,
+}
+
+/// A layer is in the one above it now; answers the volume as it now stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerMerged {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The coordinator's generation.
+    pub generation: Generation,
+    /// The layer.
+    pub layer: LayerRef,
 }
 
 /// Why the control plane did not commit.

@@ -16,7 +16,7 @@ use super::{
     disks::{inventory, prepare},
     engine::Engine,
     protocol::{
-        Apply, CopyVolume, DataCall, DataConfig, DataInstance, DeleteSegments, DeleteVolume, FormatDisk,
+        Apply, CopyVolume, DataCall, DataConfig, DataInstance, DeleteParts, DeleteVolume, FormatDisk,
         FormattedDisk, LeaseState, ListDisks, LocalDisk, Metrics, Observed, Readiness, RenewLease, Status,
         VolumeFlush, VolumeRead, VolumeWrite,
     },
@@ -104,9 +104,8 @@ impl Server {
             DeleteVolume::METHOD => {
                 answer(&request, async |call: DeleteVolume| self.engine()?.delete(call.volume).await).await
             }
-            DeleteSegments::METHOD => {
-                answer(&request, async |call: DeleteSegments| self.engine()?.delete_segments(&call).await)
-                    .await
+            DeleteParts::METHOD => {
+                answer(&request, async |call: DeleteParts| self.engine()?.delete_parts(&call).await).await
             }
             other => Err(RpcError::unknown_method(other)),
         }

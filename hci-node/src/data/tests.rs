@@ -14,8 +14,8 @@ use parking_lot::Mutex;
 use proptest::prelude::*;
 use storage::{
     config::{
-        Access, CleanState, DiskConfig, Durability, Limits, ReplicaConfig, ReplicaState, SegmentConfig,
-        StorageConfig, VolumeConfig,
+        Access, CleanState, DiskConfig, Durability, LayersConfig, Limits, ReplicaConfig, ReplicaState,
+        SegmentConfig, StorageConfig, VolumeConfig,
     },
     ids::{ByteSize, DiskId, Generation, SegmentIndex, VolumeId},
     status::{DiskHealth, VolumeState},
@@ -62,6 +62,7 @@ prop_compose! {
             segments: vec![SegmentConfig { index: SegmentIndex(0), replicas: replicas.collect() }],
             access: if internal { Access::Internal } else { Access::VhostUser { socket: "/run/v.sock".into() } },
             limits: Limits::default(),
+            layers: LayersConfig::single(VolumeId(Uuid::from_u128(id))),
         }
     }
 }
@@ -304,5 +305,6 @@ fn volume(node: NodeId, disk: DiskId, generation: Generation, clean: CleanState)
         segments: vec![SegmentConfig { index: SegmentIndex(0), replicas: vec![replica] }],
         access: Access::Internal,
         limits: Limits::default(),
+        layers: LayersConfig::single(VolumeId(Uuid::from_u128(1))),
     }
 }

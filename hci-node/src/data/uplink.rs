@@ -6,12 +6,13 @@ use futures_util::future::BoxFuture;
 use netfabric::rpc::{CallError, ErrorCode, Request, call_unix};
 use storage::{
     config::VolumeConfig,
-    control::{CommitError, ControlPlane},
-    ids::{DiskId, Generation, SegmentIndex, VolumeId},
+    control::{CommitError, ControlPlane, FreezeStep},
+    ids::{DiskId, FreezeId, Generation, LayerRef, SegmentIndex, VolumeId},
 };
 
 use super::protocol::{
-    ClosedClean, CommitRefusal, ControlCall, DataInstance, Hello, Opened, ReplicaIn, ReplicasOut,
+    ClosedClean, CommitRefusal, ControlCall, DataInstance, FreezeProgress, Hello, LayerMerged, Opened,
+    ReplicaIn, ReplicasOut,
 };
 
 /// How long a commit may take before storage is told to try again. A new leader is there within two seconds.
@@ -111,5 +112,24 @@ impl ControlPlane for Uplink {
         generation: Generation,
     ) -> BoxFuture<'static, Result<(), CommitError>> {
         self.commit(ClosedClean { volume, generation })
+    }
+
+    fn freeze_step(
+        &self,
+        volume: VolumeId,
+        generation: Generation,
+        freeze: FreezeId,
+        step: FreezeStep,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
+        self.commit(FreezeProgress { volume, generation, freeze, step })
+    }
+
+    fn merged(
+        &self,
+        volume: VolumeId,
+        generation: Generation,
+        layer: LayerRef,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
+        self.commit(LayerMerged { volume, generation, layer })
     }
 }

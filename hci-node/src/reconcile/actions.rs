@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use netfabric::rpc::{CallError, ErrorCode};
-use storage::ids::SegmentIndex;
+use storage::ids::{LayerId, LayerRef, SegmentIndex};
 use tokio::sync::Notify;
 
 use super::{
@@ -18,7 +18,7 @@ use super::{
 use crate::{
     data::{
         client::{DataClient, SLOW},
-        protocol::{CopyVolume, DataInstance, DeleteSegments, DeleteVolume, FormatDisk, VolumeFlush, Wipe},
+        protocol::{CopyVolume, DataInstance, DeleteParts, DeleteVolume, FormatDisk, VolumeFlush, Wipe},
     },
     paths::NodePaths,
     state::{
@@ -123,11 +123,9 @@ impl Tools {
                 self.propose(Op::ReplicasReleased { volume, generation, disk, segments }).await?;
             }
             Action::PurgeReplicas { volume, disk, segments } => {
-                let delete = DeleteSegments {
-                    volume: volume.into(),
-                    disk: disk.into(),
-                    segments: segments.iter().map(|segment| SegmentIndex(segment.0)).collect(),
-                };
+                let layer = LayerRef { volume: volume.into(), layer: LayerId::default() };
+                let parts = segments.iter().map(|segment| layer.key(SegmentIndex(segment.0))).collect();
+                let delete = DeleteParts { disk: disk.into(), parts };
                 self.data.call(&delete, SLOW).await.map_err(ActionError::Data)?;
                 self.propose(Op::ReplicasPurged { volume, disk, segments }).await?;
             }

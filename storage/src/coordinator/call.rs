@@ -2,12 +2,14 @@
 
 use super::Coordinator;
 use super::health::Verdict;
+use super::layers::{Part, View};
 use super::members::Target;
-use crate::ids::{BLOCK_SIZE, LayerId, SegmentIndex};
+use crate::ids::{BLOCK_SIZE, LayerRef, SegmentIndex};
 use crate::replica::protocol::{
     AckWhen, ReplicaAddress, ReplicaError, ReplicaOp, ReplicaOutcome, ReplicaRequest,
 };
 use crate::store::{BlockVersion, ReadReply, ReplicaWrite};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -97,14 +99,39 @@ impl Coordinator {
         }
     }
 
+    /// Reads blocks through all layers.
     pub(super) async fn read_replica(
         &self,
         target: Target,
+        view: &View,
         segment: SegmentIndex,
         block: u32,
         blocks: u32,
     ) -> Result<ReadReply, CallError> {
-        let op = ReplicaOp::Read { at: address(target, segment), block, blocks };
+        let at = ReplicaAddress { disk: target.disk, segment, layer: view.first() };
+        self.read_at(target, at, view.below.clone(), block, blocks).await
+    }
+
+    /// Reads blocks of one layer.
+    pub(super) async fn read_layer(
+        &self,
+        target: Target,
+        part: Part,
+        block: u32,
+        blocks: u32,
+    ) -> Result<ReadReply, CallError> {
+        self.read_at(target, address(target, part), Arc::default(), block, blocks).await
+    }
+
+    async fn read_at(
+        &self,
+        target: Target,
+        at: ReplicaAddress,
+        below: Arc<[LayerRef]>,
+        block: u32,
+        blocks: u32,
+    ) -> Result<ReadReply, CallError> {
+        let op = ReplicaOp::Read { at, below, block, blocks };
         match self.call(target, op, self.deadline(target)).await? {
             ReplicaOutcome::Data(reply) if is_intact(&reply, blocks) => Ok(reply),
             _ => Err(CallError::Lost("the answer does not fit the request".into())),
@@ -114,11 +141,11 @@ impl Coordinator {
     pub(super) async fn write_replica(
         &self,
         target: Target,
-        segment: SegmentIndex,
+        part: Part,
         write: ReplicaWrite,
         ack: AckWhen,
     ) -> Result<(), CallError> {
-        let op = ReplicaOp::Write { at: address(target, segment), write, ack };
+        let op = ReplicaOp::Write { at: address(target, part), write, ack };
         let started = Instant::now();
         match self.call(target, op, self.deadline(target)).await? {
             ReplicaOutcome::Done => {
@@ -133,11 +160,11 @@ impl Coordinator {
     pub(super) async fn versions(
         &self,
         target: Target,
-        segment: SegmentIndex,
+        part: Part,
         block: u32,
         blocks: u32,
     ) -> Result<Vec<BlockVersion>, CallError> {
-        let op = ReplicaOp::Versions { at: address(target, segment), block, blocks };
+        let op = ReplicaOp::Versions { at: address(target, part), block, blocks };
         match self.call(target, op, self.rim.timing.member_deadline).await? {
             ReplicaOutcome::Versions(versions)
                 if versions.iter().all(|v| (block..block + blocks).contains(&v.block)) =>
@@ -160,8 +187,8 @@ impl CallError {
     }
 }
 
-fn address(target: Target, segment: SegmentIndex) -> ReplicaAddress {
-    ReplicaAddress { disk: target.disk, segment, layer: LayerId::default() }
+pub(super) fn address(target: Target, part: Part) -> ReplicaAddress {
+    ReplicaAddress { disk: target.disk, segment: part.segment, layer: part.layer }
 }
 
 /// Whether what came is what was asked for, and what its checksums say.

@@ -2,6 +2,7 @@
 
 use super::call::CallError;
 use super::geometry::{self, Piece};
+use super::layers::Part;
 use super::members::Target;
 use super::ranges::Mode;
 use super::{Coordinator, Phase};
@@ -10,7 +11,7 @@ use crate::device::{BlockError, BlockOp};
 use crate::ids::{BLOCK_SIZE, SegmentIndex};
 use crate::replica::protocol::{AckWhen, ReplicaOp, ReplicaOutcome};
 use crate::signal::Seen;
-use crate::store::{Keep, ReadReply, ReplicaWrite, WriteContent};
+use crate::store::{ReadReply, ReplicaWrite, WriteContent};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{join_all, try_join_all};
 use std::sync::Arc;
@@ -137,7 +138,7 @@ impl Coordinator {
                 continue;
             }
             for target in readers {
-                match self.read_replica(target, segment, block, blocks).await {
+                match self.read_replica(target, &self.layers.view(), segment, block, blocks).await {
                     Ok(reply) => return Ok(reply),
                     Err(CallError::Checksum) => return self.read_damaged(segment, block, blocks).await,
                     Err(error) => {
@@ -165,7 +166,7 @@ impl Coordinator {
             let mut damaged = false;
             let mut intact = None;
             for target in readers {
-                match self.read_replica(target, segment, block, 1).await {
+                match self.read_replica(target, &self.layers.view(), segment, block, 1).await {
                     Ok(reply) => {
                         intact = Some(reply);
                         break;
@@ -190,10 +191,13 @@ impl Coordinator {
     }
 
     async fn write_piece(self: &Arc<Self>, piece: Piece, payload: Payload) -> Result<(), BlockError> {
+        // Held to the end: while a point in time is held no write is under way.
+        let _begun = self.layers.door.read().await;
         let range = self.ranges.lock(piece.range(), Mode::Write).await;
         self.leased().await;
+        let part = self.layers.view().top(piece.segment);
         let content = match payload {
-            Payload::Zeroes => WriteContent::Zeroes { blocks: piece.blocks, keep: Keep::WhereStored },
+            Payload::Zeroes => WriteContent::Zeroes { blocks: piece.blocks, keep: part.keep },
             Payload::Data(data) if !piece.is_partial() => with_checksums(data),
             Payload::Data(data) => with_checksums(self.merge(piece, &data).await?),
         };
@@ -204,7 +208,7 @@ impl Coordinator {
             let missing = self.missing(piece.segment, &acked);
             let mut full = None;
             if !missing.is_empty() {
-                full = self.send_write(piece.segment, &write, missing, &mut acked).await;
+                full = self.send_write(part, &write, missing, &mut acked).await;
             }
             if self.table.lock().write_complete(piece.segment, &acked) {
                 break;
@@ -239,7 +243,7 @@ impl Coordinator {
     /// equal, and the pause after which to try again is returned.
     async fn send_write(
         &self,
-        segment: SegmentIndex,
+        part: Part,
         write: &ReplicaWrite,
         targets: Vec<Target>,
         acked: &mut Vec<Target>,
@@ -248,7 +252,7 @@ impl Coordinator {
             Durability::WriteBack => AckWhen::Logged,
             Durability::WriteThrough => AckWhen::Durable,
         };
-        let sent = targets.iter().map(|target| self.write_replica(*target, segment, write.clone(), ack));
+        let sent = targets.iter().map(|target| self.write_replica(*target, part, write.clone(), ack));
         let results = join_all(sent).await;
         if acked.is_empty() && results.iter().all(|r| *r == Err(CallError::Full)) {
             return Some(FULL_RETRY);

@@ -548,7 +548,7 @@ impl Member {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Access, CleanState, Durability, Limits};
+    use crate::config::{Access, CleanState, Durability, LayersConfig, Limits};
     use crate::ids::{ByteSize, Generation, SEGMENT_SIZE, VolumeId};
     use crate::replica::protocol::BootEpoch;
     use uuid::Uuid;
@@ -582,6 +582,7 @@ mod tests {
             }],
             access: Access::Internal,
             limits: Limits::default(),
+            layers: LayersConfig::default(),
         }
     }
 

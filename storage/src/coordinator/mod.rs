@@ -16,6 +16,9 @@
 //! | `resync` | attaching replicas that come back, copying what they lack |
 //! | `commit` | changes of the in-sync set, one at a time |
 //! | `copy` | carrying out the fixes that `diff` found |
+//! | `layers` | where reads look and writes go, and the door that holds a point in time |
+//! | `freeze` | taking a snapshot, of one volume or several at once |
+//! | `merge` | merging layers that no snapshot needs any more |
 //!
 //! # Life
 //!
@@ -27,12 +30,15 @@ mod call;
 mod commit;
 mod copy;
 mod diff;
+mod freeze;
 mod geometry;
 mod health;
 mod io;
+mod layers;
 mod limits;
 mod locks;
 mod members;
+mod merge;
 mod open;
 mod ranges;
 mod resync;
@@ -50,6 +56,7 @@ use crate::status::{VolumeState, VolumeStatus};
 use crate::transport::Transport;
 use bytes::Bytes;
 use health::Health;
+use layers::Layers;
 use limits::Limiter;
 use locks::RangeLocks;
 use members::{MemberTable, Patience};
@@ -137,6 +144,7 @@ pub(crate) struct Coordinator {
     /// The term of the lease in which the control plane has confirmed the generation.
     confirmed: Signal<Option<Term>>,
     ranges: RangeLocks,
+    layers: Layers,
     sequence: AtomicU64,
     sessions: AtomicU64,
     /// Requests that wait for replicas.
@@ -169,6 +177,7 @@ impl Coordinator {
             give_up: Signal::new(false),
             confirmed: Signal::new(None),
             ranges: RangeLocks::default(),
+            layers: Layers::new(&config.layers),
             sequence: AtomicU64::new((rim.boot.0 << SEQUENCE_BITS) + 1),
             sessions: AtomicU64::new(1),
             waiting: AtomicUsize::new(0),
@@ -185,6 +194,8 @@ impl Coordinator {
         this.spawn(this.clone().run_commits());
         this.spawn(this.clone().run_resync());
         this.spawn(this.clone().run_confirm());
+        this.spawn(this.clone().run_freezes());
+        this.spawn(this.clone().run_merges());
         this
     }
 
@@ -197,6 +208,7 @@ impl Coordinator {
     pub(crate) fn configure(&self, config: &VolumeConfig) {
         self.limiter.lock().configure(config.limits);
         *self.durability.lock() = config.durability;
+        self.layers.configure(&config.layers);
         self.change(|table| table.configure(config));
         if self.phase.get() == Phase::Open {
             self.grow(Patience::Waits);

@@ -5,6 +5,7 @@
 //! away for a moment): no replica is known to have everything then, and requests wait.
 
 use super::geometry;
+use super::layers::Part;
 use super::members::{SlotState, Target};
 use super::{Coordinator, Phase, diff};
 use crate::config::CleanState;
@@ -174,8 +175,13 @@ impl Coordinator {
     }
 
     async fn reconcile_all(self: &Arc<Self>) -> Result<(), Interrupted> {
+        let view = self.layers.view();
         let segments = (0..geometry::segment_count(self.size())).map(SegmentIndex);
-        let work = segments.map(|segment| self.reconcile(segment));
+        let mut parts = Vec::new();
+        for segment in segments {
+            parts.extend(view.unsettled().iter().map(|layer| view.part(segment, *layer)));
+        }
+        let work = parts.into_iter().map(|part| self.reconcile(part));
         let mut results = futures_util::stream::iter(work).buffer_unordered(COMPARE_SEGMENTS);
         while let Some(result) = results.next().await {
             result?;
@@ -183,8 +189,9 @@ impl Coordinator {
         Ok(())
     }
 
-    /// Makes the replicas of a segment equal. Nobody writes meanwhile.
-    async fn reconcile(self: &Arc<Self>, segment: SegmentIndex) -> Result<(), Interrupted> {
+    /// Makes the replicas of a segment equal in one layer. Nobody writes meanwhile.
+    async fn reconcile(self: &Arc<Self>, part: Part) -> Result<(), Interrupted> {
+        let segment = part.segment;
         let targets = self.table.lock().in_state(segment, SlotState::Opening);
         if targets.len() < 2 {
             return Ok(());
@@ -194,7 +201,7 @@ impl Coordinator {
         while block < end {
             let blocks = COMPARE_BLOCKS.min(end - block);
             let lists = try_join_all(targets.iter().map(|target| async {
-                self.versions(*target, segment, block, blocks).await.map_err(|error| {
+                self.versions(*target, part, block, blocks).await.map_err(|error| {
                     self.lose(target, error.reason());
                     Interrupted
                 })
@@ -205,7 +212,7 @@ impl Coordinator {
                 let count: u32 = fixes.iter().map(|f| f.blocks).sum();
                 tracing::info!(volume = %self.id, %segment, blocks = count, "replicas differ after an unclean close");
                 self.metrics.reconciled_blocks.inc_by(u64::from(count));
-                self.reconcile_blocks(segment, &targets, &lists, fixes).await?;
+                self.reconcile_blocks(part, &targets, &lists, fixes).await?;
             }
             block += blocks;
         }

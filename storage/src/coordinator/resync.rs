@@ -6,11 +6,12 @@
 //! replica in. New, empty replicas come in on the same path.
 
 use super::copy::FixError;
+use super::layers::Part;
 use super::members::{Patience, SlotState, Target};
 use super::open::{Attached, COMPARE_BLOCKS};
 use super::ranges::Mode;
 use super::{Coordinator, Phase, diff, geometry};
-use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT, DiskId, SegmentIndex};
+use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT, DiskId, LayerRef, SegmentIndex};
 use crate::status::ResyncProgress;
 use crate::transport::PeerChange;
 use futures_util::StreamExt;
@@ -148,17 +149,38 @@ impl Coordinator {
         let end = geometry::segment_blocks(self.size(), segment);
         // Writes that began before the session are not sent to the member: they must have ended before anything is compared.
         drop(self.ranges.lock(volume_range(segment, 0..end), Mode::Copy).await);
+        // From the bottom up: the member takes part in merges, and what it merges from a layer that is not equal yet is put right when the
+        // one above is compared. Of a layer that comes later it gets every write.
+        for layer in self.layers.view().all.iter().rev() {
+            self.resync_layer(target, segment, *layer, end).await?;
+        }
+        Ok(())
+    }
+
+    async fn resync_layer(
+        self: &Arc<Self>,
+        target: Target,
+        segment: SegmentIndex,
+        layer: LayerRef,
+        end: u32,
+    ) -> Result<(), Stopped> {
         let mut block = 0;
         while block < end {
+            let view = self.layers.view();
+            if !view.all.contains(&layer) {
+                // It was merged meanwhile into the one that comes next.
+                return Ok(());
+            }
+            let part = view.part(segment, layer);
             let blocks = COMPARE_BLOCKS.min(end - block);
-            let differing = self.compare(target, segment, block..block + blocks).await?;
+            let differing = self.compare(target, part, block..block + blocks).await?;
             let count: u64 = differing.iter().map(|f| u64::from(f.blocks)).sum();
             self.table.lock().progress(target.disk, |p| {
                 p.blocks_compared += u64::from(blocks);
                 p.blocks_left += count;
             });
             let work = batches(&differing).into_iter().map(|(range, found)| async move {
-                let copied = self.copy_batch(target, segment, range).await;
+                let copied = self.copy_batch(target, part, range).await;
                 self.table
                     .lock()
                     .progress(target.disk, |p| p.blocks_left = p.blocks_left.saturating_sub(found));
@@ -177,21 +199,24 @@ impl Coordinator {
     async fn copy_batch(
         self: &Arc<Self>,
         target: Target,
-        segment: SegmentIndex,
+        part: Part,
         range: Range<u32>,
     ) -> Result<(), Stopped> {
+        let segment = part.segment;
         let started = Instant::now();
         let bytes = {
             let _range = self.ranges.lock(volume_range(segment, range.clone()), Mode::Copy).await;
             let source = self.source(segment)?;
-            let fixes = self.compare_with(source, target, segment, range).await?;
+            let fixes = self.compare_with(source, target, part, range).await?;
             let blocks: u64 = fixes.iter().map(|f| u64::from(f.blocks)).sum();
-            match self.apply_fixes(segment, &[source, target], fixes).await {
+            match self.apply_fixes(part, &[source, target], fixes).await {
                 Ok(()) => {}
                 Err(FixError::Damaged(fix)) => {
                     tracing::error!(volume = %self.id, %segment, block = fix.block, "the source of a resync is damaged");
-                    // Some other replica may have it intact: have it read, which repairs.
-                    drop(self.read_blocks(segment, fix.block, fix.blocks).await);
+                    // Some other replica may have it intact: it is repaired from there, once the range is free.
+                    let damaged = fix.block..fix.block + fix.blocks;
+                    let this = self.clone();
+                    self.spawn(async move { this.repair_layer(part, damaged).await });
                     return Err(Stopped::Source);
                 }
                 Err(FixError::Lost) => return Err(self.stopped(target)),
@@ -209,24 +234,24 @@ impl Coordinator {
     async fn compare(
         self: &Arc<Self>,
         target: Target,
-        segment: SegmentIndex,
+        part: Part,
         range: Range<u32>,
     ) -> Result<Vec<diff::Fix>, Stopped> {
-        let source = self.source(segment)?;
-        self.compare_with(source, target, segment, range).await
+        let source = self.source(part.segment)?;
+        self.compare_with(source, target, part, range).await
     }
 
     async fn compare_with(
         self: &Arc<Self>,
         source: Target,
         target: Target,
-        segment: SegmentIndex,
+        part: Part,
         range: Range<u32>,
     ) -> Result<Vec<diff::Fix>, Stopped> {
         let blocks = range.end - range.start;
         let (right, theirs) = join(
-            self.versions(source, segment, range.start, blocks),
-            self.versions(target, segment, range.start, blocks),
+            self.versions(source, part, range.start, blocks),
+            self.versions(target, part, range.start, blocks),
         )
         .await;
         let theirs = theirs.map_err(|error| {
@@ -265,7 +290,7 @@ impl Coordinator {
 }
 
 /// The blocks of a segment, within the volume.
-fn volume_range(segment: SegmentIndex, blocks: Range<u32>) -> Range<u64> {
+pub(super) fn volume_range(segment: SegmentIndex, blocks: Range<u32>) -> Range<u64> {
     let start = u64::from(segment.0) * u64::from(BLOCKS_PER_SEGMENT);
     start + u64::from(blocks.start)..start + u64::from(blocks.end)
 }

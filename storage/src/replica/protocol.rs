@@ -4,9 +4,10 @@
 //! with [`ReplicaOp::Attach`] and ends with the next one or with the replica server's process. A replica serves requests of the
 //! current session only, so a message that was delayed for however long can never be applied after its coordinator gave up on it.
 
-use crate::ids::{DiskId, Generation, LayerId, SegmentIndex, VolumeId};
-use crate::store::{BlockVersion, ReadReply, ReplicaWrite};
+use crate::ids::{DiskId, Generation, LayerRef, SegmentIndex, SegmentKey, VolumeId};
+use crate::store::{BlockVersion, Keep, ReadReply, ReplicaWrite};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 use thiserror::Error;
 
 /// Counts the starts of a node's data process; durable, so that a new one is always higher.
@@ -43,7 +44,14 @@ pub struct ReplicaAddress {
     /// The segment.
     pub segment: SegmentIndex,
     /// The layer.
-    pub layer: LayerId,
+    pub layer: LayerRef,
+}
+
+impl ReplicaAddress {
+    /// What the store calls it.
+    pub fn key(&self) -> SegmentKey {
+        self.layer.key(self.segment)
+    }
 }
 
 /// When a write may be answered.
@@ -72,10 +80,12 @@ pub enum ReplicaOp {
         /// When to answer.
         ack: AckWhen,
     },
-    /// Read blocks.
+    /// Read blocks, each from the first layer that has it.
     Read {
-        /// Where.
+        /// Where, in the top layer.
         at: ReplicaAddress,
+        /// The layers below, from the top down.
+        below: Arc<[LayerRef]>,
         /// First block.
         block: u32,
         /// Number of blocks.
@@ -90,6 +100,19 @@ pub enum ReplicaOp {
         /// Number of blocks.
         blocks: u32,
     },
+    /// Copy blocks from a layer to the one above it, where that one does not have them.
+    Merge {
+        /// From where.
+        at: ReplicaAddress,
+        /// The layer above.
+        into: LayerRef,
+        /// First block.
+        block: u32,
+        /// Number of blocks.
+        blocks: u32,
+        /// Whether zeroes hide something below.
+        keep: Keep,
+    },
     /// Make all that was written to the disk durable.
     Flush {
         /// The disk.
@@ -102,7 +125,10 @@ impl ReplicaOp {
     pub fn disk(&self) -> DiskId {
         match self {
             Self::Attach { disk } | Self::Flush { disk } => *disk,
-            Self::Write { at, .. } | Self::Read { at, .. } | Self::Versions { at, .. } => at.disk,
+            Self::Write { at, .. }
+            | Self::Read { at, .. }
+            | Self::Versions { at, .. }
+            | Self::Merge { at, .. } => at.disk,
         }
     }
 }

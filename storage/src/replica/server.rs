@@ -5,17 +5,17 @@
 //! later is refused. Sessions live in memory: after a restart nobody is attached, so a coordinator learns of it by its next request.
 
 use super::protocol::{
-    AckWhen, BootEpoch, ReplicaAddress, ReplicaError, ReplicaOp, ReplicaOutcome, ReplicaReply,
-    ReplicaRequest, Session,
+    AckWhen, BootEpoch, ReplicaError, ReplicaOp, ReplicaOutcome, ReplicaReply, ReplicaRequest, Session,
 };
 use crate::ids::{
-    BLOCK_SIZE, BLOCKS_PER_SEGMENT, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, VolumeId,
+    BLOCK_SIZE, BLOCKS_PER_SEGMENT, DiskId, Generation, MAX_DEPTH, SegmentKey, Version, VolumeId,
 };
 use crate::metrics::{DiskMetrics, Metrics};
-use crate::store::{DiskStore, ReplicaWrite, StoreError, WriteContent};
+use crate::store::{BlockVersion, DiskStore, Keep, ReplicaWrite, StoreError, WriteContent, thin};
 use netfabric::NodeId;
 use parking_lot::{Mutex, RwLock};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 use tokio::time::Instant;
 
@@ -82,19 +82,13 @@ impl ReplicaServer {
         result
     }
 
-    /// Removes what one disk holds of some segments of a volume, none of which anybody reads or writes there any more.
-    /// Sessions go on: the disk may hold other segments of the volume.
-    pub(crate) async fn delete_segments(
-        &self,
-        volume: VolumeId,
-        disk: DiskId,
-        segments: &[SegmentIndex],
-    ) -> Result<(), StoreError> {
+    /// Removes what one disk holds of some segments in some layers, none of which anybody reads or writes there any more.
+    /// Sessions go on: the disk may hold other parts of the volume.
+    pub(crate) async fn delete_parts(&self, disk: DiskId, parts: &[SegmentKey]) -> Result<(), StoreError> {
         let store = self.disks.read().get(&disk).map(|disk| disk.store.clone());
         let Some(store) = store else { return Err(StoreError::Io(format!("disk {disk} is not here"))) };
-        for segment in segments {
-            let at = SegmentKey { volume, segment: *segment, layer: LayerId::default() };
-            store.remove(at).await?;
+        for part in parts {
+            store.remove(*part).await?;
         }
         store.flush().await
     }
@@ -132,33 +126,49 @@ impl ReplicaServer {
             }
             _ => return Err(ReplicaError::NotAttached),
         }
-        let key =
-            |at: &ReplicaAddress| SegmentKey { volume: request.volume, segment: at.segment, layer: at.layer };
         match request.op {
             ReplicaOp::Attach { .. } => Err(ReplicaError::Invalid("attach".into())),
             ReplicaOp::Write { at, write, ack } => {
                 check_write(&write, from != self.node)?;
                 let started = Instant::now();
-                store.write(key(&at), write).await?;
+                store.write(at.key(), write).await?;
                 metrics.write.observe(started.elapsed());
                 if ack == AckWhen::Durable {
                     flush(store.as_ref(), &metrics).await?;
                 }
                 Ok(ReplicaOutcome::Done)
             }
-            ReplicaOp::Read { at, block, blocks } => {
+            ReplicaOp::Read { at, below, block, blocks } => {
                 check_range(block, blocks)?;
                 if u64::from(blocks) * BLOCK_SIZE > crate::ids::MAX_TRANSFER {
                     return Err(ReplicaError::Invalid(format!("a read of {blocks} blocks is too long")));
                 }
+                if below.len() >= MAX_DEPTH {
+                    return Err(ReplicaError::Invalid(format!("{} layers are too many", below.len() + 1)));
+                }
                 let started = Instant::now();
-                let data = store.read(key(&at), block, blocks).await?;
+                let data = if below.is_empty() {
+                    store.read(at.key(), block, blocks).await?
+                } else {
+                    let layers = std::iter::once(at.layer).chain(below.iter().copied());
+                    let chain: Vec<SegmentKey> = layers.map(|layer| layer.key(at.segment)).collect();
+                    store.read_layers(&chain, block, blocks).await?
+                };
                 metrics.read.observe(started.elapsed());
                 Ok(ReplicaOutcome::Data(data))
             }
             ReplicaOp::Versions { at, block, blocks } => {
                 check_range(block, blocks)?;
-                Ok(ReplicaOutcome::Versions(store.versions(key(&at), block..block + blocks).await?))
+                Ok(ReplicaOutcome::Versions(store.versions(at.key(), block..block + blocks).await?))
+            }
+            ReplicaOp::Merge { at, into, block, blocks, keep } => {
+                check_range(block, blocks)?;
+                if u64::from(blocks) * BLOCK_SIZE > crate::ids::MAX_TRANSFER {
+                    return Err(ReplicaError::Invalid(format!("a merge of {blocks} blocks is too long")));
+                }
+                let range = block..block + blocks;
+                merge(store.as_ref(), at.key(), into.key(at.segment), range, keep).await?;
+                Ok(ReplicaOutcome::Done)
             }
             ReplicaOp::Flush { .. } => {
                 flush(store.as_ref(), &metrics).await?;
@@ -176,6 +186,29 @@ async fn flush(store: &dyn DiskStore, metrics: &DiskMetrics) -> Result<(), Store
     let started = Instant::now();
     store.flush().await?;
     metrics.flush.observe(started.elapsed());
+    Ok(())
+}
+
+/// Copies what the upper layer does not have. Nobody writes these blocks meanwhile.
+async fn merge(
+    store: &dyn DiskStore,
+    lower: SegmentKey,
+    upper: SegmentKey,
+    range: Range<u32>,
+    keep: Keep,
+) -> Result<(), StoreError> {
+    let is_there = |found: &BlockVersion| found.version != Version::default();
+    let above: BTreeSet<u32> =
+        store.versions(upper, range.clone()).await?.iter().filter(|v| is_there(v)).map(|v| v.block).collect();
+    let mut lacking = store.versions(lower, range).await?;
+    lacking.retain(|found| is_there(found) && !above.contains(&found.block));
+    let one_write = |a: &BlockVersion, b: &BlockVersion| a.block + 1 == b.block && a.version == b.version;
+    for run in lacking.chunk_by(one_write) {
+        let Some(first) = run.first() else { continue };
+        let found = store.read(lower, first.block, run.len() as u32).await?;
+        let content = thin(found, keep);
+        store.write(upper, ReplicaWrite { block: first.block, version: first.version, content }).await?;
+    }
     Ok(())
 }
 

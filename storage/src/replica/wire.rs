@@ -4,7 +4,7 @@ use super::protocol::{
     AckWhen, BootEpoch, ReplicaAddress, ReplicaError, ReplicaOp, ReplicaOutcome, ReplicaReply,
     ReplicaRequest, Session,
 };
-use crate::ids::{DiskId, Generation, Version, VolumeId};
+use crate::ids::{DiskId, Generation, LayerRef, Version, VolumeId};
 use crate::store::{BlockVersion, Keep, ReadReply, ReplicaWrite, WriteContent};
 use bytes::Bytes;
 use netfabric::rpc::{DecodeError, EncodeError, Request, Response};
@@ -27,9 +27,10 @@ enum Op {
     Attach { disk: DiskId },
     WriteData { at: ReplicaAddress, block: u32, version: Version, crcs: Vec<u32>, ack: AckWhen },
     WriteZeroes { at: ReplicaAddress, block: u32, version: Version, blocks: u32, keep: Keep, ack: AckWhen },
-    Read { at: ReplicaAddress, block: u32, blocks: u32 },
+    Read { at: ReplicaAddress, below: Vec<LayerRef>, block: u32, blocks: u32 },
     Versions { at: ReplicaAddress, block: u32, blocks: u32 },
     Flush { disk: DiskId },
+    Merge { at: ReplicaAddress, into: LayerRef, block: u32, blocks: u32, keep: Keep },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -61,7 +62,8 @@ pub(crate) fn encode_request(request: ReplicaRequest) -> Result<Request, EncodeE
                 Op::WriteZeroes { at, block: write.block, version: write.version, blocks, keep, ack }
             }
         },
-        ReplicaOp::Read { at, block, blocks } => Op::Read { at, block, blocks },
+        ReplicaOp::Read { at, below, block, blocks } => Op::Read { at, below: below.to_vec(), block, blocks },
+        ReplicaOp::Merge { at, into, block, blocks, keep } => Op::Merge { at, into, block, blocks, keep },
         ReplicaOp::Versions { at, block, blocks } => Op::Versions { at, block, blocks },
         ReplicaOp::Flush { disk } => Op::Flush { disk },
     };
@@ -86,7 +88,8 @@ pub(crate) fn decode_request(request: &Request) -> Result<ReplicaRequest, Decode
             let content = WriteContent::Zeroes { blocks, keep };
             ReplicaOp::Write { at, write: ReplicaWrite { block, version, content }, ack }
         }
-        Op::Read { at, block, blocks } => ReplicaOp::Read { at, block, blocks },
+        Op::Read { at, below, block, blocks } => ReplicaOp::Read { at, below: below.into(), block, blocks },
+        Op::Merge { at, into, block, blocks, keep } => ReplicaOp::Merge { at, into, block, blocks, keep },
         Op::Versions { at, block, blocks } => ReplicaOp::Versions { at, block, blocks },
         Op::Flush { disk } => ReplicaOp::Flush { disk },
     };
@@ -128,8 +131,12 @@ mod tests {
         (any::<u128>(), any::<u32>()).prop_map(|(d, s)| ReplicaAddress {
             disk: DiskId(uuid::Uuid::from_u128(d)),
             segment: SegmentIndex(s),
-            layer: LayerId(0),
+            layer: layer(u128::from(s) << 7, s),
         })
+    }
+
+    fn layer(volume: u128, layer: u32) -> LayerRef {
+        LayerRef { volume: VolumeId(uuid::Uuid::from_u128(volume)), layer: LayerId(layer) }
     }
 
     fn op() -> impl Strategy<Value = ReplicaOp> {
@@ -147,10 +154,20 @@ mod tests {
             at().prop_map(|a| ReplicaOp::Attach { disk: a.disk }),
             at().prop_map(|a| ReplicaOp::Flush { disk: a.disk }),
             (at(), write, ack).prop_map(|(at, write, ack)| ReplicaOp::Write { at, write, ack }),
-            (at(), any::<u32>(), any::<u32>()).prop_map(|(at, block, blocks)| ReplicaOp::Read {
-                at,
-                block,
-                blocks
+            (
+                at(),
+                proptest::collection::vec((any::<u128>(), any::<u32>()), 0..5),
+                any::<u32>(),
+                any::<u32>()
+            )
+                .prop_map(|(at, below, block, blocks)| ReplicaOp::Read {
+                    at,
+                    below: below.into_iter().map(|(volume, number)| layer(volume, number)).collect(),
+                    block,
+                    blocks
+                }),
+            (at(), any::<u128>(), any::<u32>(), any::<u32>()).prop_map(|(at, volume, block, blocks)| {
+                ReplicaOp::Merge { at, into: layer(volume, block), block, blocks, keep: Keep::Always }
             }),
             (at(), any::<u32>(), any::<u32>()).prop_map(|(at, block, blocks)| ReplicaOp::Versions {
                 at,

@@ -37,7 +37,7 @@ pub(super) fn fill(value: Value, sectors: u64) -> Bytes {
 }
 
 /// The value in a sector; none when it is torn.
-fn value_of(sector: &[u8]) -> Option<Value> {
+pub(super) fn value_of(sector: &[u8]) -> Option<Value> {
     let first: [u8; 8] = sector[..8].try_into().ok()?;
     sector.chunks_exact(8).all(|c| c == first).then(|| Value::from_le_bytes(first))
 }

@@ -5,8 +5,10 @@ use super::disk::SimDisk;
 use super::history::History;
 use super::net::{Network, NodeTransport};
 use super::raft::{NodeControl, Raft};
+use super::snapshots;
 use crate::config::{
-    Access, CleanState, Durability, Limits, ReplicaConfig, ReplicaState, SegmentConfig, VolumeConfig,
+    Access, CleanState, Durability, LayersConfig, Limits, ReplicaConfig, ReplicaState, SegmentConfig,
+    VolumeConfig,
 };
 use crate::coordinator::{Coordinator, Rim, Timing, VolumeDevice};
 use crate::ids::{BLOCK_SIZE, ByteSize, DiskId, Generation, SEGMENT_SIZE, SegmentIndex, VolumeId};
@@ -95,6 +97,7 @@ impl Cluster {
                 .collect(),
             access: Access::Internal,
             limits: Limits::default(),
+            layers: LayersConfig::single(VolumeId(id(1000))),
         };
         let network = Network::new(dice.clone());
         let history = Arc::new(Mutex::new(History::default()));
@@ -170,6 +173,7 @@ impl Cluster {
 
     /// What the control plane does all the time: renews leases, opens the volume where its coordinator is gone.
     pub(super) fn control_step(&mut self) {
+        snapshots::control(self);
         let now = Instant::now();
         for node in &mut self.nodes {
             if let Some(process) = &mut node.process
@@ -337,9 +341,13 @@ impl Cluster {
         false
     }
 
-    /// Open, all replicas in sync.
+    /// Open, all replicas in sync, no snapshot on its way in or out.
     pub(super) fn is_healthy(&self) -> bool {
         self.coordinator().is_some_and(|(_, c)| c.status().state == VolumeState::Open)
             && self.raft.in_sync().len() == NODES
+            && {
+                let record = self.raft.record.lock();
+                record.volume.layers.freeze.is_none() && record.volume.layers.merge.is_none()
+            }
     }
 }

@@ -2,9 +2,9 @@
 //! by seed, what was not flushed.
 
 use super::dice::Dice;
-use crate::ids::{BLOCK_SIZE, ByteSize, Generation, SegmentKey, Version, VolumeId};
+use crate::ids::{BLOCK_SIZE, ByteSize, Generation, LayerRef, SegmentKey, Version, VolumeId};
 use crate::status::{DiskHealth, DiskUsage};
-use crate::store::{BlockVersion, DiskStore, ReadReply, ReplicaWrite, StoreError, WriteContent};
+use crate::store::{BlockVersion, DiskStore, Keep, ReadReply, ReplicaWrite, StoreError, WriteContent};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
@@ -88,6 +88,13 @@ impl SimDisk {
         }
     }
 
+    /// Damages everything.
+    pub(super) fn corrupt_all(&self) {
+        let mut state = self.state.lock();
+        let state = &mut *state;
+        state.current.values_mut().chain(state.durable.values_mut()).for_each(|stored| stored.crc ^= 1);
+    }
+
     pub(super) fn is_intact(&self, at: SegmentKey, block: u32) -> bool {
         self.state.lock().current.get(&(at, block)).is_none_or(|s| crc32c::crc32c(&s.data) == s.crc)
     }
@@ -97,6 +104,24 @@ impl SimDisk {
         let mut contents = self.state.lock().current.clone();
         contents.retain(|_, s| s.version != Version::default());
         contents
+    }
+
+    /// Removes a layer, as if it had been given up long ago.
+    pub(super) fn forget(&self, layer: LayerRef) {
+        let mut state = self.state.lock();
+        let is_kept = |at: &SegmentKey| at.volume != layer.volume || at.layer != layer.layer;
+        state.current.retain(|(at, _), _| is_kept(at));
+        state.durable.retain(|(at, _), _| is_kept(at));
+        state.cached.retain(|((at, _), _)| is_kept(at));
+    }
+
+    /// What a block reads through layers, the top first.
+    pub(super) fn look(&self, chain: &[SegmentKey], block: u32) -> Bytes {
+        let state = self.state.lock();
+        let found = chain.iter().find_map(|at| {
+            state.current.get(&(*at, block)).filter(|stored| stored.version != Version::default())
+        });
+        found.map_or_else(|| Bytes::from(vec![0; BLOCK_SIZE as usize]), |stored| stored.data.clone())
     }
 
     /// Blocks written so far.
@@ -136,6 +161,15 @@ impl DiskStore for Handle {
                 let size = BLOCK_SIZE as usize;
                 let (data, crc) = match &write.content {
                     WriteContent::Data { data, crcs } => (data.slice(i * size..(i + 1) * size), crcs[i]),
+                    // As much is left out as the rules of the store permit.
+                    WriteContent::Zeroes { keep: Keep::WhereStored, .. }
+                        if state
+                            .current
+                            .get(&(at, block))
+                            .is_none_or(|s| s.version == Version::default()) =>
+                    {
+                        continue;
+                    }
                     WriteContent::Zeroes { .. } => {
                         let zeroes = Bytes::from(vec![0; size]);
                         let crc = crc32c::crc32c(&zeroes);

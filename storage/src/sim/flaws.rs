@@ -4,8 +4,8 @@
 //! be found wrong within a few seeds; a checker that stays silent proves nothing when it is silent about the real thing.
 
 use super::dice::Dice;
-use crate::ids::{DiskId, VolumeId};
-use crate::replica::protocol::{ReplicaOp, ReplicaOutcome, ReplicaReply, ReplicaRequest};
+use crate::ids::{DiskId, LayerId, LayerRef, VolumeId};
+use crate::replica::protocol::{ReplicaAddress, ReplicaOp, ReplicaOutcome, ReplicaReply, ReplicaRequest};
 use crate::replica::server::ReplicaServer;
 use netfabric::NodeId;
 use parking_lot::Mutex;
@@ -26,14 +26,17 @@ pub(super) enum Flaw {
     ForgottenBlock,
     /// Some writes are carried out a second time, later: a stale log record applied.
     StaleRecord,
+    /// Some writes land in the layer that was frozen, too.
+    ThawedLayer,
 }
 
-pub(super) const FLAWS: [Flaw; 5] = [
+pub(super) const FLAWS: [Flaw; 6] = [
     Flaw::MissingMember,
     Flaw::DroppedFlush,
     Flaw::UncheckedGeneration,
     Flaw::ForgottenBlock,
     Flaw::StaleRecord,
+    Flaw::ThawedLayer,
 ];
 
 /// How many requests in a hundred a flaw hits that does not hit all.
@@ -110,6 +113,14 @@ impl Flawed {
                 });
                 reply
             }
+            (Flaw::ThawedLayer, ReplicaOp::Write { at, write, ack }) if hit && at.layer.layer.0 > 0 => {
+                let layer = LayerRef { layer: LayerId(at.layer.layer.0 - 1), ..at.layer };
+                let at = ReplicaAddress { layer, ..*at };
+                let op = ReplicaOp::Write { at, write: write.clone(), ack: *ack };
+                // What comes of it is not looked at: it is what should not be there.
+                let _ = server.handle(from, ReplicaRequest { op, ..request.clone() }).await;
+                server.handle(from, request).await
+            }
             _ => server.handle(from, request).await,
         }
     }
@@ -123,13 +134,11 @@ impl Flawed {
     ) -> ReplicaReply {
         let disk = request.op.disk();
         let harmless = match request.op {
-            ReplicaOp::Write { at, .. } => ReplicaOp::Read { at, block: 0, blocks: 1 },
+            ReplicaOp::Write { at, .. } => {
+                ReplicaOp::Read { at, below: std::sync::Arc::default(), block: 0, blocks: 1 }
+            }
             _ => ReplicaOp::Versions {
-                at: crate::replica::protocol::ReplicaAddress {
-                    disk,
-                    segment: crate::ids::SegmentIndex(0),
-                    layer: crate::ids::LayerId::default(),
-                },
+                at: ReplicaAddress { disk, segment: crate::ids::SegmentIndex(0), layer: LayerRef::default() },
                 block: 0,
                 blocks: 1,
             },

@@ -172,6 +172,11 @@ impl History {
         }
     }
 
+    /// What there may be at this moment.
+    pub(super) fn freeze(&self) -> Frozen {
+        Frozen(self.sectors.clone())
+    }
+
     /// S2: nothing is completed by an opening that another one has followed.
     fn check_serving(&mut self, opening: u64, what: &str) {
         if opening < self.serving {
@@ -188,6 +193,25 @@ impl History {
 
     pub(super) fn violations(&self) -> &[String] {
         &self.violations
+    }
+}
+
+/// The values that each sector may have had at one moment.
+#[derive(Debug, Clone)]
+pub(super) struct Frozen(BTreeMap<u64, Vec<Write>>);
+
+impl Frozen {
+    /// Whether a read at that moment could have returned this value.
+    pub(super) fn allows(&self, sector: u64, value: Value) -> bool {
+        let Some(writes) = self.0.get(&sector) else { return value == 0 };
+        let is_over_before = |write: &Write, later: &Write| {
+            later.certain.is_some() && write.over.is_some_and(|over| over < later.submitted)
+        };
+        writes.iter().any(|write| {
+            write.value == value
+                && write.gone.is_none()
+                && !writes.iter().any(|later| is_over_before(write, later))
+        })
     }
 }
 
@@ -231,6 +255,19 @@ mod tests {
         let t = h.tick();
         h.check_read(1, 0, t, 0);
         assert_eq!(h.violations().len(), 2, "a flushed write is gone");
+    }
+
+    #[test]
+    fn a_frozen_moment_allows_what_was_there_and_nothing_else() {
+        let mut h = History::default();
+        written(&mut h, 1);
+        written(&mut h, 2);
+        h.submit_write(1, 0..1, 3);
+        let frozen = h.freeze();
+        written(&mut h, 4);
+        let allowed: Vec<Value> = (0..6).filter(|value| frozen.allows(0, *value)).collect();
+        assert_eq!(allowed, vec![2, 3], "not what was overwritten, nor what came later");
+        assert!(frozen.allows(1, 0) && !frozen.allows(1, 1));
     }
 
     #[test]

@@ -14,6 +14,7 @@
 //! | `cluster` | nodes, faults, what the control plane does |
 //! | `client` | the workload |
 //! | `history` | which results are possible (S1, S2, S5) |
+//! | `snapshots` | snapshots, and what each must read |
 //! | `scripted` | single stories with exact expectations |
 
 mod client;
@@ -25,9 +26,10 @@ mod history;
 mod net;
 mod raft;
 mod scripted;
+mod snapshots;
 
 use crate::config::Durability;
-use crate::ids::DiskId;
+use crate::ids::{DiskId, SegmentKey};
 use cluster::{Cluster, NODES, Setup};
 use dice::Dice;
 use flaws::{FLAWS, Flaw};
@@ -63,6 +65,8 @@ struct Tally {
     flushes: u64,
     losses: u64,
     openings: u64,
+    snapshots: u64,
+    merges: u64,
 }
 
 /// One random run. Returns what went wrong.
@@ -84,6 +88,7 @@ async fn run_with(seed: u64, flaw: Option<Flaw>) -> Result<Tally, Vec<String>> {
     let mut known: BTreeSet<u64> = BTreeSet::new();
     let end = Instant::now() + FAULTS;
     let mut next_fault = Instant::now() + dice.micros(1_500_000);
+    let mut next_snapshot = Instant::now() + dice.micros(500_000);
     while Instant::now() < end {
         cluster.control_step();
         for (opening, device) in cluster.devices() {
@@ -98,6 +103,11 @@ async fn run_with(seed: u64, flaw: Option<Flaw>) -> Result<Tally, Vec<String>> {
                     ));
                 }
             }
+        }
+        if Instant::now() >= next_snapshot {
+            snapshots::check(&cluster);
+            snapshots::step(&cluster);
+            next_snapshot = Instant::now() + dice.micros(800_000);
         }
         if Instant::now() >= next_fault {
             fault(&mut cluster);
@@ -138,9 +148,20 @@ async fn finish(cluster: &mut Cluster) -> Result<Tally, Vec<String>> {
     if let Some((_, coordinator)) = cluster.coordinator() {
         coordinator.close().await;
     }
+    snapshots::check(cluster);
     let in_sync = cluster.raft.in_sync();
     let nodes = cluster.nodes.iter().filter(|n| in_sync.contains(&n.disk_id));
-    let disks: Vec<(DiskId, _)> = nodes.map(|n| (n.disk_id, n.disk.contents())).collect();
+    let mut disks: Vec<(DiskId, _)> = nodes.map(|n| (n.disk_id, n.disk.contents())).collect();
+    // What is late may write to a layer that is gone; nobody reads it. At the bottom zeroes may be stored or not.
+    let layers = cluster.raft.record.lock().volume.layers.clone();
+    let is_there =
+        |key: &SegmentKey| layers.chain.iter().chain(&layers.kept).any(|l| l.key(key.segment) == *key);
+    let is_bottom = |key: &SegmentKey| layers.chain.last().is_some_and(|l| l.key(key.segment) == *key);
+    for (_, contents) in &mut disks {
+        contents.retain(|(key, _), stored| {
+            is_there(key) && !(is_bottom(key) && stored.data.iter().all(|byte| *byte == 0))
+        });
+    }
     let mut history = cluster.history.lock();
     for (disk, contents) in &disks[1..] {
         for (key, stored) in contents.iter().chain(&disks[0].1) {
@@ -154,12 +175,15 @@ async fn finish(cluster: &mut Cluster) -> Result<Tally, Vec<String>> {
     if !history.violations().is_empty() {
         return Err(history.violations().to_vec());
     }
+    let record = cluster.raft.record.lock();
     Ok(Tally {
         writes: history.acknowledged_writes,
         reads: history.reads,
         flushes: history.flushes,
         losses: history.losses,
-        openings: cluster.raft.record.lock().opening,
+        openings: record.opening,
+        snapshots: record.snapshots.count,
+        merges: record.snapshots.merges,
     })
 }
 
@@ -221,13 +245,16 @@ fn invariants_hold_under_random_faults() {
     });
     let sum = |f: fn(&Tally) -> u64| tallies.iter().map(f).sum::<u64>();
     println!(
-        "{count} seeds: {} openings, {} writes, {} flushes, {} sectors read, {} losses of caches",
+        "{count} seeds: {} openings, {} writes, {} flushes, {} sectors read, {} losses of caches, {} snapshots, {} merges",
         sum(|t| t.openings),
         sum(|t| t.writes),
         sum(|t| t.flushes),
         sum(|t| t.reads),
-        sum(|t| t.losses)
+        sum(|t| t.losses),
+        sum(|t| t.snapshots),
+        sum(|t| t.merges)
     );
+    assert!(sum(|t| t.snapshots) > count && sum(|t| t.merges) > count / 2, "too few snapshots and merges");
     assert!(sum(|t| t.writes) > count * 100, "the runs do too little to prove anything");
 }
 

@@ -4,9 +4,10 @@
 use super::dice::Dice;
 use super::history::History;
 use super::net::Network;
+use super::snapshots::Snapshots;
 use crate::config::{CleanState, ReplicaState, VolumeConfig};
-use crate::control::{CommitError, ControlPlane};
-use crate::ids::{DiskId, Generation, SegmentIndex, VolumeId};
+use crate::control::{CommitError, ControlPlane, FreezeStep};
+use crate::ids::{DiskId, FreezeId, Generation, LayerRef, SegmentIndex, VolumeId};
 use futures_util::future::BoxFuture;
 use netfabric::NodeId;
 use parking_lot::Mutex;
@@ -19,6 +20,7 @@ pub(super) struct Record {
     pub(super) coordinator: Option<NodeId>,
     /// Number of the coordinator's opening, for the history.
     pub(super) opening: u64,
+    pub(super) snapshots: Snapshots,
     /// Disks that have all writes acknowledged so far, flushed or not: in sync since their last power cut.
     whole: BTreeSet<DiskId>,
 }
@@ -46,7 +48,8 @@ impl Raft {
     ) -> Arc<Self> {
         let whole = volume.segments.iter().flat_map(|s| s.replicas.iter().map(|r| r.disk)).collect();
         let fewest_left = if dice.percent(50) { 1 } else { usize::from(volume.min_in_sync.max(1)) };
-        let record = Mutex::new(Record { volume, coordinator: None, opening: 0, whole });
+        let snapshots = Snapshots::new(volume.id);
+        let record = Mutex::new(Record { volume, coordinator: None, opening: 0, snapshots, whole });
         Arc::new(Self { record, history, nodes, network, dice, lossy_percent: 5, fewest_left })
     }
 
@@ -75,11 +78,12 @@ impl Raft {
             }
         }
         volume.generation.0 += 1;
-        record.volume = volume.clone();
+        record.volume = volume;
         record.coordinator = Some(node);
+        record.end_freeze();
         self.next_opening(&mut record);
         self.note_losses(&mut record);
-        Some(volume)
+        Some(record.volume.clone())
     }
 
     /// The same coordinator's process opens again with the same generation.
@@ -218,6 +222,31 @@ impl ControlPlane for NodeControl {
         })
     }
 
+    fn freeze_step(
+        &self,
+        _volume: VolumeId,
+        generation: Generation,
+        freeze: FreezeId,
+        step: FreezeStep,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
+        self.commit(generation, move |raft, record| {
+            record.freeze_step(&raft.history.lock(), freeze, step)?;
+            Ok(record.volume.clone())
+        })
+    }
+
+    fn merged(
+        &self,
+        _volume: VolumeId,
+        generation: Generation,
+        layer: LayerRef,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
+        self.commit(generation, move |_, record| {
+            record.merged(layer)?;
+            Ok(record.volume.clone())
+        })
+    }
+
     fn opened(
         &self,
         _volume: VolumeId,
@@ -242,6 +271,7 @@ impl ControlPlane for NodeControl {
         self.commit(generation, move |_, record| {
             record.volume.clean = CleanState::Clean;
             record.coordinator = None;
+            record.end_freeze();
             Ok(())
         })
     }

@@ -7,7 +7,7 @@ use super::simulate;
 use crate::config::Durability;
 use crate::coordinator::VolumeDevice;
 use crate::device::{BlockDevice, BlockError, BlockOp};
-use crate::ids::{BLOCK_SIZE, LayerId, SECTOR_SIZE, SEGMENT_SIZE, SegmentIndex, SegmentKey};
+use crate::ids::{BLOCK_SIZE, LayerId, LayerRef, SECTOR_SIZE, SEGMENT_SIZE, SegmentIndex, SegmentKey};
 use crate::status::{MemberState, VolumeState};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -244,7 +244,8 @@ fn a_replica_leaves_its_data_are_removed_and_a_new_one_is_filled() {
         cluster.change_set(LAST, |replicas| replicas.retain(|replica| replica.disk != disk));
         assert!(timed_write(&mut cluster, &device, LAST_BLOCKS, 50).await < Duration::from_millis(500));
         let server = cluster.server(leaving).unwrap();
-        server.delete_segments(volume, disk, &[LAST]).await.unwrap();
+        let part = LayerRef { volume, layer: LayerId(0) }.key(LAST);
+        server.delete_parts(disk, &[part]).await.unwrap();
         assert_eq!((held(&cluster, LAST), held(&cluster, SegmentIndex(0))), (0, 2), "and nothing else");
         assert_eq!(read(&device, LAST_BLOCKS).await, Ok(50));
         assert_eq!(cluster.raft.record.lock().volume.segments[0].replicas.len(), 3);
@@ -288,5 +289,101 @@ fn a_volume_grows_while_it_is_written_to_and_nobody_waits() {
         cluster.start(away);
         assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await);
         assert_eq!((read(&device, last).await, read(&device, new).await), (Ok(7), Ok(8)));
+    });
+}
+
+/// Takes a snapshot; the other volumes of its group hold after this time. How many there are then.
+async fn snapshot(cluster: &mut Cluster, others: Duration) -> usize {
+    let dice = cluster.dice.clone();
+    assert!(cluster.raft.record.lock().begin_snapshot(&dice, others));
+    let over = |cluster: &Cluster| cluster.raft.record.lock().volume.layers.freeze.is_none();
+    assert!(cluster.run_until(LIMIT, over).await, "the freeze does not end");
+    cluster.raft.record.lock().snapshots.taken.len()
+}
+
+async fn discard(device: &VolumeDevice, block: u64) {
+    request(device, BlockOp::Discard { offset: block * BLOCK_SIZE, len: BLOCK_SIZE }).await.unwrap();
+}
+
+#[test]
+fn a_volume_goes_back_to_a_snapshot_and_a_replica_that_was_away_has_all_layers() {
+    simulate(async {
+        let (mut cluster, device, n) = healthy(20, 2).await;
+        let block = super::client::HOT.start / (BLOCK_SIZE / SECTOR_SIZE);
+        for at in block..block + 3 {
+            write(&device, at, 1).await;
+        }
+        let away = (n + 1) % 3;
+        cluster.kill(away);
+        timed_write(&mut cluster, &device, block, 2).await;
+        assert_eq!(snapshot(&mut cluster, Duration::ZERO).await, 1);
+        write(&device, block + 1, 3).await;
+        discard(&device, block + 2).await;
+        assert_eq!((read(&device, block).await, read(&device, block + 1).await), (Ok(2), Ok(3)));
+        assert_eq!(read(&device, block + 2).await, Ok(0), "what lies below does not shine through");
+        cluster.start(away);
+        assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await);
+
+        // Only the replica that was away is left.
+        cluster.coordinator().unwrap().1.close().await;
+        cluster.raft.record.lock().restore(0);
+        (0..3).filter(|other| *other != away).for_each(|other| cluster.nodes[other].disk.corrupt_all());
+        assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await);
+        let device = VolumeDevice(cluster.coordinator().unwrap().1);
+        for (at, value) in [(block, 2), (block + 1, 1), (block + 2, 1)] {
+            assert_eq!(read(&device, at).await, Ok(value));
+        }
+    });
+}
+
+#[test]
+fn a_snapshot_is_a_short_pause_and_one_that_would_be_a_long_one_is_given_up() {
+    simulate(async {
+        let (mut cluster, device, _) = healthy(21, 2).await;
+        write(&device, 0, 1).await;
+        for (others, longest, count) in [(20, 300, 1), (5000, 2600, 1), (20, 300, 2)] {
+            let task = {
+                let device = device.clone();
+                tokio::spawn(async move {
+                    let mut longest = Duration::ZERO;
+                    for value in 0..60 {
+                        let started = Instant::now();
+                        write(&device, 0, value).await;
+                        longest = longest.max(started.elapsed());
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                    }
+                    longest
+                })
+            };
+            assert_eq!(snapshot(&mut cluster, Duration::from_millis(others)).await, count);
+            assert!(cluster.run_until(LIMIT, |_| task.is_finished()).await);
+            let pause = task.await.unwrap();
+            assert!(pause < Duration::from_millis(longest), "{pause:?}");
+        }
+        super::snapshots::check(&cluster);
+    });
+}
+
+#[test]
+fn layers_without_a_snapshot_are_merged_and_nothing_changes() {
+    simulate(async {
+        let (mut cluster, device, _) = healthy(22, 2).await;
+        for value in 1..6 {
+            for block in 0..value {
+                write(&device, 10 + block, value).await;
+            }
+            discard(&device, 40 + value).await;
+            assert_eq!(snapshot(&mut cluster, Duration::ZERO).await, value as usize);
+        }
+        for _ in 0..5 {
+            cluster.raft.record.lock().delete_snapshot(0);
+            assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await, "the merge does not end");
+        }
+        assert_eq!(cluster.raft.record.lock().volume.layers.chain.len(), 1);
+        for block in 0..5 {
+            assert_eq!(read(&device, 10 + block).await, Ok(5));
+        }
+        let held = cluster.nodes[0].disk.contents();
+        assert_eq!(held.len(), 5, "one copy of each block is left: {:?}", held.keys());
     });
 }

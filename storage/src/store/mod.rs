@@ -89,6 +89,15 @@ pub struct ReadReply {
     pub crcs: Vec<u32>,
 }
 
+/// What to write so that blocks become what was read: zeroes stay thin.
+pub(crate) fn thin(reply: ReadReply, keep: Keep) -> WriteContent {
+    if reply.data.iter().all(|byte| *byte == 0) {
+        WriteContent::Zeroes { blocks: reply.crcs.len() as u32, keep }
+    } else {
+        WriteContent::Data { data: reply.data, crcs: reply.crcs }
+    }
+}
+
 /// Version and checksum of one stored block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
 pub struct BlockVersion {

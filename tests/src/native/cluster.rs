@@ -16,8 +16,8 @@ use netfabric::pki::ClusterCa;
 use netfabric::rpc::serve_unix;
 use parking_lot::Mutex;
 use storage::config::{
-    Access, CleanState, DiskConfig, Durability, Limits, ReplicaConfig, ReplicaState, SegmentConfig,
-    VolumeConfig,
+    Access, CleanState, DiskConfig, Durability, LayersConfig, Limits, ReplicaConfig, ReplicaState,
+    SegmentConfig, VolumeConfig,
 };
 use storage::ids::{
     BLOCKS_PER_SEGMENT, ByteSize, DiskId, Generation, LayerId, SEGMENT_SIZE, SegmentIndex, SegmentKey,
@@ -188,6 +188,7 @@ impl DataCluster {
             // Known when it is opened.
             access: Access::VhostUser { socket: PathBuf::new() },
             limits: Limits::default(),
+            layers: LayersConfig::single(self.volume),
         });
     }
 

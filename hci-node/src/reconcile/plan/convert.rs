@@ -80,6 +80,7 @@ pub fn volume_config(volume: &Volume, access: config::Access) -> config::VolumeC
             operations_per_second: volume.limits.operations_per_second,
             bytes_per_second: volume.limits.bytes_per_second,
         },
+        layers: config::LayersConfig::single(volume.id.into()),
     }
 }
 
