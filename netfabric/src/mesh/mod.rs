@@ -5,6 +5,7 @@
 //! | [`config`] | [`Class`]es of traffic and [`MeshConfig`] |
 //! | `transport` | quinn's settings for each class: windows, MTU, timeouts |
 //! | `socket` | the UDP socket: buffers, and the cap on segmentation offload |
+//! | `refusal` | peers whose kernel says that nobody listens there |
 //! | `mtu` | reads the link's MTU |
 //! | `tls` | mutual TLS 1.3 from a node's identity |
 //! | `hello` | the first exchange on a connection: which process is this |
@@ -17,8 +18,8 @@
 //! each has a task that dials until there is a link and waits for its end, with backoff. Both sides dial. When two
 //! connections meet, that dialled by the lower [`NodeId`] stays; the other finishes its calls and is closed.
 //!
-//! A link that breaks is reported at once when the peer closes or resets it, after [`config::IDLE_TIMEOUT`] when it
-//! falls silent. A restarted process resets the connections of its predecessor: stateless reset keys are derived from
+//! A link that breaks is reported at once when the peer closes or resets it, within [`config::CONFIRM_REFUSAL`] of the next
+//! packet when the peer's process was killed, after [`config::IDLE_TIMEOUT`] when it falls silent. A restarted process resets the connections of its predecessor: stateless reset keys are derived from
 //! the node's key. Calls fail fast when there is no link; callers decide about retries.
 
 pub mod config;
@@ -26,6 +27,7 @@ mod hello;
 mod lane;
 mod mtu;
 mod peer;
+mod refusal;
 mod serve;
 mod socket;
 mod stats;
@@ -163,7 +165,7 @@ impl Mesh {
         let (server, client) = tls::configs(&identity, config.class, &transport)?;
         let endpoint_config = transport::endpoint(&identity, config.class, payload);
         let listen_error = |source| MeshError::Listen { address: config.listen, source };
-        let socket = socket::bind(config.listen, payload).map_err(listen_error)?;
+        let (socket, refusals) = socket::bind(config.listen, payload).map_err(listen_error)?;
         let endpoint = quinn::Endpoint::new_with_abstract_socket(
             endpoint_config,
             Some(server),
@@ -189,6 +191,7 @@ impl Mesh {
             shutdown: CancellationToken::new(),
         });
         shared.tasks.spawn(serve::accept_connections(shared.clone()));
+        shared.tasks.spawn(peer::take_refusals(shared.clone(), refusals));
         Ok(Self { shared, received: Arc::new(Mutex::new(Some(received))) })
     }
 

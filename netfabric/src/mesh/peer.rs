@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use quinn::{ConnectionError, VarInt};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::config::{BACKOFF, HANDSHAKE_TIMEOUT, RETIRE_AFTER};
+use super::config::{BACKOFF, CONFIRM_REFUSAL, HANDSHAKE_TIMEOUT, RETIRE_AFTER};
 use super::hello::Instance;
 use super::lane::Lane;
+use super::refusal::Refusals;
 use super::stats::Totals;
 use super::{PeerEvent, Shared, serve};
 use crate::NodeId;
@@ -34,6 +35,8 @@ pub(super) enum CloseCode {
     BadHello = 5,
     /// A lane ended or had bytes on it that are no frame.
     BrokenLane = 6,
+    /// Nobody listens at the other end: its kernel refused our packets.
+    Refused = 7,
 }
 
 impl From<CloseCode> for VarInt {
@@ -49,6 +52,8 @@ pub enum DownReason {
     Closed,
     /// The peer's process was restarted.
     Restarted,
+    /// No process listens on the peer's port any more.
+    Refused,
     /// Nothing was heard for [`super::config::IDLE_TIMEOUT`].
     Silent,
     /// We closed it: the node is no longer a peer, or this mesh closes.
@@ -77,6 +82,7 @@ impl fmt::Display for DownReason {
         match self {
             Self::Closed => f.write_str("the peer closed it"),
             Self::Restarted => f.write_str("the peer restarted"),
+            Self::Refused => f.write_str("the peer's process is gone"),
             Self::Silent => f.write_str("nothing was heard from the peer"),
             Self::Local => f.write_str("closed on this side"),
             Self::Failed(reason) => f.write_str(reason),
@@ -134,6 +140,8 @@ pub(super) struct Peer {
     address: RwLock<Option<SocketAddr>>,
     slot: Mutex<Slot>,
     up: watch::Sender<bool>,
+    /// Told when a packet of the present link was refused.
+    refused: Notify,
     stop: CancellationToken,
 }
 
@@ -144,6 +152,7 @@ impl Peer {
             address: RwLock::new(address),
             slot: Mutex::default(),
             up: watch::Sender::new(false),
+            refused: Notify::new(),
             stop: CancellationToken::new(),
         })
     }
@@ -157,6 +166,18 @@ impl Peer {
         match &slot.link {
             Some((link, since)) => PeerState::Up { since: *since, rtt: link.connection.rtt() },
             None => PeerState::Connecting { attempts: slot.attempts, last_error: slot.last_error.clone() },
+        }
+    }
+
+    /// Takes note that a packet to this address was refused.
+    pub(super) fn note_refusal(&self, address: SocketAddr) {
+        let here = |link: &Link| {
+            let remote = link.connection.remote_address();
+            (remote.ip().to_canonical(), remote.port()) == (address.ip(), address.port())
+        };
+        if self.link().as_ref().is_some_and(here) {
+            // Kept for nobody: it says nothing about a link to come.
+            self.refused.notify_waiters();
         }
     }
 
@@ -342,7 +363,13 @@ fn retire(shared: &Arc<Shared>, connection: quinn::Connection) {
 
 /// Waits for the end of a link and reports it, unless another has taken its place.
 async fn watch_link(shared: Arc<Shared>, peer: Arc<Peer>, connection: quinn::Connection) {
-    let reason = DownReason::of(&connection.closed().await);
+    let reason = tokio::select! {
+        error = connection.closed() => DownReason::of(&error),
+        () = refused(&peer, &connection) => {
+            connection.close(CloseCode::Refused.into(), b"nobody listens");
+            DownReason::Refused
+        }
+    };
     let mut slot = peer.slot.lock();
     let current =
         slot.link.as_ref().is_some_and(|(link, _)| link.connection.stable_id() == connection.stable_id());
@@ -352,6 +379,36 @@ async fn watch_link(shared: Arc<Shared>, peer: Arc<Peer>, connection: quinn::Con
         slot.past.add(&connection.stats());
         shared.emit(PeerEvent::Down { node: peer.node, reason });
         peer.up.send_replace(false);
+    }
+}
+
+/// Waits until the peer refuses packets and nothing is heard from it.
+async fn refused(peer: &Peer, connection: &quinn::Connection) {
+    loop {
+        peer.refused.notified().await;
+        let heard = connection.stats().udp_rx.datagrams;
+        sleep(CONFIRM_REFUSAL).await;
+        if connection.stats().udp_rx.datagrams == heard {
+            return;
+        }
+        tracing::warn!(peer = %peer.node, "packets are refused although the peer is heard");
+    }
+}
+
+/// Tells peers of refusals until the mesh closes.
+pub(super) async fn take_refusals(shared: Arc<Shared>, refusals: Refusals) {
+    loop {
+        let next = tokio::select! {
+            next = refusals.next() => next,
+            () = shared.shutdown.cancelled() => return,
+        };
+        match next {
+            Ok(address) => shared.peers.read().values().for_each(|peer| peer.note_refusal(address)),
+            Err(error) => {
+                tracing::warn!(%error, "peers whose process is killed will be noticed by a timeout only");
+                return;
+            }
+        }
     }
 }
 

@@ -14,6 +14,8 @@ use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::refusal::Refusals;
+
 /// Largest payload of one UDP send.
 const MAX_UDP_SEND: usize = 65507;
 /// A burst of a peer at 25 Gbit/s for more than a millisecond, while the receiving task waits for a processor.
@@ -22,7 +24,7 @@ const BUFFER_SIZE: usize = 8 << 20;
 const WANTED_BUFFER: usize = 4 << 20;
 
 /// Opens the socket for an endpoint whose packets have up to `payload` bytes.
-pub(super) fn bind(address: SocketAddr, payload: u16) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+pub(super) fn bind(address: SocketAddr, payload: u16) -> io::Result<(Arc<dyn AsyncUdpSocket>, Refusals)> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
     if address.is_ipv6() {
         socket.set_only_v6(false)?;
@@ -30,9 +32,10 @@ pub(super) fn bind(address: SocketAddr, payload: u16) -> io::Result<Arc<dyn Asyn
     set_buffers(&socket);
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
+    let refusals = Refusals::of(&socket)?;
     let inner = TokioRuntime.wrap_udp_socket(socket.into())?;
     let max_segments = (MAX_UDP_SEND / usize::from(payload)).min(inner.max_transmit_segments()).max(1);
-    Ok(Arc::new(CappedSocket { inner, max_segments }))
+    Ok((Arc::new(CappedSocket { inner, max_segments }), refusals))
 }
 
 fn set_buffers(socket: &Socket) {
@@ -103,7 +106,7 @@ mod tests {
     #[tokio::test]
     async fn batches_fit_into_one_send() {
         for payload in [1472_u16, 8972, 9188] {
-            let socket = bind("127.0.0.1:0".parse().unwrap(), payload).unwrap();
+            let (socket, _) = bind("127.0.0.1:0".parse().unwrap(), payload).unwrap();
             let segments = socket.max_transmit_segments();
             assert!(
                 segments >= 1 && segments * usize::from(payload) <= MAX_UDP_SEND,

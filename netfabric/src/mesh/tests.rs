@@ -252,6 +252,73 @@ async fn a_killed_and_restarted_peer_supersedes_its_predecessor() {
     assert_eq!(timeout(LONG, events.recv()).await.unwrap().unwrap(), PeerEvent::Up { node: b.node() });
 }
 
+/// The peer's runtime ends as a process that is killed: its socket closes and nobody says goodbye. A link with a call in flight
+/// ends by the next packet, one that is idle by the next sign of life.
+#[tokio::test]
+async fn a_killed_peer_is_noticed_by_its_closed_port() {
+    let ca = ClusterCa::create("lab").unwrap();
+    let a = node(&ca, Class::Storage).await;
+    for waiting in [true, false] {
+        let doomed =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let b = identity(&ca);
+        let mesh = doomed.spawn({
+            let (b, peers) = (b.clone(), BTreeMap::from([(a.node(), a.local_addr())]));
+            async move {
+                let mesh = start(&b, config(Class::Storage)).await;
+                mesh.set_peers(peers);
+                mesh
+            }
+        });
+        let mesh = mesh.await.unwrap();
+        a.set_peers(BTreeMap::from([(b.node(), mesh.local_addr())]));
+        wait_up(&a, b.node()).await;
+        let mut events = a.subscribe();
+        let call = tokio::spawn({
+            let (a, to) = (a.clone(), b.node());
+            async move {
+                if waiting {
+                    a.call(to, Request { method: HANG, ..Request::default() }, LONG).await.map(drop)
+                } else {
+                    Ok(())
+                }
+            }
+        });
+        drop(mesh);
+        doomed.shutdown_background();
+        let down = timeout(LONG, events.recv()).await.unwrap().unwrap();
+        assert_eq!(down, PeerEvent::Down { node: b.node(), reason: DownReason::Refused });
+        let called = call.await.unwrap();
+        assert!(!waiting || matches!(called, Err(CallError::Reset(_))), "{called:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_ends_no_link_on_which_the_peer_is_heard() {
+    let ca = ClusterCa::create("lab").unwrap();
+    let (a, b) = (node(&ca, Class::Storage).await, node(&ca, Class::Storage).await);
+    connect(&[&a, &b]).await;
+    let mut events = a.subscribe();
+    let forged = async {
+        for _ in 0..20 {
+            a.shared.peers.read()[&b.node()].note_refusal(b.local_addr());
+            tokio::time::sleep(config::CONFIRM_REFUSAL / 4).await;
+        }
+    };
+    let calls = async {
+        loop {
+            echo(&a, b.node(), Bytes::from_static(b"x")).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::select! {
+        () = forged => {}
+        () = calls => {}
+    }
+    assert!(matches!(a.peer_state(b.node()), PeerState::Up { .. }));
+    assert!(events.try_recv().is_err(), "the link was lost");
+}
+
 #[tokio::test]
 async fn deadlines_and_panics_end_one_call_only() {
     let ca = ClusterCa::create("lab").unwrap();
