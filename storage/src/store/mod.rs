@@ -109,6 +109,33 @@ pub struct BlockVersion {
     pub crc: u32,
 }
 
+/// How far a scrub of a disk has come. What the number means is the store's affair; the default is the beginning. A store accepts
+/// any number: one that leads nowhere any more goes on at the next place there is.
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, serde::Serialize, serde::Deserialize,
+)]
+pub struct ScrubCursor(pub u64);
+
+/// A run of blocks whose stored content does not match its checksums, or cannot be read.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DamagedBlocks {
+    /// The segment.
+    pub at: SegmentKey,
+    /// The blocks, within the segment.
+    pub blocks: Range<u32>,
+}
+
+/// What one step of a scrub found.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct ScrubStep {
+    /// Where to go on; none at the end of the disk.
+    pub next: Option<ScrubCursor>,
+    /// Bytes that were read and verified, damaged ones included.
+    pub checked: u64,
+    /// What is damaged. Blocks that were written or removed during the step are not, whatever was read of them.
+    pub damaged: Vec<DamagedBlocks>,
+}
+
 /// Why a store did not do what it was asked.
 #[derive(Clone, PartialEq, Eq, Debug, Error)]
 pub enum StoreError {
@@ -193,6 +220,14 @@ pub trait DiskStore: Send + Sync + 'static {
 
     /// Removes all that is stored of the volume, its generation included. Nothing stored is no error.
     fn delete_volume(&self, volume: VolumeId) -> BoxFuture<'_, Result<(), StoreError>>;
+
+    /// Verifies what is stored from `from` on, about `budget_bytes` of it and at least one block if there is one left, and reads it from
+    /// the medium, not from any cache. Changes nothing: damaged blocks are for others to write again. Ends at once in a store
+    /// that cannot.
+    fn scrub(&self, from: ScrubCursor, budget_bytes: u64) -> BoxFuture<'_, Result<ScrubStep, StoreError>> {
+        let _ = (from, budget_bytes);
+        Box::pin(async { Ok(ScrubStep::default()) })
+    }
 
     /// Space used and present.
     fn usage(&self) -> DiskUsage;
