@@ -6,14 +6,14 @@ use std::time::Duration;
 
 /// A source of randomness; clones draw from the same sequence.
 #[derive(Clone, Debug)]
-pub(super) struct Dice(Arc<Mutex<u64>>);
+pub(crate) struct Dice(Arc<Mutex<u64>>);
 
 impl Dice {
-    pub(super) fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(Arc::new(Mutex::new(seed)))
     }
 
-    pub(super) fn next(&self) -> u64 {
+    pub(crate) fn next(&self) -> u64 {
         let mut state = self.0.lock();
         *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = *state;
@@ -23,21 +23,21 @@ impl Dice {
     }
 
     /// Below `end`.
-    pub(super) fn below(&self, end: u64) -> u64 {
+    pub(crate) fn below(&self, end: u64) -> u64 {
         self.next() % end.max(1)
     }
 
     /// True this often in a hundred.
-    pub(super) fn percent(&self, chance: u64) -> bool {
+    pub(crate) fn percent(&self, chance: u64) -> bool {
         self.below(100) < chance
     }
 
     /// From 0 to `max`.
-    pub(super) fn micros(&self, max: u64) -> Duration {
+    pub(crate) fn micros(&self, max: u64) -> Duration {
         Duration::from_micros(self.below(max + 1))
     }
 
-    pub(super) fn pick<'a, T>(&self, items: &'a [T]) -> Option<&'a T> {
+    pub(crate) fn pick<'a, T>(&self, items: &'a [T]) -> Option<&'a T> {
         items.get(self.below(items.len() as u64) as usize)
     }
 }

@@ -19,7 +19,7 @@
 
 mod client;
 mod cluster;
-mod dice;
+pub(crate) mod dice;
 mod disk;
 mod flaws;
 mod history;

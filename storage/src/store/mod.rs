@@ -15,6 +15,7 @@
 //! - A store knows nothing of how layers lie above each other: each read names them ([`DiskStore::read_layers`]). A layer **has** a
 //!   block when the block's version there is not the default one; recorded zeroes count as any other content.
 
+pub mod disk;
 mod layers;
 pub mod plain;
 
@@ -218,7 +219,7 @@ pub trait DiskStore: Send + Sync + 'static {
         generation: Generation,
     ) -> BoxFuture<'_, Result<(), StoreError>>;
 
-    /// Removes all that is stored of the volume, its generation included. Nothing stored is no error.
+    /// Removes all that is stored of the volume, its generation included. Nothing stored is no error. Durable on return.
     fn delete_volume(&self, volume: VolumeId) -> BoxFuture<'_, Result<(), StoreError>>;
 
     /// Verifies what is stored from `from` on, about `budget_bytes` of it and at least one block if there is one left, and reads it from

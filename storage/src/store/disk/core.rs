@@ -1,0 +1,524 @@
+//! The state of a store, and the log: a pure state machine. It does no I/O and waits for nothing; [`super::engine`] does both for it.
+//!
+//! A write is **admitted** (there is room, it makes sense), waits in a queue, goes into a **batch** together with whatever else waits, and
+//! when the batch has been written to the log it is in the overlay and acknowledged. One batch is on its way at a time.
+//!
+//! Invariants:
+//! - Batches complete in the order of the log: what is acknowledged is a prefix of it.
+//! - Every slot that applying the log will need is counted as wanted when the write is admitted: applying never finds the disk full.
+//! - Log space is used again only after the checkpoint that applied it is durable ([`super::apply`]).
+
+use super::cache::{InfoCache, LogCache};
+use super::device::buffer::AlignedBuf;
+#[cfg(test)]
+use super::flaws::Flaw;
+use super::format::batch::{self, BatchHeader, BatchSize, Operation};
+use super::format::directory::EntryNumber;
+use super::format::info::PER_SLOT;
+use super::format::layout::{LOG_OFFSET, Layout, SLOT_BLOCKS};
+use super::index::{Index, Overlaid, Place, RecordNumber, StoredGeneration};
+use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT, SegmentKey, Version};
+use crate::store::{Keep, StoreError, WriteContent};
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+use tokio::sync::oneshot;
+
+/// Bytes of a batch at most, but for one large write.
+const BATCH_BYTES: usize = 1 << 20;
+/// Bytes of log that make a checkpoint worth while, and that one applies at most: many small writes to one page of info are one write then.
+const APPLY_BYTES: u64 = 32 << 20;
+/// Bytes of log that are not applied yet, at most: a restart has to apply them before it serves.
+const UNAPPLIED_AT_MOST: u64 = 128 << 20;
+/// Slots that data never get: deletes and zeroes need none, but a disk must not be full to the last one.
+const RESERVED_SLOTS: u32 = 4;
+
+/// Who waits for a record.
+pub(super) type Tell = oneshot::Sender<Result<(), StoreError>>;
+
+/// A record that waits for its batch.
+struct Queued {
+    operation: Operation,
+    data: Bytes,
+    tell: Tell,
+}
+
+/// A record that is in the log, as far as applying it needs to know.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Logged {
+    pub(super) number: RecordNumber,
+    pub(super) what: LoggedWhat,
+}
+
+/// See [`Logged`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum LoggedWhat {
+    /// Data of a segment; the first block is at this position of the log.
+    Data { entry: EntryNumber, block: u32, version: Version, crcs: Vec<u32>, position: u64 },
+    /// Zeroes.
+    Zeroes { entry: EntryNumber, blocks: Range<u32>, version: Version },
+    /// A generation that is still to be written to the directory.
+    Generation(crate::ids::VolumeId),
+    /// These segments are gone.
+    Deleted(Vec<EntryNumber>),
+}
+
+/// A batch that is in the log.
+#[derive(Debug)]
+pub(super) struct LoggedBatch {
+    pub(super) end: u64,
+    pub(super) records: Vec<Logged>,
+}
+
+struct InFlight {
+    position: u64,
+    buf: Arc<AlignedBuf>,
+    length: u64,
+    records: Vec<(Operation, Tell)>,
+}
+
+/// What to do with a write.
+pub(super) enum Admission {
+    /// It is on its way.
+    Admitted(oneshot::Receiver<Result<(), StoreError>>),
+    /// Ask again after the next checkpoint.
+    Later,
+}
+
+/// What to write to the log now.
+pub(super) struct BatchWrite {
+    /// Where on the disk.
+    pub(super) offset: u64,
+    pub(super) buf: Arc<AlignedBuf>,
+}
+
+/// See the module.
+pub(super) struct Core {
+    pub(super) layout: Layout,
+    pub(super) stamp: u32,
+    pub(super) boot: u64,
+    pub(super) index: Index,
+    pub(super) info: InfoCache,
+    pub(super) log: LogCache,
+    /// Position of the next batch.
+    head: u64,
+    /// Everything before is applied.
+    tail: u64,
+    /// Everything before was acknowledged.
+    completed: u64,
+    /// Everything before is durable.
+    durable: u64,
+    queue: VecDeque<Queued>,
+    queued_bytes: u64,
+    in_flight: Option<InFlight>,
+    next_record: RecordNumber,
+    batches: VecDeque<Arc<LoggedBatch>>,
+    /// Records not applied yet that will give slots back.
+    giving: u32,
+    /// A checkpoint is under way.
+    applying: bool,
+    /// A batch or a write waits for room in the log.
+    pub(super) starved: bool,
+    /// A write found no slot.
+    pub(super) full: bool,
+    pub(super) failed: Option<String>,
+    /// Checkpoints installed: what was read from the disk before may be stale.
+    pub(super) installed: u64,
+    /// Reads in a row that the disk refused.
+    pub(super) refused_reads: u32,
+    /// Somebody is in the loop that starts batches.
+    pub(super) pumping: bool,
+    #[cfg(test)]
+    pub(super) flaw: Option<Flaw>,
+}
+
+/// What a store starts with.
+pub(super) struct Start {
+    pub(super) layout: Layout,
+    pub(super) stamp: u32,
+    pub(super) boot: u64,
+    pub(super) position: u64,
+    pub(super) index: Index,
+}
+
+impl Core {
+    pub(super) fn new(start: Start) -> Self {
+        let Start { layout, stamp, boot, position, index } = start;
+        Self {
+            layout,
+            stamp,
+            boot,
+            index,
+            info: InfoCache::default(),
+            log: LogCache::default(),
+            head: position,
+            tail: position,
+            completed: position,
+            durable: position,
+            queue: VecDeque::new(),
+            queued_bytes: 0,
+            in_flight: None,
+            next_record: RecordNumber(1),
+            batches: VecDeque::new(),
+            giving: 0,
+            applying: false,
+            starved: false,
+            full: false,
+            failed: None,
+            installed: 0,
+            refused_reads: 0,
+            pumping: false,
+            #[cfg(test)]
+            flaw: None,
+        }
+    }
+
+    /// Where a position of the log is on the disk.
+    pub(super) fn log_offset(&self, position: u64) -> u64 {
+        LOG_OFFSET + position % self.layout.log_len
+    }
+
+    pub(super) fn check_failed(&self) -> Result<(), StoreError> {
+        match &self.failed {
+            Some(error) => Err(StoreError::Io(error.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Nothing is done any more; whoever waits is told.
+    pub(super) fn fail(&mut self, error: &str) {
+        self.failed.get_or_insert_with(|| error.to_owned());
+        let waiting = self.queue.drain(..).map(|queued| queued.tell);
+        let under_way = self.in_flight.take().into_iter().flat_map(|batch| batch.records);
+        for tell in waiting.chain(under_way.map(|(_, tell)| tell)) {
+            // Who has gone needs no answer.
+            let _ = tell.send(Err(StoreError::Io(error.to_owned())));
+        }
+    }
+
+    fn unapplied_at_most(&self) -> u64 {
+        (self.layout.log_len / 2).min(UNAPPLIED_AT_MOST)
+    }
+
+    /// Bytes of data in one record at most.
+    pub(super) fn record_bytes(&self) -> usize {
+        usize::try_from(self.layout.log_len / 8).unwrap_or(BATCH_BYTES).min(BATCH_BYTES)
+    }
+
+    /// Whether a checkpoint should be made now, whatever the time.
+    pub(super) fn wants_checkpoint(&self) -> bool {
+        let unapplied = self.completed - self.tail;
+        unapplied > 0 && (self.starved || unapplied >= APPLY_BYTES.min(self.layout.log_len / 4))
+    }
+
+    /// Whether there is anything to apply.
+    pub(super) fn has_unapplied(&self) -> bool {
+        self.completed > self.tail
+    }
+
+    /// Takes a record in, if there is room for it.
+    pub(super) fn admit(&mut self, operation: Operation, data: Bytes) -> Result<Admission, StoreError> {
+        self.check_failed()?;
+        if data.len() > self.record_bytes() {
+            return Err(StoreError::Invalid("the write is larger than a record of this log".to_owned()));
+        }
+        if self.head - self.tail + self.queued_bytes + data.len() as u64 > self.unapplied_at_most() {
+            self.starved = true;
+            return Ok(Admission::Later);
+        }
+        if let Some((at, blocks, needs)) = needs(&operation) {
+            match self.want(at, blocks, needs) {
+                Ok(()) => {}
+                // A checkpoint gives slots back, and while it runs some are counted twice.
+                Err(StoreError::Full) if self.giving > 0 || self.applying => {
+                    self.starved = true;
+                    return Ok(Admission::Later);
+                }
+                Err(error) => {
+                    self.full = true;
+                    return Err(error);
+                }
+            }
+        }
+        let (tell, told) = oneshot::channel();
+        self.queued_bytes += data.len() as u64;
+        self.queue.push_back(Queued { operation, data, tell });
+        Ok(Admission::Admitted(told))
+    }
+
+    /// Counts the slots that blocks will need.
+    fn want(&mut self, at: SegmentKey, blocks: Range<u32>, needs: Needs) -> Result<(), StoreError> {
+        let positions = blocks.start / SLOT_BLOCKS..blocks.end.div_ceil(SLOT_BLOCKS);
+        let infos = positions.start / PER_SLOT..positions.end.div_ceil(PER_SLOT);
+        let known = self.index.get(at);
+        let data = |p: &u32| {
+            needs == Needs::DataAndInfo && known.is_none_or(|s| s.data(*p).is_none() && !s.wants_data.contains(p))
+        };
+        let info = |i: &u32| {
+            known.is_none_or(|s| s.info(*i as u16).is_none() && !s.wants_info.contains(&(*i as u16)))
+        };
+        let data: Vec<u32> = positions.filter(data).collect();
+        let info: Vec<u32> = infos.filter(info).collect();
+        let wanted = (data.len() + info.len()) as u32;
+        if wanted > 0 && self.index.wanted + wanted + RESERVED_SLOTS > self.index.slots.count() {
+            return Err(StoreError::Full);
+        }
+        let entry = self.index.get_or_create(at).ok_or(StoreError::Full)?;
+        if let Some(segment) = self.index.segments.get_mut(&entry) {
+            segment.wants_data.extend(data);
+            segment.wants_info.extend(info.into_iter().map(|i| i as u16));
+            self.index.wanted += wanted;
+        }
+        Ok(())
+    }
+
+    /// The next batch to write, if there is one and none is on its way.
+    pub(super) fn next_batch(&mut self) -> Option<BatchWrite> {
+        if self.in_flight.is_some() || self.failed.is_some() {
+            return None;
+        }
+        let first = self.queue.front()?;
+        let mut size = BatchSize::default().with(&first.operation);
+        let mut count = 1;
+        for queued in self.queue.iter().skip(1) {
+            let with = size.with(&queued.operation);
+            if with.total() > BATCH_BYTES {
+                break;
+            }
+            (size, count) = (with, count + 1);
+        }
+        let log_len = self.layout.log_len;
+        let remaining = log_len - self.head % log_len;
+        let total = size.total() as u64;
+        let padding = if total > remaining { remaining } else { 0 };
+        if self.head + padding + total - self.tail > log_len {
+            self.starved = true;
+            return None;
+        }
+        if padding > 0 {
+            return Some(self.start_batch(BatchSize::default(), 0, padding));
+        }
+        Some(self.start_batch(size, count, total))
+    }
+
+    fn start_batch(&mut self, size: BatchSize, count: usize, length: u64) -> BatchWrite {
+        let mut buf = AlignedBuf::zeroed(size.total());
+        let queued: Vec<Queued> = self.queue.drain(..count).collect();
+        let header = BatchHeader {
+            position: self.head,
+            boot: self.boot,
+            length: length as u32,
+            durable: self.durable,
+        };
+        batch::put(&mut buf, self.stamp, &header, queued.iter().map(|queued| &queued.operation));
+        let mut at = size.header();
+        for queued in &queued {
+            buf[at..at + queued.data.len()].copy_from_slice(&queued.data);
+            at += queued.data.len();
+            self.queued_bytes -= queued.data.len() as u64;
+        }
+        let buf = Arc::new(buf);
+        let records = queued.into_iter().map(|queued| (queued.operation, queued.tell)).collect();
+        let (position, offset) = (self.head, self.log_offset(self.head));
+        self.in_flight = Some(InFlight { position, buf: buf.clone(), length, records });
+        self.head += length;
+        BatchWrite { offset, buf }
+    }
+
+    /// The batch on its way is in the log.
+    pub(super) fn batch_written(&mut self) {
+        let Some(InFlight { position, buf, length, records }) = self.in_flight.take() else { return };
+        let header = records.iter().fold(BatchSize::default(), |size, (op, _)| size.with(op)).header();
+        let (operations, tells): (Vec<_>, Vec<_>) = records.into_iter().unzip();
+        self.logged(position, length, header, operations);
+        self.log.push(position, buf);
+        for tell in tells {
+            // Who has gone needs no answer.
+            let _ = tell.send(Ok(()));
+        }
+    }
+
+    /// Takes in a batch that is in the log.
+    pub(super) fn logged(&mut self, position: u64, length: u64, header: usize, operations: Vec<Operation>) {
+        let end = position + length;
+        let mut data_at = position + header as u64;
+        let mut records = Vec::with_capacity(operations.len());
+        for operation in operations {
+            let number = self.next_record;
+            self.next_record.0 += 1;
+            let position = data_at;
+            data_at += operation.data_blocks() as u64 * BLOCK_SIZE;
+            if let Some(what) = self.take_in(number, position, operation) {
+                records.push(Logged { number, what });
+            }
+        }
+        self.batches.push_back(Arc::new(LoggedBatch { end, records }));
+        self.completed = end;
+        self.head = self.head.max(end);
+    }
+
+    fn take_in(&mut self, number: RecordNumber, position: u64, operation: Operation) -> Option<LoggedWhat> {
+        // What was admitted before a delete in between is wanted anew.
+        if let Some((at, blocks, needs)) = needs(&operation)
+            && let Err(error) = self.want(at, blocks, needs)
+        {
+            tracing::debug!(%error, "slots are wanted beyond the room there is");
+        }
+        match operation {
+            Operation::Data { at, block, version, crcs } => {
+                let entry = self.index.get_or_create(at)?;
+                let segment = self.index.segments.get_mut(&entry)?;
+                for (i, crc) in (0..).zip(&crcs) {
+                    let position = position + u64::from(i) * BLOCK_SIZE;
+                    let place = Place::Log { position, crc: *crc };
+                    let overlay = segment.overlay.entry((block + i) / SLOT_BLOCKS).or_default();
+                    overlay.set((block + i) % SLOT_BLOCKS, Overlaid { record: number, version, place });
+                }
+                Some(LoggedWhat::Data { entry, block, version, crcs, position })
+            }
+            Operation::Zeroes { at, block, blocks, version, keep: _ } => {
+                let entry = *self.index.names.get(&at)?;
+                let segment = self.index.segments.get_mut(&entry)?;
+                let overlaid = Overlaid { record: number, version, place: Place::Zero };
+                for (slot, part) in by_slot(block..block + blocks) {
+                    if !segment.keeps_zeroes(slot) {
+                        continue;
+                    }
+                    let overlay = segment.overlay.entry(slot).or_default();
+                    if part.len() == SLOT_BLOCKS as usize {
+                        overlay.zero(overlaid);
+                    } else {
+                        part.for_each(|index| overlay.set(index, overlaid));
+                    }
+                }
+                self.giving += 1;
+                Some(LoggedWhat::Zeroes { entry, blocks: block..block + blocks, version })
+            }
+            Operation::Generation(volume, value) => {
+                let entry = self.index.generations.get(&volume).and_then(|stored| stored.entry);
+                self.index.generations.insert(volume, StoredGeneration { value, entry });
+                Some(LoggedWhat::Generation(volume))
+            }
+            Operation::DeleteVolume(volume) => {
+                let hidden = self.index.hide(|key| key.volume == volume);
+                let generation = self.index.generations.remove(&volume);
+                self.index.gone_generations.extend(generation.and_then(|stored| stored.entry));
+                self.giving += 1;
+                Some(LoggedWhat::Deleted(hidden))
+            }
+            Operation::DeleteSegment(at) => {
+                let hidden = self.index.hide(|key| *key == at);
+                self.giving += 1;
+                Some(LoggedWhat::Deleted(hidden))
+            }
+        }
+    }
+
+    /// The position up to which everything is acknowledged: what a sync that begins now makes durable.
+    pub(super) fn completed(&self) -> u64 {
+        self.completed
+    }
+
+    pub(super) fn is_durable(&self, position: u64) -> bool {
+        self.durable >= position
+    }
+
+    /// A sync that began when everything before `position` was acknowledged has ended.
+    pub(super) fn synced(&mut self, position: u64) {
+        self.durable = self.durable.max(position);
+    }
+
+    /// What a checkpoint is to apply now: batches, and entries of generations that are gone with them. Starts the checkpoint.
+    pub(super) fn unapplied(&mut self) -> (Vec<Arc<LoggedBatch>>, Vec<EntryNumber>) {
+        let within = |batch: &&Arc<LoggedBatch>| batch.end - self.tail <= APPLY_BYTES;
+        let mut batches: Vec<_> = self.batches.iter().take_while(within).cloned().collect();
+        if batches.is_empty() {
+            batches.extend(self.batches.front().cloned());
+        }
+        self.applying = !batches.is_empty();
+        let all = batches.len() == self.batches.len();
+        (batches, if all { std::mem::take(&mut self.index.gone_generations) } else { Vec::new() })
+    }
+
+    /// A checkpoint has applied everything before `position`, durably.
+    pub(super) fn release(&mut self, position: u64) {
+        while let Some(batch) = self.batches.front()
+            && batch.end <= position
+        {
+            let gave =
+                |record: &&Logged| matches!(record.what, LoggedWhat::Zeroes { .. } | LoggedWhat::Deleted(_));
+            self.giving -= batch.records.iter().filter(gave).count() as u32;
+            self.batches.pop_front();
+        }
+        self.tail = position;
+        self.applying = false;
+        self.starved = false;
+        self.log.release(position);
+        self.full &= self.index.slots.count() <= self.index.wanted + RESERVED_SLOTS;
+    }
+}
+
+/// What blocks need on the disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Needs {
+    DataAndInfo,
+    Info,
+}
+
+/// The blocks for which a record needs slots.
+fn needs(operation: &Operation) -> Option<(SegmentKey, Range<u32>, Needs)> {
+    match operation {
+        Operation::Data { at, block, crcs, .. } => {
+            Some((*at, *block..*block + crcs.len() as u32, Needs::DataAndInfo))
+        }
+        Operation::Zeroes { at, block, blocks, keep: Keep::Always, .. } => {
+            Some((*at, *block..*block + *blocks, Needs::Info))
+        }
+        _ => None,
+    }
+}
+
+/// Blocks by position: which of its blocks.
+pub(super) fn by_slot(blocks: Range<u32>) -> impl Iterator<Item = (u32, Range<u32>)> {
+    let positions = blocks.start / SLOT_BLOCKS..blocks.end.div_ceil(SLOT_BLOCKS);
+    positions.map(move |position| {
+        let first = position * SLOT_BLOCKS;
+        let start = blocks.start.max(first) - first;
+        (position, start..blocks.end.min(first + SLOT_BLOCKS) - first)
+    })
+}
+
+/// The record of a write, and its data; refused when it makes no sense.
+pub(super) fn operation(
+    at: SegmentKey,
+    write: crate::store::ReplicaWrite,
+) -> Result<(Operation, Bytes), StoreError> {
+    let invalid = |text: &str| Err(StoreError::Invalid(text.to_owned()));
+    let counted = match &write.content {
+        WriteContent::Data { crcs, .. } => crcs.len() as u64,
+        WriteContent::Zeroes { blocks, .. } => u64::from(*blocks),
+    };
+    if counted == 0 || u64::from(write.block) + counted > u64::from(BLOCKS_PER_SEGMENT) {
+        return invalid("the range is not within the segment");
+    }
+    if write.version.generation > u64::from(u32::MAX) {
+        return invalid("the generation is larger than any that is given");
+    }
+    let (block, version) = (write.block, write.version);
+    match write.content {
+        WriteContent::Data { data, crcs } => {
+            if data.len() as u64 != crcs.len() as u64 * BLOCK_SIZE {
+                return invalid("data and checksums do not agree");
+            }
+            if version == Version::default() {
+                return invalid("data need a version");
+            }
+            Ok((Operation::Data { at, block, version, crcs }, data))
+        }
+        WriteContent::Zeroes { blocks, keep } => {
+            let keep = if version == Version::default() { Keep::WhereStored } else { keep };
+            Ok((Operation::Zeroes { at, block, blocks, version, keep }, Bytes::new()))
+        }
+    }
+}

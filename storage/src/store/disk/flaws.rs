@@ -1,0 +1,28 @@
+//! Planted bugs: the crash tests must find each of them, or they prove nothing.
+
+/// What is done wrong.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Flaw {
+    /// A write is acknowledged before it is in the log.
+    EarlyAcknowledgement,
+    /// A flush returns without a sync.
+    DroppedFlush,
+    /// The log is applied before it is durable.
+    EarlyApply,
+    /// A checkpoint leaves some pages unwritten.
+    ForgottenPage,
+    /// A batch of an earlier opening, behind the end of the log that was found then, is taken for the next one.
+    StaleBatch,
+    /// A slot is given out again before the checkpoint that freed it is durable.
+    EarlyReuse,
+}
+
+/// All of them.
+pub(super) const FLAWS: [Flaw; 6] = [
+    Flaw::EarlyAcknowledgement,
+    Flaw::DroppedFlush,
+    Flaw::EarlyApply,
+    Flaw::ForgottenPage,
+    Flaw::StaleBatch,
+    Flaw::EarlyReuse,
+];

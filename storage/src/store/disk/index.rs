@@ -1,0 +1,306 @@
+//! What a store knows in memory: where each block is, and which slots are free.
+//!
+//! For each segment a flat map from positions to slots (4 bytes each, in chunks made when used), and an **overlay**: what is in the log and not in its slot yet. The overlay
+//! has the last word. The segments' slots are known from the owners on disk, read at the opening.
+
+use super::format::directory::EntryNumber;
+use super::format::info::{INFO_SLOTS_PER_SEGMENT, PER_SLOT};
+use super::format::layout::{SLOT_BLOCKS, SLOTS_PER_SEGMENT, SlotNumber};
+use crate::ids::{Generation, SegmentKey, Version, VolumeId};
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+/// Number of a record, in the order of the log.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub(super) struct RecordNumber(pub(super) u64);
+
+/// What a logged write made of a block.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Place {
+    /// Data, at this position of the log.
+    Log { position: u64, crc: u32 },
+    /// Zeroes.
+    Zero,
+}
+
+/// A block that is in the log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Overlaid {
+    pub(super) record: RecordNumber,
+    pub(super) version: Version,
+    pub(super) place: Place,
+}
+
+/// What is in the log of one position.
+#[derive(Clone, Default, Debug)]
+pub(super) struct SlotOverlay {
+    /// A write that made all of it zeroes, before the others here.
+    zeroed: Option<Overlaid>,
+    /// Few, as a rule.
+    blocks: Vec<(u8, Overlaid)>,
+}
+
+impl SlotOverlay {
+    pub(super) fn get(&self, index: u32) -> Option<Overlaid> {
+        let own = self.blocks.iter().find(|(i, _)| u32::from(*i) == index).map(|(_, overlaid)| *overlaid);
+        own.or(self.zeroed)
+    }
+
+    pub(super) fn set(&mut self, index: u32, overlaid: Overlaid) {
+        match self.blocks.iter_mut().find(|(i, _)| u32::from(*i) == index) {
+            Some((_, place)) => *place = overlaid,
+            None => self.blocks.push((index as u8, overlaid)),
+        }
+    }
+
+    pub(super) fn zero(&mut self, overlaid: Overlaid) {
+        self.blocks.clear();
+        self.zeroed = Some(overlaid);
+    }
+
+    /// Forgets what was logged up to a record; whether anything is left.
+    fn forget(&mut self, up_to: RecordNumber) -> bool {
+        self.blocks.retain(|(_, overlaid)| overlaid.record > up_to);
+        self.zeroed = self.zeroed.filter(|overlaid| overlaid.record > up_to);
+        self.zeroed.is_some() || !self.blocks.is_empty()
+    }
+}
+
+const CHUNK: usize = 1024;
+const NONE: u32 = u32::MAX;
+
+/// From positions to slots.
+#[derive(Default)]
+struct SlotMap {
+    chunks: Vec<Option<Box<[u32; CHUNK]>>>,
+}
+
+impl SlotMap {
+    fn get(&self, position: u32) -> Option<SlotNumber> {
+        let chunk = self.chunks.get(position as usize / CHUNK)?.as_ref()?;
+        let slot = chunk[position as usize % CHUNK];
+        (slot != NONE).then_some(SlotNumber(slot))
+    }
+
+    fn set(&mut self, position: u32, slot: Option<SlotNumber>) {
+        let index = position as usize / CHUNK;
+        if self.chunks.len() <= index {
+            self.chunks.resize(index + 1, None);
+        }
+        let chunk = self.chunks[index].get_or_insert_with(|| Box::new([NONE; CHUNK]));
+        chunk[position as usize % CHUNK] = slot.map_or(NONE, |slot| slot.0);
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (u32, SlotNumber)> + '_ {
+        let slots = self.chunks.iter().enumerate().flat_map(|(c, chunk)| {
+            chunk
+                .iter()
+                .flat_map(move |chunk| chunk.iter().enumerate().map(move |(i, s)| (c * CHUNK + i, *s)))
+        });
+        slots.filter(|(_, slot)| *slot != NONE).map(|(position, slot)| (position as u32, SlotNumber(slot)))
+    }
+}
+
+/// A segment of which something is stored, or about to be.
+pub(super) struct Segment {
+    pub(super) key: SegmentKey,
+    /// Its entry is in the directory on the disk.
+    pub(super) recorded: bool,
+    data: SlotMap,
+    info: SlotMap,
+    pub(super) overlay: HashMap<u32, SlotOverlay>,
+    /// Positions that will need a slot for data, or for info, when what was admitted for them is applied.
+    pub(super) wants_data: HashSet<u32>,
+    pub(super) wants_info: HashSet<u16>,
+}
+
+impl Segment {
+    pub(super) fn new(key: SegmentKey) -> Self {
+        Self {
+            key,
+            recorded: false,
+            data: SlotMap::default(),
+            info: SlotMap::default(),
+            overlay: HashMap::new(),
+            wants_data: HashSet::new(),
+            wants_info: HashSet::new(),
+        }
+    }
+
+    pub(super) fn data(&self, position: u32) -> Option<SlotNumber> {
+        self.data.get(position)
+    }
+
+    pub(super) fn set_data(&mut self, position: u32, slot: Option<SlotNumber>) {
+        self.data.set(position, slot);
+    }
+
+    pub(super) fn info(&self, index: u16) -> Option<SlotNumber> {
+        self.info.get(u32::from(index))
+    }
+
+    pub(super) fn set_info(&mut self, index: u16, slot: Option<SlotNumber>) {
+        self.info.set(u32::from(index), slot);
+    }
+
+    /// All slots that it has.
+    pub(super) fn slots(&self) -> impl Iterator<Item = SlotNumber> + '_ {
+        self.data.iter().chain(self.info.iter()).map(|(_, slot)| slot)
+    }
+
+    /// Its slots of data.
+    pub(super) fn data_slots(&self) -> impl Iterator<Item = SlotNumber> + '_ {
+        self.data.iter().map(|(_, slot)| slot)
+    }
+
+    pub(super) fn info_slots(&self) -> impl Iterator<Item = (u16, SlotNumber)> + '_ {
+        self.info.iter().map(|(index, slot)| (index as u16, slot))
+    }
+
+    /// Whether zeroes at a position must be written down, or say nothing new.
+    pub(super) fn keeps_zeroes(&self, position: u32) -> bool {
+        let index = (position / PER_SLOT) as u16;
+        self.info(index).is_some() || self.wants_info.contains(&index)
+    }
+
+    pub(super) fn overlaid(&self, block: u32) -> Option<Overlaid> {
+        self.overlay.get(&(block / SLOT_BLOCKS))?.get(block % SLOT_BLOCKS)
+    }
+
+    /// Forgets what was logged up to a record.
+    pub(super) fn forget(&mut self, positions: impl Iterator<Item = u32>, up_to: RecordNumber) {
+        for position in positions {
+            if self.overlay.get_mut(&position).is_some_and(|overlay| !overlay.forget(up_to)) {
+                self.overlay.remove(&position);
+            }
+        }
+    }
+}
+
+const _: () = assert!(INFO_SLOTS_PER_SEGMENT < SLOTS_PER_SEGMENT);
+
+/// A volume's generation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct StoredGeneration {
+    pub(super) value: Generation,
+    /// Where it is on the disk, when it is.
+    pub(super) entry: Option<EntryNumber>,
+}
+
+/// Which slots are free.
+#[derive(Default)]
+pub(super) struct FreeSlots {
+    /// A bit for each slot; set: free.
+    words: Vec<u64>,
+    free: u32,
+    /// Where to look next: neighbours are written together.
+    next: usize,
+}
+
+impl FreeSlots {
+    /// None free yet.
+    pub(super) fn new(slots: u32) -> Self {
+        Self { words: vec![0; (slots as usize).div_ceil(64)], free: 0, next: 0 }
+    }
+
+    pub(super) fn count(&self) -> u32 {
+        self.free
+    }
+
+    pub(super) fn give(&mut self, slot: SlotNumber) {
+        let word = &mut self.words[slot.0 as usize / 64];
+        let bit = 1 << (slot.0 % 64);
+        debug_assert_eq!(*word & bit, 0, "given twice");
+        *word |= bit;
+        self.free += 1;
+    }
+
+    /// Whether a slot is free.
+    pub(super) fn is_free(&self, slot: SlotNumber) -> bool {
+        self.words[slot.0 as usize / 64] >> (slot.0 % 64) & 1 == 1
+    }
+
+    pub(super) fn take(&mut self) -> Option<SlotNumber> {
+        let (before, after) = self.words.split_at(self.next);
+        let found = after.iter().position(|word| *word != 0).map(|i| self.next + i);
+        let at = found.or_else(|| before.iter().position(|word| *word != 0))?;
+        let bit = self.words[at].trailing_zeros();
+        self.words[at] &= !(1 << bit);
+        self.free -= 1;
+        self.next = at;
+        Some(SlotNumber(at as u32 * 64 + bit))
+    }
+}
+
+/// Which entries of the directory are free.
+pub(super) struct FreeEntries {
+    /// Given back.
+    given: Vec<EntryNumber>,
+    /// Never taken from here on.
+    next: u32,
+    end: u32,
+}
+
+impl FreeEntries {
+    pub(super) fn new(given: Vec<EntryNumber>, next: u32, end: u32) -> Self {
+        Self { given, next, end }
+    }
+
+    pub(super) fn take(&mut self) -> Option<EntryNumber> {
+        self.given.pop().or_else(|| {
+            let entry = (self.next < self.end).then_some(EntryNumber(self.next));
+            self.next += u32::from(entry.is_some());
+            entry
+        })
+    }
+
+    pub(super) fn give(&mut self, entry: EntryNumber) {
+        self.given.push(entry);
+    }
+}
+
+/// See the module.
+pub(super) struct Index {
+    /// By name; those being removed are not in it.
+    pub(super) names: HashMap<SegmentKey, EntryNumber>,
+    /// All, those being removed included.
+    pub(super) segments: BTreeMap<EntryNumber, Segment>,
+    pub(super) generations: HashMap<VolumeId, StoredGeneration>,
+    pub(super) slots: FreeSlots,
+    pub(super) entries: FreeEntries,
+    /// Slots that admitted writes will need.
+    pub(super) wanted: u32,
+    /// Entries of generations that are gone, to be freed with the next checkpoint.
+    pub(super) gone_generations: Vec<EntryNumber>,
+}
+
+impl Index {
+    pub(super) fn get(&self, at: SegmentKey) -> Option<&Segment> {
+        self.segments.get(self.names.get(&at)?)
+    }
+
+    /// The segment, made when it is new; nothing when the directory is full.
+    pub(super) fn get_or_create(&mut self, at: SegmentKey) -> Option<EntryNumber> {
+        if let Some(entry) = self.names.get(&at) {
+            return Some(*entry);
+        }
+        let entry = self.entries.take()?;
+        self.names.insert(at, entry);
+        self.segments.insert(entry, Segment::new(at));
+        Some(entry)
+    }
+
+    /// Takes segments out of sight. They keep their slots until a checkpoint has freed them.
+    pub(super) fn hide(&mut self, which: impl Fn(&SegmentKey) -> bool) -> Vec<EntryNumber> {
+        let keys: Vec<SegmentKey> = self.names.keys().filter(|key| which(key)).copied().collect();
+        let hidden = keys.iter().filter_map(|key| self.names.remove(key)).collect::<Vec<_>>();
+        for entry in &hidden {
+            if let Some(segment) = self.segments.get_mut(entry) {
+                self.wanted -= (segment.wants_data.len() + segment.wants_info.len()) as u32;
+                segment.wants_data.clear();
+                segment.wants_info.clear();
+                segment.overlay.clear();
+            }
+        }
+        hidden
+    }
+}

@@ -1,0 +1,186 @@
+//! The log-structured disk store: one raw device, or one file that stands for it.
+//!
+//! ```text
+//!  write ─► batch ─► log (ring) ──► overlay in memory          read ─► overlay? ─► log
+//!             │          ▲                                         └─► block info ─► slot
+//!  flush ─────┴─ sync ───┘
+//!                        checkpoint: log ─► slots, block info, owners ─► sync ─► log is free again
+//! ```
+//!
+//! A write is acknowledged when it is in the log: one sequential write, shared by all that came meanwhile, and one sync for all flushes that wait. Checkpoints move
+//! it to its **slot** of 64 KiB later, many writes at once. Each block has its checksum and the version of its write in pages of **block info**; which slot belongs to which segment is written on the slots'
+//! side (**owners**). All of these are checksummed and kept such that a power loss at any point leaves each block old or new.
+//!
+//! | module | it is |
+//! |---|---|
+//! | [`format`] | what is on the disk (pure) |
+//! | [`index`], [`cache`] | what is in memory |
+//! | [`core`] | admission, batches, the overlay: a state machine without I/O |
+//! | [`apply`] | checkpoints |
+//! | [`recover`] | formatting and opening |
+//! | [`read`] | reading and verifying |
+//! | [`engine`] | starts I/O, waits, and has the applier's thread |
+//! | [`device`] | the medium: io_uring past the page cache, or plain I/O in memory |
+//! | `sim`, `flaws` (tests) | a simulated medium that loses what was not synced; planted bugs |
+//!
+//! No database, no page cache, and no other thread on a request's way: it goes to the disk in the caller's own first poll, and its completion is taken where
+//! the caller's runtime waits. Memory: 4 bytes for each slot in use, the cached info of some gigabytes of hot data, and what is in the log.
+
+mod apply;
+mod cache;
+mod core;
+mod device;
+mod engine;
+#[cfg(test)]
+mod flaws;
+mod format;
+mod index;
+mod read;
+mod recover;
+#[cfg(test)]
+mod sim;
+#[cfg(test)]
+mod tests;
+
+pub use recover::OpenError;
+
+use self::core::operation;
+use self::device::file::{self, Sharing};
+use self::engine::Engine;
+use self::format::batch::Operation;
+use self::format::layout::{LOG_OFFSET, SLOT};
+use super::{BlockVersion, DiskStore, ReadReply, ReplicaWrite, StoreError, WriteContent};
+use crate::ids::{BLOCK_SIZE, ByteSize, DiskId, Generation, SegmentKey, VolumeId};
+use crate::status::{DiskHealth, DiskUsage};
+use bytes::Bytes;
+use futures_util::future::{BoxFuture, try_join_all};
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+
+/// A disk store on a device or file. See the module.
+pub struct LogStore {
+    engine: Engine,
+}
+
+fn opening(source: io::Error) -> OpenError {
+    OpenError::Io { doing: "opening the device", source }
+}
+
+impl LogStore {
+    /// Makes an empty store of a device, or of a file that has its size already. What was there is lost.
+    pub fn format(path: &Path, disk: DiskId) -> Result<(), OpenError> {
+        let device = file::open(path, Sharing::Exclusive).map_err(opening)?;
+        let stamp = uuid::Uuid::new_v4().as_fields().0;
+        recover::format(device.as_ref(), disk, stamp)
+    }
+
+    /// The disk that a device or file is, if it is one.
+    pub fn identify(path: &Path) -> Result<DiskId, OpenError> {
+        let device = file::open(path, Sharing::Shared).map_err(opening)?;
+        Ok(recover::superblock(device.as_ref())?.disk)
+    }
+
+    /// Opens a store: what its log has is applied on return. Blocks for the time of that. Must be called within the runtime that will use it.
+    pub fn open(path: &Path, disk: DiskId) -> Result<Self, OpenError> {
+        let device = file::open(path, Sharing::Exclusive).map_err(opening)?;
+        let applier = recover::open(device, disk)?;
+        let engine = Engine::start(applier)
+            .map_err(|source| OpenError::Io { doing: "starting the applier of the store", source })?;
+        Ok(Self { engine })
+    }
+
+    async fn write_parts(&self, at: SegmentKey, write: ReplicaWrite) -> Result<(), StoreError> {
+        let shared = &self.engine.shared;
+        let most = shared.core.lock().record_bytes();
+        let ReplicaWrite { block, version, content } = write;
+        let WriteContent::Data { data, crcs } = &content else {
+            let (operation, data) = operation(at, ReplicaWrite { block, version, content })?;
+            return shared.log(operation, data).await;
+        };
+        if data.len() <= most || data.len() as u64 != crcs.len() as u64 * BLOCK_SIZE {
+            let (operation, data) = operation(at, ReplicaWrite { block, version, content })?;
+            return shared.log(operation, data).await;
+        }
+        let step = most / BLOCK_SIZE as usize;
+        let parts = crcs.chunks(step).enumerate().map(|(i, crcs)| {
+            let start = i * step * BLOCK_SIZE as usize;
+            let data = data.slice(start..start + crcs.len() * BLOCK_SIZE as usize);
+            let content = WriteContent::Data { data, crcs: crcs.to_vec() };
+            operation(at, ReplicaWrite { block: block.saturating_add((i * step) as u32), version, content })
+        });
+        let parts = parts.collect::<Result<Vec<_>, _>>()?;
+        try_join_all(parts.into_iter().map(|(operation, data)| shared.log(operation, data))).await?;
+        Ok(())
+    }
+
+    async fn log_durably(&self, operation: Operation) -> Result<(), StoreError> {
+        self.engine.shared.log(operation, Bytes::new()).await?;
+        self.engine.shared.sync().await
+    }
+}
+
+impl DiskStore for LogStore {
+    fn write(&self, at: SegmentKey, write: ReplicaWrite) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(self.write_parts(at, write))
+    }
+
+    fn read(&self, at: SegmentKey, block: u32, blocks: u32) -> BoxFuture<'_, Result<ReadReply, StoreError>> {
+        Box::pin(self.engine.shared.read(at, block..block.saturating_add(blocks)))
+    }
+
+    fn flush(&self) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(self.engine.shared.sync())
+    }
+
+    fn versions(
+        &self,
+        at: SegmentKey,
+        blocks: Range<u32>,
+    ) -> BoxFuture<'_, Result<Vec<BlockVersion>, StoreError>> {
+        Box::pin(self.engine.shared.versions(at, blocks))
+    }
+
+    fn generation(&self, volume: VolumeId) -> BoxFuture<'_, Result<Generation, StoreError>> {
+        Box::pin(async move {
+            let core = self.engine.shared.core.lock();
+            core.check_failed()?;
+            Ok(core.index.generations.get(&volume).map(|stored| stored.value).unwrap_or_default())
+        })
+    }
+
+    fn set_generation(
+        &self,
+        volume: VolumeId,
+        generation: Generation,
+    ) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(self.log_durably(Operation::Generation(volume, generation)))
+    }
+
+    fn delete_volume(&self, volume: VolumeId) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(self.log_durably(Operation::DeleteVolume(volume)))
+    }
+
+    fn remove(&self, at: SegmentKey) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(self.engine.shared.log(Operation::DeleteSegment(at), Bytes::new()))
+    }
+
+    fn usage(&self) -> DiskUsage {
+        let core = self.engine.shared.core.lock();
+        let slots = u64::from(core.layout.slots);
+        let used = slots - u64::from(core.index.slots.count()) + u64::from(core.index.wanted);
+        DiskUsage { used: ByteSize(used.min(slots) * SLOT), total: ByteSize(slots * SLOT) }
+    }
+
+    fn health(&self) -> DiskHealth {
+        let core = self.engine.shared.core.lock();
+        match &core.failed {
+            Some(error) => DiskHealth::Failed(error.clone()),
+            None if core.full => DiskHealth::Full,
+            None => DiskHealth::Ok,
+        }
+    }
+}
+
+/// Bytes at the start of a device that tell whether it is a disk of a pool.
+pub const IDENTITY_BYTES: u64 = LOG_OFFSET;
