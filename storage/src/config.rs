@@ -19,7 +19,7 @@ pub struct StorageConfig {
 pub struct DiskConfig {
     /// The disk.
     pub id: DiskId,
-    /// Where its store lives (for the plain-file store: a directory).
+    /// The device or file that its store lives on.
     pub path: PathBuf,
 }
 

@@ -76,5 +76,5 @@ pub use metrics::Metrics;
 pub use netfabric::NodeId;
 pub use poll::BusyPoll;
 pub use service::{
-    RunningTarget, Storage, StorageError, StorageOptions, StoreOpener, TargetStarter, plain_stores,
+    RunningTarget, Storage, StorageError, StorageOptions, StoreOpener, TargetStarter, disk_stores,
 };

@@ -11,7 +11,7 @@ use crate::metrics::Metrics;
 use crate::poll::BusyPoll;
 use crate::replica::server::ReplicaServer;
 use crate::status::{DiskHealth, DiskStatus, DiskUsage, StorageStatus};
-use crate::store::plain::PlainStore;
+use crate::store::disk::LogStore;
 use crate::store::{DiskStore, StoreError};
 use crate::transport::Transport;
 use bytes::Bytes;
@@ -30,16 +30,12 @@ use tokio::sync::oneshot;
 pub type StoreOpener =
     Arc<dyn Fn(DiskConfig) -> BoxFuture<'static, Result<Arc<dyn DiskStore>, StoreError>> + Send + Sync>;
 
-/// Opens directories as plain-file stores; one that is not formatted yet becomes the disk.
-pub fn plain_stores() -> StoreOpener {
+/// Opens devices and files that are disk stores.
+pub fn disk_stores() -> StoreOpener {
     Arc::new(|disk: DiskConfig| {
         Box::pin(async move {
-            // The replay of a store's log takes its time.
-            let opened = tokio::task::spawn_blocking(move || {
-                PlainStore::format(&disk.path, disk.id)?;
-                PlainStore::open(&disk.path, disk.id)
-            });
-            match opened.await {
+            // What is in a store's log is applied first, and that takes its time.
+            match tokio::task::spawn_blocking(move || LogStore::open(&disk.path, disk.id)).await {
                 Ok(Ok(store)) => Ok(Arc::new(store) as Arc<dyn DiskStore>),
                 Ok(Err(error)) => Err(StoreError::Io(error.to_string())),
                 Err(error) => Err(StoreError::Io(error.to_string())),

@@ -1,4 +1,4 @@
-//! Three nodes' storage in one process: plain stores in directories, real meshes on loopback.
+//! Three nodes' storage in one process: disk stores in files, real meshes on loopback.
 
 // A test may panic.
 #![allow(clippy::unwrap_used)]
@@ -18,9 +18,10 @@ use storage::config::{
 use storage::control::{CommitError, ControlPlane, FreezeStep};
 use storage::ids::{ByteSize, DiskId, FreezeId, Generation, LayerRef, SegmentIndex, VolumeId};
 use storage::status::{MemberState, VolumeState};
+use storage::store::disk::LogStore;
 use storage::{
     BusyPoll, MeshTransport, NodeId, Storage, StorageConfig, StorageError, StorageOptions, Timing,
-    plain_stores,
+    disk_stores,
 };
 
 const LONG: Duration = Duration::from_secs(30);
@@ -123,7 +124,7 @@ async fn start(
         node: id,
         state_dir: dir.join("state"),
         timing: Timing::default(),
-        open_store: plain_stores(),
+        open_store: disk_stores(),
         start_target: Arc::new(|_, _, _| Err("no targets here".into())),
         poll: BusyPoll::new(),
     };
@@ -140,7 +141,11 @@ async fn start(
     let mesh = Mesh::start(identity, config, storage.rpc_handler()).await.unwrap();
     let forward = tokio::spawn(transport.bind(mesh.clone()));
     let path = dir.join("disk");
-    std::fs::create_dir_all(&path).unwrap();
+    if !path.exists() {
+        std::fs::create_dir_all(dir).unwrap();
+        std::fs::File::create(&path).unwrap().set_len(256 << 20).unwrap();
+        LogStore::format(&path, disk).unwrap();
+    }
     let disks = vec![DiskConfig { id: disk, path }];
     storage.apply(StorageConfig { disks: disks.clone(), volumes: vec![] }).await.unwrap();
     storage.renew_lease(Duration::from_secs(3600));

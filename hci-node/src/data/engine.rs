@@ -126,7 +126,7 @@ impl Engine {
             node,
             state_dir: options.paths.data(),
             timing: Timing::default(),
-            open_store: storage::plain_stores(),
+            open_store: storage::disk_stores(),
             start_target: backends::target_starter(&options.paths, &shard),
             poll: shard.poll().clone(),
         };
@@ -360,12 +360,12 @@ fn look_for(
 ) -> (BTreeSet<DiskId>, BTreeMap<DiskId, String>) {
     let (mut present, mut missing) = (BTreeSet::new(), BTreeMap::new());
     for disk in wanted {
-        let mount_point: PathBuf = paths.disk(state::DiskId(disk.id.0));
+        let link: PathBuf = paths.disk(state::DiskId(disk.id.0));
         if known.contains(&disk.id) {
             present.insert(disk.id);
             continue;
         }
-        match prepare::reestablish(disk.id, &disk.path, &mount_point) {
+        match prepare::reestablish(disk.id, &disk.path, &link) {
             Ok(()) => {
                 present.insert(disk.id);
             }

@@ -225,7 +225,7 @@ pub struct FormatDisk {
 /// A prepared disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FormattedDisk {
-    /// Directory of its store.
+    /// The device or file of its store.
     pub store: PathBuf,
     /// Its capacity.
     pub capacity_bytes: u64,

@@ -144,8 +144,8 @@ impl Server {
 
     async fn format(&self, call: FormatDisk) -> Result<FormattedDisk, RpcError> {
         let _alone = self.disks(FORMAT_PATIENCE).await?;
-        let mount_point = self.shared.paths.disk(state::DiskId(call.disk.0));
-        blocking(move || prepare::prepare(call.disk, &call.path, call.wipe, &mount_point))
+        let link = self.shared.paths.disk(state::DiskId(call.disk.0));
+        blocking(move || prepare::prepare(call.disk, &call.path, call.wipe, &link))
             .await?
             .map_err(|error| RpcError::new(ErrorCode::Refused, chain(&error)))
     }

@@ -17,7 +17,6 @@
 
 pub mod disk;
 mod layers;
-pub mod plain;
 
 use crate::ids::{BLOCKS_PER_SEGMENT, Generation, SegmentKey, Version, VolumeId};
 use crate::status::{DiskHealth, DiskUsage};

@@ -25,7 +25,7 @@ use storage::ids::{
 };
 use storage::status::{VolumeState, VolumeStatus};
 use storage::store::DiskStore;
-use storage::store::plain::PlainStore;
+use storage::store::disk::LogStore;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
@@ -366,9 +366,11 @@ impl DataCluster {
         self.kill(&all)?;
         let segments = self.record.lock().volume.as_ref().map_or(0, |volume| volume.segments.len());
         let mut first: Option<Vec<_>> = None;
+        // Stores wait for their disks on the runtime that they are opened on.
+        let _on_the_runtime = self.runtime.enter();
         for (index, node) in self.nodes.iter().enumerate() {
             let mut blocks = Vec::new();
-            let store = PlainStore::open(&node.disk.path, node.disk.id)
+            let store = LogStore::open(&node.disk.path, node.disk.id)
                 .with_context(|| format!("the disk of node {index} does not open"))?;
             for segment in (0..segments as u32).map(SegmentIndex) {
                 let at = SegmentKey { volume: self.volume, segment, layer: LayerId::default() };

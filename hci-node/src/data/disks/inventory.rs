@@ -57,10 +57,8 @@ pub fn usage(device: &Path) -> DiskUsage {
         Ok(content) => content,
         Err(error) => return DiskUsage::InUse(format!("it cannot be read: {error}")),
     };
-    if let Content::Ext(uuid) = content
-        && is_pool_label(device)
-    {
-        return DiskUsage::Pool(DiskId(uuid));
+    if let Content::Pool(disk) = content {
+        return DiskUsage::Pool(disk);
     }
     match (claim(device), content.describe()) {
         (Err(error), _) => DiskUsage::InUse(error.to_string()),
@@ -93,22 +91,9 @@ pub fn claim(device: &Path) -> io::Result<File> {
         })
 }
 
-/// First characters of the label that file systems of pool disks have.
-pub const POOL_LABEL: &str = "hci-";
-/// Where the label is in an ext superblock, from the start of the device.
-const EXT_LABEL: usize = 1024 + 0x78;
-
-fn is_pool_label(device: &Path) -> bool {
-    let mut start = [0; EXT_LABEL + 16];
-    let read = File::open(device).and_then(|mut file| file.read_exact(&mut start));
-    read.is_ok() && start[EXT_LABEL..].starts_with(POOL_LABEL.as_bytes())
-}
-
 /// The device that holds this disk of the pool, if it is in this machine: of any kind, for what was added once counts.
 pub fn find(disk: DiskId) -> io::Result<Option<PathBuf>> {
     let mut devices = block_devices()?.into_iter().map(|name| Path::new("/dev").join(name));
-    let holds = |device: &PathBuf| {
-        matches!(content(device), Ok(Content::Ext(uuid)) if uuid == disk.0) && is_pool_label(device)
-    };
+    let holds = |device: &PathBuf| matches!(content(device), Ok(Content::Pool(found)) if found == disk);
     Ok(devices.find(holds))
 }

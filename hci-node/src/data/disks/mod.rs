@@ -6,10 +6,9 @@
 //! | [`inventory`] | the block devices of this machine and what they are used for |
 //! | [`prepare`] | a device or directory becomes a disk of the pool, and is found again after a restart |
 //!
-//! A disk of the pool is an ext4 file system whose UUID is the disk's id, mounted under `disks/<id>` of the state
-//! directory, or just a directory (tests, machines with one disk). Its root holds the marker [`prepare::MARKER`]
-//! with the id: without the marker nothing is written there, so a disk that is not mounted never fills the root
-//! file system in its place.
+//! A disk of the pool is a raw device with a disk store on it, or a directory with a file that stands for one (tests, machines with one disk). Devices change their names:
+//! `disks/<id>` of the state directory is a link to the one that has the disk's superblock, set anew after each start. A directory holds the marker
+//! [`prepare::MARKER`] with the id: without it nothing is made there, so a file system that is not mounted never fills another in its place.
 
 pub mod inventory;
 pub mod prepare;

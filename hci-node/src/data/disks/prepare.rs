@@ -1,6 +1,6 @@
 //! A device or directory becomes a disk of the pool, and is found again after a restart.
 //!
-//! Every step can be repeated: preparing a disk that is already prepared under the same id only mounts it. Nothing
+//! Every step can be repeated: preparing a disk that is already prepared under the same id only finds it. Nothing
 //! that holds data is touched without leave, and nothing in use is touched at all.
 
 use std::{
@@ -11,10 +11,9 @@ use std::{
     process::{Command, Stdio},
 };
 
-use nix::mount::MsFlags;
 use storage::{
     ids::DiskId,
-    store::plain::{OpenError, PlainStore},
+    store::disk::{LogStore, OpenError},
 };
 
 use super::{inventory, signature::Content};
@@ -22,10 +21,14 @@ use crate::data::protocol::{FormattedDisk, Wipe};
 
 /// File in the root of a disk that holds its id.
 pub const MARKER: &str = "hci-disk";
-/// Directory of the store on a disk.
+/// File of the store in a directory.
 const STORE: &str = "store";
+/// This part of the free room of a directory's file system becomes the disk: others may want some of it too.
+const PART_OF_ROOM: u64 = 2;
 /// Zeroed at both ends of a device that is wiped: partition tables and their copies, RAID and LVM labels.
 const WIPE_BYTES: u64 = 1 << 20;
+/// Sizes of files are multiples of this.
+const BLOCK: u64 = 4096;
 
 /// Why a disk is not prepared.
 #[derive(Debug, thiserror::Error)]
@@ -68,7 +71,7 @@ pub enum PrepareError {
         /// The end of what it said.
         message: String,
     },
-    /// The store refuses its directory.
+    /// There cannot be a store.
     #[error("the disk's store cannot be made")]
     Store(#[from] OpenError),
     /// No device in this machine holds the disk.
@@ -81,46 +84,39 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> PrepareError {
     move |source| PrepareError::Io { what, source }
 }
 
-/// Prepares `path` as `disk`; devices are mounted at `mount_point`.
-pub fn prepare(
-    disk: DiskId,
-    path: &Path,
-    wipe: Wipe,
-    mount_point: &Path,
-) -> Result<FormattedDisk, PrepareError> {
+/// Prepares `path` as `disk`. To a device leads the link, whatever its name will be.
+pub fn prepare(disk: DiskId, path: &Path, wipe: Wipe, link: &Path) -> Result<FormattedDisk, PrepareError> {
     if !path.is_absolute() {
         return Err(PrepareError::Relative(path.to_owned()));
     }
     let kind = fs::metadata(path).map(|found| found.file_type());
-    let root = match kind {
+    match kind {
         Ok(kind) if kind.is_block_device() => {
             format_device(disk, path, wipe)?;
-            mount(path, mount_point)?;
-            mount_point
+            set_link(link, path)?;
+            return described(link);
         }
-        Ok(kind) if kind.is_dir() => path,
+        Ok(kind) if kind.is_dir() => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound && !path.starts_with("/dev") => {
             fs::create_dir_all(path).map_err(io_error(format!("cannot create {}", path.display())))?;
-            path
         }
         Err(error) => return Err(io_error(format!("cannot look at {}", path.display()))(error)),
         Ok(_) => return Err(PrepareError::NotADisk(path.to_owned())),
-    };
-    claim_root(disk, root, wipe)?;
-    let prepared = describe(root)?;
-    fs::create_dir_all(&prepared.store).map_err(io_error("cannot create the store"))?;
-    PlainStore::format(&prepared.store, disk)?;
-    Ok(prepared)
+    }
+    claim_root(disk, path, wipe)?;
+    let store = path.join(STORE);
+    format_file(disk, &store)?;
+    described(&store)
 }
 
-/// Makes sure that the disk is there with its store and the id that it should have: mounts it where that is needed.
+/// Makes sure that the disk is there with its store and the id that it should have: finds its device where it is one.
 /// `store` is what [`prepare`] answered.
-pub fn reestablish(disk: DiskId, store: &Path, mount_point: &Path) -> Result<(), PrepareError> {
-    let root = store.parent().unwrap_or(store);
-    if root == mount_point && marker(root)?.is_none() {
+pub fn reestablish(disk: DiskId, store: &Path, link: &Path) -> Result<(), PrepareError> {
+    if store == link {
         let device = inventory::find(disk).map_err(io_error("cannot list the disks"))?;
-        mount(&device.ok_or(PrepareError::Missing(disk))?, mount_point)?;
+        return set_link(link, &device.ok_or(PrepareError::Missing(disk))?);
     }
+    let root = store.parent().unwrap_or(store);
     match marker(root)? {
         Some(found) if found == disk.to_string() => Ok(()),
         Some(other) => Err(PrepareError::OtherDisk { path: root.to_owned(), disk: other }),
@@ -128,30 +124,75 @@ pub fn reestablish(disk: DiskId, store: &Path, mount_point: &Path) -> Result<(),
     }
 }
 
-/// Capacity of the file system that holds the disk.
-pub fn describe(root: &Path) -> Result<FormattedDisk, PrepareError> {
-    let stat = nix::sys::statvfs::statvfs(root)
-        .map_err(|error| io_error(format!("cannot measure {}", root.display()))(error.into()))?;
-    let capacity_bytes = stat.blocks().saturating_mul(stat.fragment_size());
-    Ok(FormattedDisk { store: root.join(STORE), capacity_bytes })
+fn described(store: &Path) -> Result<FormattedDisk, PrepareError> {
+    let identity = LogStore::identify(store)?;
+    Ok(FormattedDisk { store: store.to_owned(), capacity_bytes: identity.capacity.0 })
+}
+
+fn set_link(link: &Path, device: &Path) -> Result<(), PrepareError> {
+    let failed = |source| io_error(format!("cannot link {} to {}", link.display(), device.display()))(source);
+    if fs::read_link(link).is_ok_and(|target| target == device) {
+        return Ok(());
+    }
+    if let Some(parent) = link.parent() {
+        fs::create_dir_all(parent).map_err(failed)?;
+    }
+    match fs::remove_file(link) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    std::os::unix::fs::symlink(device, link).map_err(failed)
+}
+
+/// Makes the file of a directory's store, unless it is there.
+fn format_file(disk: DiskId, store: &Path) -> Result<(), PrepareError> {
+    match LogStore::identify(store) {
+        Ok(found) if found.disk == disk => return Ok(()),
+        Ok(found) => {
+            return Err(PrepareError::OtherDisk { path: store.to_owned(), disk: found.disk.to_string() });
+        }
+        // Not there, or not made to its end.
+        Err(_) => {}
+    }
+    let failed = |source| io_error(format!("cannot make {}", store.display()))(source);
+    let file = File::options().write(true).create(true).truncate(true).open(store).map_err(failed)?;
+    let room = nix::sys::statvfs::fstatvfs(&file).map_err(|error| failed(error.into()))?;
+    let free = room.blocks_available().saturating_mul(room.fragment_size());
+    let size = free / PART_OF_ROOM / BLOCK * BLOCK;
+    // Its room is its own from now on: a write must not find the file system full. In memory that would take it at once.
+    let kind = nix::sys::statfs::fstatfs(&file).map_err(|error| failed(error.into()))?.filesystem_type();
+    if kind == nix::sys::statfs::TMPFS_MAGIC {
+        file.set_len(size).map_err(failed)?;
+    } else {
+        let size = i64::try_from(size).unwrap_or(i64::MAX);
+        nix::fcntl::posix_fallocate(&file, 0, size).map_err(|error| failed(error.into()))?;
+    }
+    file.sync_all().map_err(failed)?;
+    drop(file);
+    Ok(LogStore::format(store, disk)?)
 }
 
 fn format_device(disk: DiskId, device: &Path, wipe: Wipe) -> Result<(), PrepareError> {
     let content =
         inventory::content(device).map_err(io_error(format!("cannot read {}", device.display())))?;
-    if content == Content::Ext(disk.0) {
+    if content == Content::Pool(disk) {
         return Ok(());
     }
     let mut claimed = inventory::claim(device).map_err(io_error(device.display().to_string()))?;
     if let Some(what) = content.describe() {
         if wipe == Wipe::Refuse {
-            return Err(PrepareError::HoldsData { path: device.to_owned(), what });
+            return Err(match content {
+                Content::Pool(other) => {
+                    PrepareError::OtherDisk { path: device.to_owned(), disk: other.to_string() }
+                }
+                _ => PrepareError::HoldsData { path: device.to_owned(), what },
+            });
         }
         wipe_ends(&mut claimed).map_err(io_error(format!("cannot wipe {}", device.display())))?;
         reread_partitions(device);
     }
     drop(claimed);
-    make_file_system(disk, device)
+    Ok(LogStore::format(device, disk)?)
 }
 
 fn wipe_ends(device: &mut File) -> io::Result<()> {
@@ -171,18 +212,6 @@ fn reread_partitions(device: &Path) {
     }
 }
 
-fn make_file_system(disk: DiskId, device: &Path) -> Result<(), PrepareError> {
-    let id = disk.to_string();
-    let label: String =
-        inventory::POOL_LABEL.chars().chain(id.chars().filter(|c| *c != '-').take(12)).collect();
-    // Few large files: one inode for each MiB, no reserve for root, and nothing initialised that can be done later.
-    let mut mkfs = Command::new("mkfs.ext4");
-    mkfs.args(["-F", "-q", "-m", "0", "-i", "1048576", "-U", &id, "-L", &label])
-        .args(["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard"])
-        .arg(device);
-    run("mkfs.ext4", &mut mkfs)
-}
-
 fn run(program: &'static str, command: &mut Command) -> Result<(), PrepareError> {
     let output = command
         .stdin(Stdio::null())
@@ -194,24 +223,6 @@ fn run(program: &'static str, command: &mut Command) -> Result<(), PrepareError>
     let said = String::from_utf8_lossy(&output.stderr);
     let message = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no message").to_owned();
     Err(PrepareError::Program { program, message })
-}
-
-fn mount(device: &Path, mount_point: &Path) -> Result<(), PrepareError> {
-    let failed =
-        |source| io_error(format!("cannot mount {} at {}", device.display(), mount_point.display()))(source);
-    if is_mount_point(mount_point).map_err(failed)? {
-        return Ok(());
-    }
-    fs::create_dir_all(mount_point).map_err(failed)?;
-    let flags = MsFlags::MS_NOATIME | MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
-    nix::mount::mount(Some(device), mount_point, Some("ext4"), flags, Some("errors=remount-ro"))
-        .map_err(|error| failed(error.into()))
-}
-
-fn is_mount_point(path: &Path) -> io::Result<bool> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    let path = path.display().to_string();
-    Ok(mounts.lines().any(|line| line.split(' ').nth(4) == Some(path.as_str())))
 }
 
 fn marker(root: &Path) -> Result<Option<String>, PrepareError> {
@@ -232,7 +243,7 @@ fn claim_root(disk: DiskId, root: &Path, wipe: Wipe) -> Result<(), PrepareError>
         Some(other) if wipe == Wipe::Refuse => {
             return Err(PrepareError::OtherDisk { path: root.to_owned(), disk: other });
         }
-        Some(_) => match fs::remove_dir_all(root.join(STORE)) {
+        Some(_) => match fs::remove_file(root.join(STORE)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(failed("cannot wipe")(error));
             }
@@ -264,7 +275,7 @@ mod tests {
     }
 
     fn prepare_dir(id: u128, path: &Path, wipe: Wipe) -> Result<FormattedDisk, PrepareError> {
-        prepare(disk(id), path, wipe, Path::new("/nonexistent/mount"))
+        prepare(disk(id), path, wipe, Path::new("/nonexistent/link"))
     }
 
     #[test]
@@ -274,8 +285,8 @@ mod tests {
         let prepared = prepare_dir(1, &path, Wipe::Refuse).unwrap();
         assert!(prepared.capacity_bytes > 0);
         assert_eq!(prepare_dir(1, &path, Wipe::Refuse).unwrap().store, prepared.store);
-        reestablish(disk(1), &prepared.store, Path::new("/nonexistent/mount")).unwrap();
-        let other = reestablish(disk(2), &prepared.store, Path::new("/nonexistent/mount"));
+        reestablish(disk(1), &prepared.store, Path::new("/nonexistent/link")).unwrap();
+        let other = reestablish(disk(2), &prepared.store, Path::new("/nonexistent/link"));
         assert!(matches!(other, Err(PrepareError::OtherDisk { .. })));
     }
 
@@ -294,17 +305,16 @@ mod tests {
     fn another_disk_is_taken_over_only_with_leave() {
         let temp = tempfile::tempdir().unwrap();
         let first = prepare_dir(1, temp.path(), Wipe::Refuse).unwrap();
-        fs::create_dir_all(first.store.join("old")).unwrap();
         assert!(matches!(prepare_dir(2, temp.path(), Wipe::Refuse), Err(PrepareError::OtherDisk { .. })));
         prepare_dir(2, temp.path(), Wipe::Everything).unwrap();
-        assert!(!first.store.join("old").exists());
-        reestablish(disk(2), &first.store, Path::new("/nonexistent/mount")).unwrap();
+        assert_eq!(LogStore::identify(&first.store).unwrap().disk, disk(2));
+        reestablish(disk(2), &first.store, Path::new("/nonexistent/link")).unwrap();
     }
 
     #[test]
     fn a_store_without_marker_is_missing() {
         let temp = tempfile::tempdir().unwrap();
-        let found = reestablish(disk(1), &temp.path().join(STORE), Path::new("/nonexistent/mount"));
+        let found = reestablish(disk(1), &temp.path().join(STORE), Path::new("/nonexistent/link"));
         assert!(matches!(found, Err(PrepareError::Missing(_))));
     }
 

@@ -3,6 +3,7 @@
 //! Used to refuse what holds data and to recognise disks of the pool. Anything that is not all zeroes counts as
 //! data; the known signatures only make the refusal say what it is.
 
+use storage::{ids::DiskId, store::disk::disk_of};
 use uuid::Uuid;
 
 /// How much of a device is looked at: beyond the last signature that is known (btrfs, at 64 KiB).
@@ -18,6 +19,8 @@ const EXT_UUID: usize = 0x68;
 pub enum Content {
     /// Only zeroes at its start.
     Blank,
+    /// A disk of a pool.
+    Pool(DiskId),
     /// An ext2/3/4 file system with this UUID.
     Ext(Uuid),
     /// Something known by name.
@@ -29,6 +32,9 @@ pub enum Content {
 impl Content {
     /// Looks at the first [`LOOK_BYTES`] of a device (or all of a smaller one).
     pub fn of(start: &[u8]) -> Self {
+        if let Some(disk) = disk_of(start) {
+            return Self::Pool(disk);
+        }
         if let Some(uuid) = ext_uuid(start) {
             return Self::Ext(uuid);
         }
@@ -44,6 +50,7 @@ impl Content {
     pub fn describe(&self) -> Option<String> {
         match self {
             Self::Blank => None,
+            Self::Pool(disk) => Some(format!("disk {disk} of a pool")),
             Self::Ext(uuid) => Some(format!("an ext4 file system ({uuid})")),
             Self::Known(name) => Some((*name).to_owned()),
             Self::Unknown => Some("data of unknown kind".to_owned()),

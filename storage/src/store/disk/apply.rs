@@ -555,7 +555,7 @@ fn assign(
     let mut info = segment
         .info(info_index)
         .or_else(|| changes.new_info.get(&(entry, info_index)).map(|(slot, _)| *slot));
-    if info.is_none() && !has_data {
+    if info.is_none() && !has_data && !segment.wants_info.contains(&info_index) {
         return Ok(());
     }
     if !segment.recorded {

@@ -253,7 +253,8 @@ impl Core {
         let infos = positions.start / PER_SLOT..positions.end.div_ceil(PER_SLOT);
         let known = self.index.get(at);
         let data = |p: &u32| {
-            needs == Needs::DataAndInfo && known.is_none_or(|s| s.data(*p).is_none() && !s.wants_data.contains(p))
+            needs == Needs::DataAndInfo
+                && known.is_none_or(|s| s.data(*p).is_none() && !s.wants_data.contains(p))
         };
         let info = |i: &u32| {
             known.is_none_or(|s| s.info(*i as u16).is_none() && !s.wants_info.contains(&(*i as u16)))

@@ -148,6 +148,7 @@ impl Segment {
     }
 
     /// Its slots of data.
+    #[cfg(test)]
     pub(super) fn data_slots(&self) -> impl Iterator<Item = SlotNumber> + '_ {
         self.data.iter().map(|(_, slot)| slot)
     }
@@ -215,6 +216,7 @@ impl FreeSlots {
     }
 
     /// Whether a slot is free.
+    #[cfg(test)]
     pub(super) fn is_free(&self, slot: SlotNumber) -> bool {
         self.words[slot.0 as usize / 64] >> (slot.0 % 64) & 1 == 1
     }

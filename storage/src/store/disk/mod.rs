@@ -48,7 +48,8 @@ use self::core::operation;
 use self::device::file::{self, Sharing};
 use self::engine::Engine;
 use self::format::batch::Operation;
-use self::format::layout::{LOG_OFFSET, SLOT};
+use self::format::layout::SLOT;
+use self::format::superblock::Superblock;
 use super::{BlockVersion, DiskStore, ReadReply, ReplicaWrite, StoreError, WriteContent};
 use crate::ids::{BLOCK_SIZE, ByteSize, DiskId, Generation, SegmentKey, VolumeId};
 use crate::status::{DiskHealth, DiskUsage};
@@ -63,6 +64,20 @@ pub struct LogStore {
     engine: Engine,
 }
 
+/// What a formatted device or file is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Identity {
+    /// The disk.
+    pub disk: DiskId,
+    /// Bytes of data and their block info that it has room for.
+    pub capacity: ByteSize,
+}
+
+/// The disk that a device is whose first bytes these are: by its first superblock only, for those who look at many devices.
+pub fn disk_of(start: &[u8]) -> Option<DiskId> {
+    Superblock::decode(start).ok().map(|superblock| superblock.disk)
+}
+
 fn opening(source: io::Error) -> OpenError {
     OpenError::Io { doing: "opening the device", source }
 }
@@ -75,10 +90,12 @@ impl LogStore {
         recover::format(device.as_ref(), disk, stamp)
     }
 
-    /// The disk that a device or file is, if it is one.
-    pub fn identify(path: &Path) -> Result<DiskId, OpenError> {
+    /// The disk that a device or file is, if it is one. Others may have it open.
+    pub fn identify(path: &Path) -> Result<Identity, OpenError> {
         let device = file::open(path, Sharing::Shared).map_err(opening)?;
-        Ok(recover::superblock(device.as_ref())?.disk)
+        let superblock = recover::superblock(device.as_ref())?;
+        let capacity = ByteSize(u64::from(superblock.layout.slots) * SLOT);
+        Ok(Identity { disk: superblock.disk, capacity })
     }
 
     /// Opens a store: what its log has is applied on return. Blocks for the time of that. Must be called within the runtime that will use it.
@@ -181,6 +198,3 @@ impl DiskStore for LogStore {
         }
     }
 }
-
-/// Bytes at the start of a device that tell whether it is a disk of a pool.
-pub const IDENTITY_BYTES: u64 = LOG_OFFSET;

@@ -186,7 +186,7 @@ pub(in crate::store::disk) fn header_len(start: &[u8], stamp: u32) -> Option<usi
     let mut reader = Reader(start);
     let (magic, found, _, _, _) = (reader.u32()?, reader.u32()?, reader.u64()?, reader.u64()?, reader.u64()?);
     let (_, header_len) = (reader.u32()?, reader.u32()? as usize);
-    let sane = header_len >= PAGE && header_len <= HEADER_AT_MOST && header_len.is_multiple_of(PAGE);
+    let sane = (PAGE..=HEADER_AT_MOST).contains(&header_len) && header_len.is_multiple_of(PAGE);
     (magic == MAGIC && found == stamp && sane).then_some(header_len)
 }
 

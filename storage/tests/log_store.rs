@@ -1,0 +1,149 @@
+//! The disk store on real files, through its public interface: in memory, and on a disk through io_uring.
+
+// A test may panic.
+#![allow(clippy::unwrap_used)]
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use storage::ids::{DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
+use storage::status::DiskHealth;
+use storage::store::disk::{LogStore, OpenError};
+use storage::store::{DiskStore, Keep, ReplicaWrite, StoreError, WriteContent};
+
+const BLOCK: usize = 4096;
+
+fn key(volume: VolumeId) -> SegmentKey {
+    SegmentKey { volume, segment: SegmentIndex(0), layer: LayerId(0) }
+}
+
+fn content(block: u32, sequence: u64) -> Vec<u8> {
+    (u64::from(block) << 32 | sequence).to_le_bytes().repeat(BLOCK / 8)
+}
+
+fn write(block: u32, blocks: u32, sequence: u64) -> ReplicaWrite {
+    let data: Vec<u8> = (block..block + blocks).flat_map(|block| content(block, sequence)).collect();
+    let crcs = data.chunks(BLOCK).map(crc32c::crc32c).collect();
+    ReplicaWrite {
+        block,
+        version: Version { generation: 1, sequence },
+        content: WriteContent::Data { data: Bytes::from(data), crcs },
+    }
+}
+
+fn zeroes(block: u32, blocks: u32, sequence: u64) -> ReplicaWrite {
+    let version = Version { generation: 1, sequence };
+    ReplicaWrite { block, version, content: WriteContent::Zeroes { blocks, keep: Keep::WhereStored } }
+}
+
+/// A file for a store, in memory or on a disk.
+fn places() -> Vec<(tempfile::TempDir, PathBuf)> {
+    let in_memory = Path::new("/dev/shm");
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir_in(in_memory).unwrap()];
+    dirs.into_iter()
+        .map(|dir| {
+            let path = dir.path().join("disk");
+            File::create(&path).unwrap().set_len(256 << 20).unwrap();
+            (dir, path)
+        })
+        .collect()
+}
+
+async fn open(path: &Path, disk: DiskId) -> Arc<LogStore> {
+    let path = path.to_owned();
+    let opened = tokio::task::spawn_blocking(move || LogStore::open(&path, disk)).await.unwrap();
+    Arc::new(opened.unwrap_or_else(|e| panic!("{e}: {e:?}")))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_written_is_there_after_reopening() {
+    for (_dir, path) in places() {
+        let disk = DiskId::random();
+        assert!(matches!(LogStore::open(&path, disk), Err(OpenError::NotADisk)));
+        LogStore::format(&path, disk).unwrap();
+        assert_eq!(LogStore::identify(&path).unwrap().disk, disk);
+        assert!(matches!(LogStore::open(&path, DiskId::random()), Err(OpenError::OtherDisk { .. })));
+        let volume = VolumeId::random();
+        let store = open(&path, disk).await;
+        assert!(matches!(LogStore::open(&path, disk), Err(OpenError::Io { .. })), "locked");
+        store.set_generation(volume, Generation(7)).await.unwrap();
+        // Many tasks at once, each with a flush of its own: they share batches and syncs.
+        let tasks = (0..16u32).map(|task| {
+            let store = Arc::clone(&store);
+            tokio::spawn(async move {
+                for n in 0..250 {
+                    let block = task * 250 + n;
+                    store.write(key(volume), write(block, 1, u64::from(block) + 1)).await.unwrap();
+                    if n % 50 == 0 {
+                        store.flush().await.unwrap();
+                    }
+                    let read = store.read(key(volume), block, 1).await.unwrap();
+                    assert_eq!(read.data, content(block, u64::from(block) + 1));
+                }
+            })
+        });
+        join_all(tasks).await.into_iter().for_each(Result::unwrap);
+        // Larger than a record of the log.
+        store.write(key(volume), write(8000, 1024, 9000)).await.unwrap();
+        store.write(key(volume), zeroes(0, 100, 9999)).await.unwrap();
+        store.flush().await.unwrap();
+        let used = store.usage().used;
+        drop(store);
+        let store = open(&path, disk).await;
+        assert_eq!(store.health(), DiskHealth::Ok);
+        assert_eq!(store.generation(volume).await.unwrap(), Generation(7));
+        let versions = store.versions(key(volume), 0..5000).await.unwrap();
+        assert_eq!(versions.len(), 4000);
+        assert_eq!(versions[0].version.sequence, 9999);
+        assert!(store.read(key(volume), 0, 100).await.unwrap().data.iter().all(|b| *b == 0));
+        let large = store.read(key(volume), 8000, 1024).await.unwrap();
+        assert_eq!(large.data, (8000..9024).flat_map(|block| content(block, 9000)).collect::<Vec<_>>());
+        for block in (100..4000).step_by(37) {
+            let read = store.read(key(volume), block, 1).await.unwrap();
+            assert_eq!(read.data, content(block, u64::from(block) + 1));
+        }
+        store.delete_volume(volume).await.unwrap();
+        store.delete_volume(volume).await.unwrap();
+        assert!(store.versions(key(volume), 0..5000).await.unwrap().is_empty());
+        drop(store);
+        let store = open(&path, disk).await;
+        assert!(store.usage().used.0 < used.0 / 10, "the room is given back");
+        assert_eq!(store.generation(volume).await.unwrap(), Generation(0));
+    }
+}
+
+#[tokio::test]
+async fn damage_at_rest_is_told_and_never_read() {
+    for (_dir, path) in places() {
+        let disk = DiskId::random();
+        LogStore::format(&path, disk).unwrap();
+        let volume = VolumeId::random();
+        let store = open(&path, disk).await;
+        store.write(key(volume), write(0, 64, 1)).await.unwrap();
+        drop(store);
+        // Opening applies the log; so the data are in their slots afterwards.
+        drop(open(&path, disk).await);
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let (wanted, mut block, mut places) = (content(17, 1), vec![0; BLOCK], Vec::new());
+        for at in (0..256 << 20).step_by(BLOCK) {
+            file.read_exact_at(&mut block, at).unwrap();
+            if block == wanted {
+                places.push(at);
+            }
+        }
+        assert!(!places.is_empty());
+        for at in places {
+            file.write_all_at(&[0xff; 9], at + 100).unwrap();
+        }
+        let store = open(&path, disk).await;
+        let damaged = store.read(key(volume), 0, 64).await;
+        assert_eq!(damaged, Err(StoreError::Checksum { block: 17 }));
+        assert_eq!(store.read(key(volume), 18, 46).await.unwrap().data.len(), 46 * BLOCK);
+        // What is written anew is sound again.
+        store.write(key(volume), write(17, 1, 2)).await.unwrap();
+        assert_eq!(store.read(key(volume), 17, 1).await.unwrap().data, content(17, 2));
+    }
+}
