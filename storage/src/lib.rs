@@ -25,6 +25,7 @@
 //! | [`replica`] | the other end: messages, fencing, sessions |
 //! | [`store`] | contents of one disk |
 //! | `target` | vhost-user-blk for VMs |
+//! | `scrub` | verification of the disks in the background |
 //! | `poll` | busy polling while there is I/O |
 //! | [`device`], [`control`], [`transport`] | the boundaries: block device, control plane, network |
 //! | `sim` (tests) | all of the above but target and store in a simulated cluster with crashes and partitions |
@@ -59,6 +60,7 @@ pub mod mesh;
 mod metrics;
 mod poll;
 pub mod replica;
+mod scrub;
 mod service;
 mod signal;
 pub mod status;
@@ -75,6 +77,7 @@ pub use mesh::MeshTransport;
 pub use metrics::Metrics;
 pub use netfabric::NodeId;
 pub use poll::BusyPoll;
+pub use scrub::ScrubPolicy;
 pub use service::{
     RunningTarget, Storage, StorageError, StorageOptions, StoreOpener, TargetStarter, disk_stores,
 };

@@ -21,6 +21,8 @@ pub struct Metrics {
     disks: HistogramVec,
     bytes: IntCounterVec,
     events: IntCounterVec,
+    scrubbed: IntCounterVec,
+    scrub_blocks: IntCounterVec,
 }
 
 impl Metrics {
@@ -60,12 +62,25 @@ impl Metrics {
             ),
             &["volume", "event"],
         )?;
+        let scrubbed = IntCounterVec::new(
+            Opts::new("hci_disk_scrub_bytes_total", "Bytes read and verified by the scrub of a disk."),
+            &["disk"],
+        )?;
+        let scrub_blocks = IntCounterVec::new(
+            Opts::new(
+                "hci_disk_scrub_blocks_total",
+                "Blocks that the scrub of a disk found damaged, and those of them that are intact again.",
+            ),
+            &["disk", "result"],
+        )?;
+        registry.register(Box::new(scrubbed.clone()))?;
+        registry.register(Box::new(scrub_blocks.clone()))?;
         registry.register(Box::new(latency.clone()))?;
         registry.register(Box::new(stages.clone()))?;
         registry.register(Box::new(disks.clone()))?;
         registry.register(Box::new(bytes.clone()))?;
         registry.register(Box::new(events.clone()))?;
-        Ok(Self { registry, latency, stages, disks, bytes, events })
+        Ok(Self { registry, latency, stages, disks, bytes, events, scrubbed, scrub_blocks })
     }
 
     /// The registry, to be gathered with those of the other parts.
@@ -104,7 +119,14 @@ impl Metrics {
     pub(crate) fn disk(&self, disk: DiskId) -> DiskMetrics {
         let id = disk.to_string();
         let op = |op: &str| Stage(self.disks.with_label_values(&[&id, op]));
-        DiskMetrics { read: op("read"), write: op("write"), flush: op("flush") }
+        DiskMetrics {
+            read: op("read"),
+            write: op("write"),
+            flush: op("flush"),
+            scrubbed: self.scrubbed.with_label_values(&[&id]),
+            damaged: self.scrub_blocks.with_label_values(&[&id, "damaged"]),
+            repaired: self.scrub_blocks.with_label_values(&[&id, "repaired"]),
+        }
     }
 }
 
@@ -124,6 +146,18 @@ pub(crate) struct DiskMetrics {
     pub(crate) read: Stage,
     pub(crate) write: Stage,
     pub(crate) flush: Stage,
+    /// Bytes verified by scrubs.
+    pub(crate) scrubbed: IntCounter,
+    /// Blocks that they found damaged, and those of them that are intact again.
+    pub(crate) damaged: IntCounter,
+    pub(crate) repaired: IntCounter,
+}
+
+impl DiskMetrics {
+    /// Replicas' requests to read or write so far.
+    pub(crate) fn operations(&self) -> u64 {
+        self.read.0.get_sample_count() + self.write.0.get_sample_count()
+    }
 }
 
 #[derive(Clone, Debug)]

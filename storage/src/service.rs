@@ -10,7 +10,8 @@ use crate::mesh::ReplicaHandler;
 use crate::metrics::Metrics;
 use crate::poll::BusyPoll;
 use crate::replica::server::ReplicaServer;
-use crate::status::{DiskHealth, DiskStatus, DiskUsage, StorageStatus};
+use crate::scrub::Scrubber;
+use crate::status::{DiskHealth, DiskStatus, DiskUsage, ScrubStatus, StorageStatus};
 use crate::store::disk::LogStore;
 use crate::store::{DiskStore, StoreError};
 use crate::transport::Transport;
@@ -83,6 +84,9 @@ pub enum StorageError {
     /// The volume is not open here.
     #[error("volume {0} is not open on this node")]
     NotOpen(VolumeId),
+    /// The disk is not one of this node's.
+    #[error("disk {0} is not on this node")]
+    NoSuchDisk(DiskId),
     /// A request to a volume failed.
     #[error(transparent)]
     Block(#[from] BlockError),
@@ -110,7 +114,12 @@ struct Shared {
 struct OpenDisk {
     path: PathBuf,
     /// Why it could not be opened, when it could not.
-    store: Result<Arc<dyn DiskStore>, String>,
+    running: Result<RunningDisk, String>,
+}
+
+struct RunningDisk {
+    store: Arc<dyn DiskStore>,
+    scrubber: Scrubber,
 }
 
 /// The storage of this node. Cheap to clone; all clones are the same.
@@ -200,7 +209,7 @@ impl Storage {
     async fn apply_disks(&self, wanted: &[DiskConfig]) -> Vec<String> {
         let mut failures = Vec::new();
         let current: Vec<(DiskId, PathBuf, bool)> =
-            self.shared.disks.lock().iter().map(|(id, d)| (*id, d.path.clone(), d.store.is_ok())).collect();
+            self.shared.disks.lock().iter().map(|(id, d)| (*id, d.path.clone(), d.running.is_ok())).collect();
         for (id, path, _) in &current {
             if !wanted.iter().any(|w| w.id == *id && w.path == *path) {
                 self.shared.rim.replicas.remove_disk(*id);
@@ -211,17 +220,24 @@ impl Storage {
             if current.iter().any(|(id, path, open)| *id == disk.id && *path == disk.path && *open) {
                 continue;
             }
-            let store = (self.shared.options.open_store)(disk.clone()).await.map_err(|e| e.to_string());
-            match &store {
-                Ok(store) => self.shared.rim.replicas.add_disk(disk.id, store.clone()),
+            let running = match (self.shared.options.open_store)(disk.clone()).await {
+                Ok(store) => Ok(self.run_disk(disk.id, store)),
                 Err(error) => {
-                    tracing::error!(disk = %disk.id, path = %disk.path.display(), error, "disk cannot be opened");
+                    tracing::error!(disk = %disk.id, path = %disk.path.display(), %error, "disk cannot be opened");
                     failures.push(format!("disk {}: {error}", disk.id));
+                    Err(error.to_string())
                 }
-            }
-            self.shared.disks.lock().insert(disk.id, OpenDisk { path: disk.path.clone(), store });
+            };
+            self.shared.disks.lock().insert(disk.id, OpenDisk { path: disk.path.clone(), running });
         }
         failures
+    }
+
+    fn run_disk(&self, id: DiskId, store: Arc<dyn DiskStore>) -> RunningDisk {
+        let options = &self.shared.options;
+        let served = self.shared.rim.replicas.add_disk(id, store.clone());
+        let file = options.state_dir.join(format!("scrub-{id}.json"));
+        RunningDisk { store, scrubber: Scrubber::start(id, served, options.timing.scrub, Some(file)) }
     }
 
     fn apply_volume(&self, config: &VolumeConfig) -> Result<(), String> {
@@ -255,11 +271,16 @@ impl Storage {
     pub fn status(&self) -> StorageStatus {
         let volumes = self.shared.volumes.lock().values().map(|open| open.coordinator.status()).collect();
         let disks = self.shared.disks.lock();
-        let disks = disks.iter().map(|(id, disk)| match &disk.store {
-            Ok(store) => DiskStatus { id: *id, usage: store.usage(), health: store.health() },
-            Err(error) => {
-                DiskStatus { id: *id, usage: DiskUsage::default(), health: DiskHealth::Failed(error.clone()) }
+        let disks = disks.iter().map(|(id, disk)| match &disk.running {
+            Ok(RunningDisk { store, scrubber }) => {
+                DiskStatus { id: *id, usage: store.usage(), health: store.health(), scrub: scrubber.status() }
             }
+            Err(error) => DiskStatus {
+                id: *id,
+                usage: DiskUsage::default(),
+                health: DiskHealth::Failed(error.clone()),
+                scrub: ScrubStatus::default(),
+            },
         });
         StorageStatus { volumes, disks: disks.collect() }
     }
@@ -305,6 +326,18 @@ impl Storage {
     /// Removes what a disk of this node holds of segments in layers that nobody needs there any more. Idempotent.
     pub async fn delete_parts(&self, disk: DiskId, parts: &[SegmentKey]) -> Result<(), StorageError> {
         Ok(self.shared.rim.replicas.delete_parts(disk, parts).await?)
+    }
+
+    /// Begins the verification of a disk of this node, unless it is under way. [`Self::status`] tells how it goes.
+    pub fn scrub(&self, disk: DiskId) -> Result<(), StorageError> {
+        match self.shared.disks.lock().get(&disk).map(|disk| &disk.running) {
+            Some(Ok(running)) => {
+                running.scrubber.begin();
+                Ok(())
+            }
+            Some(Err(error)) => Err(StoreError::Io(error.clone()).into()),
+            None => Err(StorageError::NoSuchDisk(disk)),
+        }
     }
 
     /// Metrics.

@@ -89,6 +89,35 @@ pub struct DiskStatus {
     pub usage: DiskUsage,
     /// Whether it can be used.
     pub health: DiskHealth,
+    /// How its verification stands.
+    pub scrub: ScrubStatus,
+}
+
+/// How the verification of a disk stands.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct ScrubStatus {
+    /// Whether it is under way.
+    pub state: ScrubState,
+    /// When the last one ended, in seconds since 1970; none when there was none yet.
+    pub last_end: Option<u64>,
+    /// Bytes that the present one has verified, or else the last one did.
+    pub checked: ByteSize,
+    /// Damaged blocks that it found and that were not known before.
+    pub found: u64,
+    /// Blocks known to be damaged and not repaired yet.
+    pub damaged: u64,
+    /// Blocks found intact again, after a repair for example, since the disk was opened.
+    pub repaired: u64,
+}
+
+/// Whether a disk is being verified.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum ScrubState {
+    /// Waits for its time.
+    #[default]
+    Idle,
+    /// Under way.
+    Running,
 }
 
 /// Space on a disk.

@@ -24,7 +24,7 @@ use storage::{
     MeshTransport, Storage, StorageError, StorageOptions, Timing,
     config::{DiskConfig, StorageConfig},
     ids::{ByteSize, DiskId, VolumeId},
-    status::{DiskHealth, DiskStatus, DiskUsage},
+    status::{DiskHealth, DiskStatus, DiskUsage, ScrubStatus},
 };
 use tokio::sync::watch;
 
@@ -280,6 +280,7 @@ impl Engine {
             id: *disk,
             usage: DiskUsage { used: ByteSize(0), total: ByteSize(0) },
             health: DiskHealth::Failed(why.clone()),
+            scrub: ScrubStatus::default(),
         }));
         Observed {
             instance: self.instance,

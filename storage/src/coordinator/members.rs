@@ -202,6 +202,12 @@ impl MemberTable {
         self.detached().into_iter().filter(|(d, _)| self.members.get(d).is_some_and(needed)).collect()
     }
 
+    /// Sessions of members with segments in sync.
+    pub(crate) fn with_segments_in_sync(&self) -> Vec<Target> {
+        let in_sync = |m: &Member| m.slots.values().any(|slot| slot.sync == SlotState::InSync);
+        self.members.iter().filter(|(_, m)| in_sync(m)).filter_map(|(disk, m)| m.target(*disk)).collect()
+    }
+
     /// The node of a disk.
     pub(crate) fn node_of(&self, disk: DiskId) -> Option<NodeId> {
         self.members.get(&disk).map(|m| m.node)

@@ -15,6 +15,7 @@
 //! | `open` | announcing the generation, reconciliation, opening again |
 //! | `resync` | attaching replicas that come back, copying what they lack |
 //! | `commit` | changes of the in-sync set, one at a time |
+//! | `damage` | repair of what scrubs have found |
 //! | `copy` | carrying out the fixes that `diff` found |
 //! | `layers` | where reads look and writes go, and the door that holds a point in time |
 //! | `freeze` | taking a snapshot, of one volume or several at once |
@@ -29,6 +30,7 @@
 mod call;
 mod commit;
 mod copy;
+mod damage;
 mod diff;
 mod freeze;
 mod geometry;
@@ -51,6 +53,7 @@ use crate::lease::{Lease, Term};
 use crate::metrics::VolumeMetrics;
 use crate::replica::protocol::{BootEpoch, Session};
 use crate::replica::server::ReplicaServer;
+use crate::scrub::ScrubPolicy;
 use crate::signal::Signal;
 use crate::status::{VolumeState, VolumeStatus};
 use crate::transport::Transport;
@@ -87,6 +90,8 @@ pub struct Timing {
     pub close_deadline: Duration,
     /// Most bytes per second that one replica's resync copies.
     pub resync_rate: u64,
+    /// Verification of the disks in the background.
+    pub scrub: ScrubPolicy,
 }
 
 impl Default for Timing {
@@ -98,6 +103,7 @@ impl Default for Timing {
             retry: Duration::from_millis(300),
             close_deadline: Duration::from_secs(5),
             resync_rate: 400 << 20,
+            scrub: ScrubPolicy::default(),
         }
     }
 }
@@ -196,6 +202,7 @@ impl Coordinator {
         this.spawn(this.clone().run_confirm());
         this.spawn(this.clone().run_freezes());
         this.spawn(this.clone().run_merges());
+        this.spawn(this.clone().run_repairs());
         this
     }
 

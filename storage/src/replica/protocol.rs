@@ -5,7 +5,7 @@
 //! current session only, so a message that was delayed for however long can never be applied after its coordinator gave up on it.
 
 use crate::ids::{DiskId, Generation, LayerRef, SegmentIndex, SegmentKey, VolumeId};
-use crate::store::{BlockVersion, Keep, ReadReply, ReplicaWrite};
+use crate::store::{BlockVersion, DamagedBlocks, Keep, ReadReply, ReplicaWrite};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use thiserror::Error;
@@ -118,13 +118,22 @@ pub enum ReplicaOp {
         /// The disk.
         disk: DiskId,
     },
+    /// Say what is known to be damaged in some layers.
+    Damaged {
+        /// The disk.
+        disk: DiskId,
+        /// The layers.
+        layers: Arc<[LayerRef]>,
+        /// Blocks to leave out at the beginning.
+        skip: u32,
+    },
 }
 
 impl ReplicaOp {
     /// The disk that it is about.
     pub fn disk(&self) -> DiskId {
         match self {
-            Self::Attach { disk } | Self::Flush { disk } => *disk,
+            Self::Attach { disk } | Self::Flush { disk } | Self::Damaged { disk, .. } => *disk,
             Self::Write { at, .. }
             | Self::Read { at, .. }
             | Self::Versions { at, .. }
@@ -158,6 +167,8 @@ pub enum ReplicaOutcome {
     Data(ReadReply),
     /// Versions.
     Versions(Vec<BlockVersion>),
+    /// Damaged blocks, a part of them when there are many.
+    Damaged(Vec<DamagedBlocks>),
 }
 
 /// Why a replica server refused or failed.

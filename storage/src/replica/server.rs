@@ -11,13 +11,19 @@ use crate::ids::{
     BLOCK_SIZE, BLOCKS_PER_SEGMENT, DiskId, Generation, MAX_DEPTH, SegmentKey, Version, VolumeId,
 };
 use crate::metrics::{DiskMetrics, Metrics};
-use crate::store::{BlockVersion, DiskStore, Keep, ReplicaWrite, StoreError, WriteContent, thin};
+use crate::scrub::{self, DamageList};
+use crate::store::{
+    BlockVersion, DamagedBlocks, DiskStore, Keep, ReplicaWrite, StoreError, WriteContent, thin,
+};
 use netfabric::NodeId;
 use parking_lot::{Mutex, RwLock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 use tokio::time::Instant;
+
+/// Damaged blocks that are named in one answer.
+const MAX_DAMAGED: usize = 256;
 
 /// The coordinator that a replica is attached to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,16 +38,18 @@ type Gate = Arc<tokio::sync::RwLock<Option<Attachment>>>;
 
 /// A disk that is open.
 #[derive(Clone)]
-struct Disk {
-    store: Arc<dyn DiskStore>,
-    metrics: Arc<DiskMetrics>,
+pub(crate) struct ServedDisk {
+    pub(crate) store: Arc<dyn DiskStore>,
+    pub(crate) metrics: Arc<DiskMetrics>,
+    /// What is known to be damaged on it.
+    pub(crate) damage: Arc<DamageList>,
 }
 
 /// The replica server of a node.
 pub(crate) struct ReplicaServer {
     node: NodeId,
     boot: BootEpoch,
-    disks: RwLock<BTreeMap<DiskId, Disk>>,
+    disks: RwLock<BTreeMap<DiskId, ServedDisk>>,
     metrics: Metrics,
     gates: Mutex<BTreeMap<(VolumeId, DiskId), Gate>>,
 }
@@ -52,10 +60,12 @@ impl ReplicaServer {
     }
 
     /// Adds a disk, or replaces its store; sessions with it end.
-    pub(crate) fn add_disk(&self, disk: DiskId, store: Arc<dyn DiskStore>) {
+    pub(crate) fn add_disk(&self, disk: DiskId, store: Arc<dyn DiskStore>) -> ServedDisk {
         self.gates.lock().retain(|(_, d), _| *d != disk);
         let metrics = Arc::new(self.metrics.disk(disk));
-        self.disks.write().insert(disk, Disk { store, metrics });
+        let served = ServedDisk { store, metrics, damage: Arc::default() };
+        self.disks.write().insert(disk, served.clone());
+        served
     }
 
     /// Takes a disk away.
@@ -65,18 +75,19 @@ impl ReplicaServer {
     }
 
     /// The disks.
-    pub(crate) fn disks(&self) -> Vec<(DiskId, Arc<dyn DiskStore>)> {
-        self.disks.read().iter().map(|(id, disk)| (*id, disk.store.clone())).collect()
+    pub(crate) fn disks(&self) -> Vec<(DiskId, ServedDisk)> {
+        self.disks.read().iter().map(|(id, disk)| (*id, disk.clone())).collect()
     }
 
     /// Removes what all disks hold of a volume.
     pub(crate) async fn delete_volume(&self, volume: VolumeId) -> Result<(), StoreError> {
         let mut result = Ok(());
-        for (disk, store) in self.disks() {
+        for (disk, served) in self.disks() {
             let gate = self.gate(volume, disk);
             let mut attachment = gate.write().await;
             *attachment = None;
-            result = store.delete_volume(volume).await.and(result);
+            result = served.store.delete_volume(volume).await.and(result);
+            served.damage.forget(|at| at.volume == volume);
             self.gates.lock().remove(&(volume, disk));
         }
         result
@@ -85,10 +96,13 @@ impl ReplicaServer {
     /// Removes what one disk holds of some segments in some layers, none of which anybody reads or writes there any more.
     /// Sessions go on: the disk may hold other parts of the volume.
     pub(crate) async fn delete_parts(&self, disk: DiskId, parts: &[SegmentKey]) -> Result<(), StoreError> {
-        let store = self.disks.read().get(&disk).map(|disk| disk.store.clone());
-        let Some(store) = store else { return Err(StoreError::Io(format!("disk {disk} is not here"))) };
+        let served = self.disks.read().get(&disk).cloned();
+        let Some(ServedDisk { store, damage, .. }) = served else {
+            return Err(StoreError::Io(format!("disk {disk} is not here")));
+        };
         for part in parts {
             store.remove(*part).await?;
+            damage.forget(|at| at == part);
         }
         store.flush().await
     }
@@ -103,7 +117,7 @@ impl ReplicaServer {
 
     async fn serve(&self, from: NodeId, request: ReplicaRequest) -> Result<ReplicaOutcome, ReplicaError> {
         let disk = request.op.disk();
-        let Disk { store, metrics } =
+        let ServedDisk { store, metrics, damage } =
             self.disks.read().get(&disk).cloned().ok_or(ReplicaError::NoSuchDisk)?;
         let caller =
             Attachment { coordinator: from, generation: request.generation, session: request.session };
@@ -170,6 +184,11 @@ impl ReplicaServer {
                 merge(store.as_ref(), at.key(), into.key(at.segment), range, keep).await?;
                 Ok(ReplicaOutcome::Done)
             }
+            ReplicaOp::Damaged { layers, skip, .. } => {
+                let listed = damage.in_layers(&layers, skip as usize, MAX_DAMAGED);
+                let still = still_damaged(store.as_ref(), &damage, &metrics, listed).await?;
+                Ok(ReplicaOutcome::Damaged(still))
+            }
             ReplicaOp::Flush { .. } => {
                 flush(store.as_ref(), &metrics).await?;
                 Ok(ReplicaOutcome::Done)
@@ -187,6 +206,27 @@ async fn flush(store: &dyn DiskStore, metrics: &DiskMetrics) -> Result<(), Store
     store.flush().await?;
     metrics.flush.observe(started.elapsed());
     Ok(())
+}
+
+/// What is on the list and still damaged; what is intact leaves the list.
+async fn still_damaged(
+    store: &dyn DiskStore,
+    damage: &DamageList,
+    metrics: &DiskMetrics,
+    listed: Vec<(SegmentKey, u32)>,
+) -> Result<Vec<DamagedBlocks>, StoreError> {
+    let mut still = Vec::new();
+    for (at, block) in listed {
+        match store.read(at, block, 1).await {
+            Ok(_) => {
+                damage.remove(at, block);
+                metrics.repaired.inc();
+            }
+            Err(StoreError::Checksum { .. }) => still.push((at, block)),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(scrub::runs(still.into_iter()))
 }
 
 /// Copies what the upper layer does not have. Nobody writes these blocks meanwhile.

@@ -5,7 +5,7 @@ use super::protocol::{
     ReplicaRequest, Session,
 };
 use crate::ids::{DiskId, Generation, LayerRef, Version, VolumeId};
-use crate::store::{BlockVersion, Keep, ReadReply, ReplicaWrite, WriteContent};
+use crate::store::{BlockVersion, DamagedBlocks, Keep, ReadReply, ReplicaWrite, WriteContent};
 use bytes::Bytes;
 use netfabric::rpc::{DecodeError, EncodeError, Request, Response};
 use serde::{Deserialize, Serialize};
@@ -31,6 +31,7 @@ enum Op {
     Versions { at: ReplicaAddress, block: u32, blocks: u32 },
     Flush { disk: DiskId },
     Merge { at: ReplicaAddress, into: LayerRef, block: u32, blocks: u32, keep: Keep },
+    Damaged { disk: DiskId, layers: Vec<LayerRef>, skip: u32 },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -47,6 +48,7 @@ enum Outcome {
     Done,
     Data { crcs: Vec<u32> },
     Versions(Vec<BlockVersion>),
+    Damaged(Vec<DamagedBlocks>),
 }
 
 pub(crate) fn encode_request(request: ReplicaRequest) -> Result<Request, EncodeError> {
@@ -66,6 +68,7 @@ pub(crate) fn encode_request(request: ReplicaRequest) -> Result<Request, EncodeE
         ReplicaOp::Merge { at, into, block, blocks, keep } => Op::Merge { at, into, block, blocks, keep },
         ReplicaOp::Versions { at, block, blocks } => Op::Versions { at, block, blocks },
         ReplicaOp::Flush { disk } => Op::Flush { disk },
+        ReplicaOp::Damaged { disk, layers, skip } => Op::Damaged { disk, layers: layers.to_vec(), skip },
     };
     let header = RequestHeader {
         volume: request.volume,
@@ -92,6 +95,7 @@ pub(crate) fn decode_request(request: &Request) -> Result<ReplicaRequest, Decode
         Op::Merge { at, into, block, blocks, keep } => ReplicaOp::Merge { at, into, block, blocks, keep },
         Op::Versions { at, block, blocks } => ReplicaOp::Versions { at, block, blocks },
         Op::Flush { disk } => ReplicaOp::Flush { disk },
+        Op::Damaged { disk, layers, skip } => ReplicaOp::Damaged { disk, layers: layers.into(), skip },
     };
     Ok(ReplicaRequest { volume: header.volume, generation: header.generation, session: header.session, op })
 }
@@ -106,6 +110,7 @@ pub(crate) fn encode_reply(reply: ReplicaReply) -> Result<Response, EncodeError>
             Outcome::Data { crcs: read.crcs }
         }
         ReplicaOutcome::Versions(versions) => Outcome::Versions(versions),
+        ReplicaOutcome::Damaged(runs) => Outcome::Damaged(runs),
     });
     Ok(Response::new(&ReplyHeader { boot: reply.boot, served_us: reply.served_us, result })?.with_bulk(bulk))
 }
@@ -117,6 +122,7 @@ pub(crate) fn decode_reply(response: &Response) -> Result<ReplicaReply, DecodeEr
         Outcome::Done => ReplicaOutcome::Done,
         Outcome::Data { crcs } => ReplicaOutcome::Data(ReadReply { data: response.bulk.clone(), crcs }),
         Outcome::Versions(versions) => ReplicaOutcome::Versions(versions),
+        Outcome::Damaged(runs) => ReplicaOutcome::Damaged(runs),
     });
     Ok(ReplicaReply { boot: header.boot, served_us: header.served_us, result })
 }
@@ -124,7 +130,7 @@ pub(crate) fn decode_reply(response: &Response) -> Result<ReplicaReply, DecodeEr
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::{LayerId, SegmentIndex};
+    use crate::ids::{LayerId, SegmentIndex, SegmentKey};
     use proptest::prelude::*;
 
     fn at() -> impl Strategy<Value = ReplicaAddress> {
@@ -153,6 +159,11 @@ mod tests {
         prop_oneof![
             at().prop_map(|a| ReplicaOp::Attach { disk: a.disk }),
             at().prop_map(|a| ReplicaOp::Flush { disk: a.disk }),
+            (at(), any::<u32>()).prop_map(|(a, skip)| ReplicaOp::Damaged {
+                disk: a.disk,
+                layers: [a.layer, a.layer].into(),
+                skip
+            }),
             (at(), write, ack).prop_map(|(at, write, ack)| ReplicaOp::Write { at, write, ack }),
             (
                 at(),
@@ -201,7 +212,12 @@ mod tests {
         fn replies_survive_the_wire(boot: u64, blocks in proptest::collection::vec((any::<u32>(), any::<u64>(), any::<u32>()), 0..50), data: Vec<u8>) {
             let versions = blocks.iter().map(|(block, s, crc)| BlockVersion {
                 block: *block, version: Version { generation: 1, sequence: *s }, crc: *crc }).collect();
+            let damaged = blocks.iter().map(|(block, _, end)| DamagedBlocks {
+                at: SegmentKey { volume: VolumeId::default(), segment: SegmentIndex(*end), layer: LayerId(*block) },
+                blocks: *block..*end,
+            }).collect();
             for result in [
+                Ok(ReplicaOutcome::Damaged(damaged)),
                 Ok(ReplicaOutcome::Versions(versions)),
                 Ok(ReplicaOutcome::Data(ReadReply { data: data.clone().into(), crcs: vec![1, 2] })),
                 Ok(ReplicaOutcome::Attached { previous: Generation(boot) }),

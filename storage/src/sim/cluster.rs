@@ -16,6 +16,7 @@ use crate::lease::Lease;
 use crate::metrics::Metrics;
 use crate::replica::protocol::BootEpoch;
 use crate::replica::server::ReplicaServer;
+use crate::scrub::{ScrubPolicy, Scrubber};
 use crate::status::VolumeState;
 use netfabric::NodeId;
 use parking_lot::Mutex;
@@ -37,6 +38,7 @@ struct Process {
     lease_until: Instant,
     boot: BootEpoch,
     alive: CancellationToken,
+    scrubber: Scrubber,
     coordinator: Option<(u64, Arc<Coordinator>)>,
 }
 
@@ -133,7 +135,8 @@ impl Cluster {
         node.boots += 1;
         let boot = BootEpoch(node.boots);
         let server = Arc::new(ReplicaServer::new(node.id, boot, self.metrics.clone()));
-        server.add_disk(node.disk_id, node.disk.open());
+        let served = server.add_disk(node.disk_id, node.disk.open());
+        let scrubber = Scrubber::start(node.disk_id, served, ScrubPolicy::default(), None);
         let alive = CancellationToken::new();
         self.network.up(node.id, server.clone(), alive.clone());
         node.process = Some(Process {
@@ -142,6 +145,7 @@ impl Cluster {
             lease_until: Instant::now(),
             boot,
             alive,
+            scrubber,
             coordinator: None,
         });
     }
@@ -308,6 +312,11 @@ impl Cluster {
         if let Some((_, coordinator)) = self.coordinator() {
             coordinator.configure(&config);
         }
+    }
+
+    /// The scrubber of a node's disk.
+    pub(super) fn scrubber(&self, n: usize) -> &Scrubber {
+        &self.nodes[n].process.as_ref().expect("the node is up").scrubber
     }
 
     /// The replica server of a node.

@@ -4,7 +4,10 @@
 use super::dice::Dice;
 use crate::ids::{BLOCK_SIZE, ByteSize, Generation, LayerRef, SegmentKey, Version, VolumeId};
 use crate::status::{DiskHealth, DiskUsage};
-use crate::store::{BlockVersion, DiskStore, Keep, ReadReply, ReplicaWrite, StoreError, WriteContent};
+use crate::store::{
+    BlockVersion, DamagedBlocks, DiskStore, Keep, ReadReply, ReplicaWrite, ScrubCursor, ScrubStep,
+    StoreError, WriteContent,
+};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
@@ -264,6 +267,25 @@ impl DiskStore for Handle {
             state.cached.retain(|((key, _), _)| key.volume != volume);
             state.generations.remove(&volume);
             Ok(())
+        })
+    }
+
+    fn scrub(&self, from: ScrubCursor, budget_bytes: u64) -> BoxFuture<'_, Result<ScrubStep, StoreError>> {
+        Box::pin(async move {
+            self.pause(1000).await;
+            let state = self.disk.state.lock();
+            let blocks = (budget_bytes / BLOCK_SIZE).max(1) as usize;
+            let mut step = ScrubStep::default();
+            // The cursor counts blocks: those that come or go before it while it passes are of no account here.
+            for ((at, block), stored) in state.current.iter().skip(from.0 as usize).take(blocks) {
+                step.checked += BLOCK_SIZE;
+                if crc32c::crc32c(&stored.data) != stored.crc {
+                    step.damaged.push(DamagedBlocks { at: *at, blocks: *block..*block + 1 });
+                }
+            }
+            let end = from.0 + step.checked / BLOCK_SIZE;
+            step.next = (end < state.current.len() as u64).then_some(ScrubCursor(end));
+            Ok(step)
         })
     }
 

@@ -8,7 +8,7 @@ use crate::config::Durability;
 use crate::coordinator::VolumeDevice;
 use crate::device::{BlockDevice, BlockError, BlockOp};
 use crate::ids::{BLOCK_SIZE, LayerId, LayerRef, SECTOR_SIZE, SEGMENT_SIZE, SegmentIndex, SegmentKey};
-use crate::status::{MemberState, VolumeState};
+use crate::status::{MemberState, ScrubState, VolumeState};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -119,6 +119,60 @@ fn a_damaged_block_is_read_elsewhere_and_repaired() {
         }
         assert!(matches!(read(&device, 5).await, Err(BlockError::Io(_))), "no copy is left");
         assert_eq!(read(&device, 6).await, Ok(0), "the volume goes on");
+    });
+}
+
+#[test]
+fn a_scrub_finds_what_is_damaged_at_rest_and_it_is_repaired_unread() {
+    simulate(async {
+        let (mut cluster, device, n) = healthy(12, 1).await;
+        for block in 0..600 {
+            write(&device, block, block + 1).await;
+        }
+        let at = SegmentKey { volume: cluster.volume, segment: SegmentIndex(0), layer: LayerId(0) };
+        let damaged = [0, 7, 8, 300, 599];
+        let away = (n + 1) % 3;
+        for block in damaged {
+            cluster.nodes[away].disk.corrupt(at, block);
+        }
+        cluster.scrubber(away).begin();
+        let repaired = |cluster: &Cluster| cluster.scrubber(away).status().repaired == damaged.len() as u64;
+        assert!(cluster.run_until(LIMIT * 2, repaired).await, "{:?}", cluster.scrubber(away).status());
+        assert!(damaged.iter().all(|block| cluster.nodes[away].disk.is_intact(at, *block)));
+        let status = cluster.scrubber(away).status();
+        assert_eq!((status.state, status.found, status.damaged), (ScrubState::Idle, damaged.len() as u64, 0));
+        assert_eq!(status.checked.0, 600 * BLOCK_SIZE);
+        assert!(cluster.is_healthy(), "nobody was taken out for it");
+        for block in damaged {
+            assert_eq!(read(&device, u64::from(block)).await, Ok(u64::from(block) + 1));
+        }
+    });
+}
+
+#[test]
+fn damage_without_an_intact_copy_stays_known_and_hides_no_other() {
+    simulate(async {
+        let (mut cluster, device, n) = healthy(13, 1).await;
+        for block in 0..700 {
+            write(&device, block, 1).await;
+        }
+        let at = SegmentKey { volume: cluster.volume, segment: SegmentIndex(0), layer: LayerId(0) };
+        let away = (n + 2) % 3;
+        for node in &cluster.nodes {
+            (0..600).for_each(|block| node.disk.corrupt(at, block));
+        }
+        cluster.nodes[away].disk.corrupt(at, 699);
+        cluster.scrubber(away).begin();
+        let repaired = |cluster: &Cluster| cluster.scrubber(away).status().repaired == 1;
+        assert!(cluster.run_until(LIMIT * 4, repaired).await, "{:?}", cluster.scrubber(away).status());
+        assert!(cluster.nodes[away].disk.is_intact(at, 699));
+        assert_eq!(cluster.scrubber(away).status().damaged, 600);
+        // The guest writes them anew: they are well again, which the next question finds out.
+        for block in 0..600 {
+            write(&device, block, 2).await;
+        }
+        let well = |cluster: &Cluster| cluster.scrubber(away).status().damaged == 0;
+        assert!(cluster.run_until(LIMIT * 4, well).await, "{:?}", cluster.scrubber(away).status());
     });
 }
 

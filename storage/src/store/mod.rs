@@ -117,7 +117,7 @@ pub struct BlockVersion {
 pub struct ScrubCursor(pub u64);
 
 /// A run of blocks whose stored content does not match its checksums, or cannot be read.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
 pub struct DamagedBlocks {
     /// The segment.
     pub at: SegmentKey,

@@ -5,7 +5,9 @@ mod world;
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
-use storage::status::{DiskHealth, DiskStatus, DiskUsage, StorageStatus, VolumeState, VolumeStatus};
+use storage::status::{
+    DiskHealth, DiskStatus, DiskUsage, ScrubStatus, StorageStatus, VolumeState, VolumeStatus,
+};
 use uuid::Uuid;
 
 use super::*;
@@ -182,6 +184,7 @@ pub(super) fn fresh_data(number: u128) -> DataView {
         id: disk(1).into(),
         usage: DiskUsage { used: storage::ids::ByteSize(0), total: storage::ids::ByteSize(1 << 30) },
         health: DiskHealth::Ok,
+        scrub: ScrubStatus::default(),
     }];
     DataView {
         status: DataStatus {
