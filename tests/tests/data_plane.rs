@@ -25,6 +25,8 @@ const VOLUME: u64 = 64 << 20;
 const HOT: u64 = 2048;
 /// A replica that is silent for 2.5 s is given up; the rest is for a busy machine.
 const GIVEN_UP: Duration = Duration::from_secs(5);
+/// A replica whose process is gone is given up as soon as its node says so; nearly all of this is for a busy machine.
+const GONE: Duration = Duration::from_secs(1);
 /// Enough answers to know that I/O goes on.
 const SOME: u64 = 200;
 
@@ -106,7 +108,8 @@ fn a_replica_that_is_killed_comes_back_with_what_changed() -> Result<()> {
         cluster.wait("the lost replica is taken out", GIVEN_UP, |c| c.record().lock().in_sync() == 2)?;
         load.wait_for_answers(SOME, GIVEN_UP)?;
         let gap = load.progress().longest_gap;
-        ensure!(gap < GIVEN_UP, "I/O stood still for {gap:?}");
+        println!("a replica's process is killed: I/O stands still for {gap:?}");
+        ensure!(gap < GONE, "I/O stood still for {gap:?}");
 
         cluster.start_node(2)?;
         cluster.wait_in_sync()?;
