@@ -43,7 +43,22 @@ impl Coordinator {
             tokio::time::sleep(early).await;
         }
         self.metrics.queue.observe(started.elapsed());
-        let result = match &op {
+        let result = loop {
+            let reopenings = self.reopenings.load(Ordering::Acquire);
+            let result = self.attempt(&op).await;
+            // A part of a write that was complete before the volume was opened again may be gone: replicas that lost power hold what was
+            // flushed. As long as the request is not answered it is done again.
+            let writes = !matches!(op, BlockOp::Read { .. } | BlockOp::Flush);
+            if !(writes && result.is_ok() && self.reopenings.load(Ordering::Acquire) != reopenings) {
+                break result;
+            }
+        };
+        self.metrics.observe(&op, started.elapsed());
+        result
+    }
+
+    async fn attempt(self: &Arc<Self>, op: &BlockOp) -> Result<Bytes, BlockError> {
+        match op {
             BlockOp::Read { offset, len } => self.read(*offset, *len).await,
             BlockOp::Write { offset, data } => self.write(*offset, data.clone()).await,
             BlockOp::Discard { offset, len } | BlockOp::WriteZeroes { offset, len } => {
@@ -51,12 +66,9 @@ impl Coordinator {
             }
             BlockOp::Flush => {
                 self.flush_replicas().await;
-                Ok(())
+                Ok(Bytes::new())
             }
-            .map(|()| Bytes::new()),
-        };
-        self.metrics.observe(&op, started.elapsed());
-        result
+        }
     }
 
     async fn read(self: &Arc<Self>, offset: u64, len: u64) -> Result<Bytes, BlockError> {

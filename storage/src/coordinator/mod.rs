@@ -153,6 +153,8 @@ pub(crate) struct Coordinator {
     layers: Layers,
     sequence: AtomicU64,
     sessions: AtomicU64,
+    /// How often the volume was opened again.
+    reopenings: AtomicU64,
     /// Requests that wait for replicas.
     waiting: AtomicUsize,
     /// Held while a change of the in-sync set is on its way: there is never more than one.
@@ -186,6 +188,7 @@ impl Coordinator {
             layers: Layers::new(&config.layers),
             sequence: AtomicU64::new((rim.boot.0 << SEQUENCE_BITS) + 1),
             sessions: AtomicU64::new(1),
+            reopenings: AtomicU64::new(0),
             waiting: AtomicUsize::new(0),
             commits: tokio::sync::Mutex::default(),
             runtime: tokio::runtime::Handle::current(),

@@ -16,6 +16,7 @@ use futures_util::StreamExt;
 use futures_util::future::{join_all, try_join_all};
 use netfabric::NodeId;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use tokio::time::Instant;
 
 /// Blocks whose versions are asked for in one message: 64 MiB worth, about 300 KiB of reply.
@@ -54,6 +55,7 @@ impl Coordinator {
                 return;
             }
             tracing::warn!(volume = %self.id, "a segment has no replica in sync: opening again");
+            self.reopenings.fetch_add(1, Ordering::AcqRel);
             self.change(|table| table.detach_all("opening again"));
             first = false;
         }

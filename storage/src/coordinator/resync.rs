@@ -149,12 +149,17 @@ impl Coordinator {
         let end = geometry::segment_blocks(self.size(), segment);
         // Writes that began before the session are not sent to the member: they must have ended before anything is compared.
         drop(self.ranges.lock(volume_range(segment, 0..end), Mode::Copy).await);
-        // From the bottom up: the member takes part in merges, and what it merges from a layer that is not equal yet is put right when the
-        // one above is compared. Of a layer that comes later it gets every write.
-        for layer in self.layers.view().all.iter().rev() {
+        // From the bottom up, layers that come meanwhile included: the member takes part in merges, and what it merges from a layer that is
+        // not equal yet is put right when the one above is compared.
+        let mut done: Vec<LayerRef> = Vec::new();
+        loop {
+            let view = self.layers.view();
+            let Some(layer) = view.all.iter().rev().find(|layer| !done.contains(layer)) else {
+                return Ok(());
+            };
             self.resync_layer(target, segment, *layer, end).await?;
+            done.push(*layer);
         }
-        Ok(())
     }
 
     async fn resync_layer(

@@ -437,6 +437,7 @@ fn layers_without_a_snapshot_are_merged_and_nothing_changes() {
         for block in 0..5 {
             assert_eq!(read(&device, 10 + block).await, Ok(5));
         }
+        cluster.run_until(Duration::from_secs(4), |_| false).await;
         let held = cluster.nodes[0].disk.contents();
         assert_eq!(held.len(), 5, "one copy of each block is left: {:?}", held.keys());
     });

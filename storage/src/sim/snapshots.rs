@@ -20,6 +20,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+/// How long the data of a dead layer are kept: a read that was on its way when it died has ended then.
+const REMOVE_AFTER: Duration = Duration::from_secs(3);
 /// Sectors in a block.
 const SECTORS: u64 = BLOCK_SIZE / SECTOR_SIZE;
 
@@ -48,8 +50,8 @@ pub(super) struct Snapshots {
     next: u32,
     pending: Option<Pending>,
     pub(super) taken: Vec<Snapshot>,
-    /// Layers that nothing refers to any more.
-    dead: Vec<LayerRef>,
+    /// Layers that nothing refers to any more, and since when.
+    dead: Vec<(LayerRef, Instant)>,
     pub(super) count: u64,
     pub(super) merges: u64,
 }
@@ -131,7 +133,7 @@ impl Record {
         for snapshot in &mut self.snapshots.taken {
             snapshot.layers.retain(|there| *there != layer);
         }
-        self.snapshots.dead.push(layer);
+        self.snapshots.dead.push((layer, Instant::now()));
         self.snapshots.merges += 1;
         self.settle();
         Ok(())
@@ -143,7 +145,8 @@ impl Record {
         self.settle();
         let all: Vec<LayerRef> =
             self.volume.layers.chain.iter().chain(&self.volume.layers.kept).copied().collect();
-        self.snapshots.dead.extend(gone.layers.into_iter().filter(|layer| !all.contains(layer)));
+        let dead = gone.layers.into_iter().filter(|layer| !all.contains(layer));
+        self.snapshots.dead.extend(dead.map(|layer| (layer, Instant::now())));
     }
 
     /// The volume, which nobody has open, goes back to a snapshot.
@@ -156,7 +159,8 @@ impl Record {
         self.settle();
         let LayersConfig { chain, kept, .. } = &self.volume.layers;
         let dead = before.into_iter().filter(|layer| !chain.contains(layer) && !kept.contains(layer));
-        self.snapshots.dead.extend(dead.collect::<Vec<_>>());
+        let dead: Vec<_> = dead.map(|layer| (layer, Instant::now())).collect();
+        self.snapshots.dead.extend(dead);
     }
 
     /// What follows from the chain and the snapshots.
@@ -212,14 +216,17 @@ pub(super) fn step(cluster: &Cluster) {
 
 /// What the control plane does all the time: goes on with a freeze, removes layers that are dead, tells the coordinator.
 pub(super) fn control(cluster: &Cluster) {
-    let (config, dead) = {
+    let (config, due): (_, Vec<(LayerRef, Instant)>) = {
         let history = cluster.history.lock();
         let mut record = cluster.raft.record.lock();
         record.advance(&history);
-        (record.volume.clone(), std::mem::take(&mut record.snapshots.dead))
+        let is_due = |(_, since): &(LayerRef, Instant)| since.elapsed() >= REMOVE_AFTER;
+        let (due, later) = std::mem::take(&mut record.snapshots.dead).into_iter().partition(is_due);
+        record.snapshots.dead = later;
+        (record.volume.clone(), due)
     };
     for node in &cluster.nodes {
-        dead.iter().for_each(|layer| node.disk.forget(*layer));
+        due.iter().for_each(|(layer, _)| node.disk.forget(*layer));
     }
     if let Some((_, coordinator)) = cluster.coordinator()
         && cluster.raft.record.lock().coordinator.is_some_and(|c| cluster.raft.reaches_majority(c))
