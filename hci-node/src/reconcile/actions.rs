@@ -5,7 +5,6 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use netfabric::rpc::{CallError, ErrorCode};
-use storage::ids::{LayerId, LayerRef, SegmentIndex};
 use tokio::sync::Notify;
 
 use super::{
@@ -22,14 +21,16 @@ use crate::{
     },
     paths::NodePaths,
     state::{
-        BootFile, DiskId, Generation, ImageId, ImagePart, NodeId, Op, Outcome, RunEpoch, TaskError, VmId,
-        VolumeId, WipePolicy,
+        BootFile, DiskId, Generation, ImageId, ImagePart, LayerRef, NodeId, Op, Outcome, RunEpoch,
+        SegmentIndex, TaskError, VmId, VolumeId, WipePolicy,
     },
     vmm_role::record::{self, Ended, ExitRecord, RunFile},
 };
 
 /// A copy between volumes is asked for in pieces of this size.
 const COPY_PIECE: u64 = 64 << 20;
+/// Segments of a layer that are removed in one step.
+const PARTS_AT_ONCE: usize = 256;
 /// Making a file system on a slow disk takes a while.
 const PREPARE_DEADLINE: Duration = Duration::from_secs(300);
 
@@ -92,6 +93,15 @@ impl Tools {
         Ok(self.cluster.propose(op).await?)
     }
 
+    /// Removes segments in layers from a disk of this node.
+    async fn delete(&self, disk: DiskId, parts: Vec<(LayerRef, SegmentIndex)>) -> Result<(), ActionError> {
+        let key = |(layer, segment): (LayerRef, SegmentIndex)| {
+            storage::ids::LayerRef::from(layer).key(storage::ids::SegmentIndex(segment.0))
+        };
+        let delete = DeleteParts { disk: disk.into(), parts: parts.into_iter().map(key).collect() };
+        self.data.call(&delete, SLOW).await.map_err(ActionError::Data)
+    }
+
     /// Does it. `instance` is the data process that the action was planned for.
     pub(super) async fn perform(
         self,
@@ -122,12 +132,19 @@ impl Tools {
             Action::ReleaseReplicas { volume, generation, disk, segments } => {
                 self.propose(Op::ReplicasReleased { volume, generation, disk, segments }).await?;
             }
-            Action::PurgeReplicas { volume, disk, segments } => {
-                let layer = LayerRef { volume: volume.into(), layer: LayerId::default() };
-                let parts = segments.iter().map(|segment| layer.key(SegmentIndex(segment.0))).collect();
-                let delete = DeleteParts { disk: disk.into(), parts };
-                self.data.call(&delete, SLOW).await.map_err(ActionError::Data)?;
-                self.propose(Op::ReplicasPurged { volume, disk, segments }).await?;
+            Action::PurgeReplicas { volume, disk, segments, layers, parts } => {
+                self.delete(disk, parts).await?;
+                self.propose(Op::ReplicasPurged { volume, disk, segments, layers }).await?;
+            }
+            Action::ReleaseLayer { volume, generation, layer } => {
+                self.propose(Op::LayerReleased { volume, generation, layer }).await?;
+            }
+            Action::PurgeLayer { layer, disk, segments } => {
+                let segments: Vec<_> = (0..segments).map(|segment| (layer, SegmentIndex(segment))).collect();
+                for parts in segments.chunks(PARTS_AT_ONCE) {
+                    self.delete(disk, parts.to_vec()).await?;
+                }
+                self.propose(Op::LayerPurged { layer, disk }).await?;
             }
             Action::PrepareDisk { disk, path, wipe } => self.prepare_disk(disk, path, wipe).await?,
             Action::ReportDisk { disk, failed } => {

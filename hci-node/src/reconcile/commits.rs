@@ -16,10 +16,11 @@ use super::{
 };
 use crate::{
     data::protocol::{
-        ClosedClean, CommitRefusal, ControlCall, DataInstance, Hello, Opened, ReplicaIn, ReplicasOut,
+        ClosedClean, CommitRefusal, ControlCall, DataInstance, FreezeProgress, Hello, LayerMerged, Opened,
+        ReplicaIn, ReplicasOut,
     },
     paths::NodePaths,
-    state::{Cleanliness, Op, Outcome, RefusalKind, SegmentIndex, Volume, VolumeUse},
+    state::{Cleanliness, FreezeId, Op, Outcome, RefusalKind, SegmentIndex, Volume, VolumeUse},
 };
 
 /// Turns the data process' calls into commands.
@@ -100,6 +101,25 @@ impl CommitServer {
                     cleanliness: Cleanliness::Clean,
                 };
                 answer::<ClosedClean>(&self.commit(op).await.map(drop))
+            }
+            FreezeProgress::METHOD => {
+                let FreezeProgress { volume, generation, freeze, step } = request.decode()?;
+                let op = Op::FreezeProgress {
+                    volume: volume.into(),
+                    generation: generation.into(),
+                    freeze: FreezeId(freeze.0),
+                    step: step.into(),
+                };
+                answer::<FreezeProgress>(&self.volume(op).await)
+            }
+            LayerMerged::METHOD => {
+                let LayerMerged { volume, generation, layer } = request.decode()?;
+                let op = Op::LayerMerged {
+                    volume: volume.into(),
+                    generation: generation.into(),
+                    layer: layer.into(),
+                };
+                answer::<LayerMerged>(&self.volume(op).await)
             }
             other => Err(RpcError::unknown_method(other)),
         }

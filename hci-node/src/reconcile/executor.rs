@@ -20,15 +20,13 @@ use super::{
     cluster::{Lease, ProposeError},
     link::{self, Gate, Link, Wanted},
     observed::{DataView, Observed, Run, RunPhase, Standing},
-    plan::{self, Action, ActionKey, View},
+    plan::{self, Action, ActionKey, View, data::Leftover},
     report::local_report,
     vm_process,
 };
 use crate::{
     data::protocol::DataInstance,
-    state::{
-        ClusterState, ContentHash, DiskId, Generation, Retired, RunEpoch, VmId, VolumeId, report::LocalReport,
-    },
+    state::{ClusterState, ContentHash, Generation, Retired, RunEpoch, VmId, VolumeId, report::LocalReport},
 };
 
 /// How often is looked when nothing happens: VMMs that another control process started tell nobody when they end.
@@ -63,8 +61,8 @@ pub(super) struct Executor {
     standing: Standing,
     grants: BTreeMap<VolumeId, (DataInstance, Generation)>,
     pressed: BTreeMap<VmId, (RunEpoch, Instant)>,
-    /// Copies that are free to be removed, and since when this was seen.
-    purgeable: BTreeMap<(VolumeId, DiskId), (Retired, Instant)>,
+    /// Data that are free to be removed, and since when this was seen.
+    purgeable: BTreeMap<Leftover, (Option<Retired>, Instant)>,
     pauses: BTreeMap<ActionKey, Pause>,
     running: JoinSet<Finished>,
     under_way: BTreeMap<ActionKey, tokio::task::Id>,
@@ -161,17 +159,13 @@ impl Executor {
         })
     }
 
-    /// Time counts from when exactly these copies were free.
-    fn purgeable_for(
-        &mut self,
-        state: &ClusterState,
-        now: Instant,
-    ) -> BTreeMap<(VolumeId, DiskId), Duration> {
+    /// Time counts from when exactly these data were free.
+    fn purgeable_for(&mut self, state: &ClusterState, now: Instant) -> BTreeMap<Leftover, Duration> {
         let mut seen = std::mem::take(&mut self.purgeable);
-        let free = plan::data::purgeable(state, self.tools.me).map(|(volume, disk, retired)| {
-            let key = (volume, disk.id);
-            let since = seen.remove(&key).filter(|(before, _)| before == retired).map(|(_, since)| since);
-            (key, (retired.clone(), since.unwrap_or(now)))
+        let free = plan::data::leftovers(state, self.tools.me).map(|(leftover, retired)| {
+            let since =
+                seen.remove(&leftover).filter(|(before, _)| *before == retired).map(|(_, since)| since);
+            (leftover, (retired, since.unwrap_or(now)))
         });
         self.purgeable = free.collect();
         let waited = |since: Instant| now.saturating_duration_since(since);

@@ -4,7 +4,8 @@ use std::{collections::BTreeMap, collections::BTreeSet, sync::Arc, time::Duratio
 
 use crate::{
     data::protocol::{DataConfig, DataInstance, Observed as DataStatus},
-    state::{ContentHash, DiskId, Generation, RunEpoch, VmId, VolumeId},
+    reconcile::plan::data::Leftover,
+    state::{ContentHash, Generation, RunEpoch, VmId, VolumeId},
     vmm_role::record::Ended,
 };
 
@@ -19,8 +20,8 @@ pub struct Observed {
     pub runs: BTreeMap<VmId, Run>,
     /// Kernels and initramfs that are complete on this node.
     pub boot_files: BTreeSet<ContentHash>,
-    /// For how long copies on this node's disks have been free to be removed.
-    pub purgeable_for: BTreeMap<(VolumeId, DiskId), Duration>,
+    /// For how long data on this node's disks have been free to be removed.
+    pub purgeable_for: BTreeMap<Leftover, Duration>,
 }
 
 /// Whether this node may run guests.

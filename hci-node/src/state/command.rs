@@ -4,12 +4,16 @@
 //! leader cannot reach. Applying it is deterministic. Ids make it safe to send twice: creating something whose id is
 //! there already changes nothing and succeeds.
 
-use std::net::Ipv4Addr;
+use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
-use super::{ids::*, model::*};
+use super::{
+    ids::*,
+    layers::{FreezeStep, LayerRef},
+    model::*,
+};
 
 /// One entry of the replicated log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -464,6 +468,8 @@ pub enum Op {
         disk: DiskId,
         /// Of which segments.
         segments: Vec<SegmentIndex>,
+        /// In which layers.
+        layers: Vec<LayerRef>,
     },
 
     // the pool, its disks and nodes
@@ -523,6 +529,80 @@ pub enum Op {
     },
     /// Kills the present run of a VM and starts another.
     ResetVm(VmId),
+
+    // snapshots
+    /// Takes snapshots of volumes, all at one point in time.
+    TakeSnapshot {
+        /// The new freeze.
+        freeze: FreezeId,
+        /// What the snapshots are called.
+        name: String,
+        /// The volumes, each with the id of its snapshot.
+        volumes: BTreeMap<VolumeId, SnapshotId>,
+    },
+    /// How far a coordinator is with a freeze.
+    FreezeProgress {
+        /// The volume.
+        volume: VolumeId,
+        /// The coordinator's generation.
+        generation: Generation,
+        /// The freeze.
+        freeze: FreezeId,
+        /// How far it is.
+        step: FreezeStep,
+    },
+    /// Gives a freeze up that takes too long.
+    AbandonFreeze(FreezeId),
+    /// Forgets a snapshot; what only it needs is removed.
+    DeleteSnapshot {
+        /// The volume.
+        volume: VolumeId,
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// Puts a volume that nobody has open back to a snapshot.
+    RestoreSnapshot {
+        /// The volume.
+        volume: VolumeId,
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// Makes a new volume with the content of a snapshot, without copying.
+    CloneVolume {
+        /// The new volume.
+        volume: VolumeId,
+        /// Its name.
+        name: String,
+        /// The volume that the snapshot is of.
+        source: VolumeId,
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
+    /// A layer is durably in the one above it, on all complete copies.
+    LayerMerged {
+        /// The volume.
+        volume: VolumeId,
+        /// The coordinator's generation.
+        generation: Generation,
+        /// The layer.
+        layer: LayerRef,
+    },
+    /// The coordinator no longer uses a layer that nothing refers to.
+    LayerReleased {
+        /// The volume that had it last.
+        volume: VolumeId,
+        /// The coordinator's generation.
+        generation: Generation,
+        /// The layer.
+        layer: LayerRef,
+    },
+    /// A node removed the data of a layer that nothing refers to.
+    LayerPurged {
+        /// The layer.
+        layer: LayerRef,
+        /// The disk.
+        disk: DiskId,
+    },
 }
 
 /// What a command that was accepted answers.

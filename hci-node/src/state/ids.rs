@@ -39,6 +39,14 @@ macro_rules! typed_id {
 }
 
 typed_id!(
+    /// A snapshot of a volume.
+    SnapshotId
+);
+typed_id!(
+    /// One taking of snapshots, of one volume or of several at one point in time.
+    FreezeId
+);
+typed_id!(
     /// A cluster.
     ClusterId
 );

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{ClusterState, Segment, Subject, Volume, VolumeOwner};
+use super::{ClusterState, LayerRef, Segment, Subject, Volume, VolumeId, VolumeOwner, layers::MAX_DEPTH};
 
 /// Three copies and as many that replace them.
 const MOST_COPIES: usize = 6;
@@ -22,6 +22,7 @@ pub fn violations(state: &ClusterState) -> Vec<String> {
     unique("networks", state.networks.values().map(|network| &network.name).collect());
     unique("VMs", state.vms.values().map(|vm| &vm.name).collect());
     volumes(state, &mut found);
+    layers(state, &mut found);
     vms(state, &mut found);
     leftovers(state, &mut found);
     let addresses: BTreeSet<_> = state.ports.values().map(|port| (port.network, port.ip)).collect();
@@ -56,6 +57,49 @@ fn volumes(state: &ClusterState, found: &mut Vec<String>) {
         }
         if state.purge.contains_key(&volume.id) {
             found.push(format!("{name} is deleted and there"));
+        }
+    }
+}
+
+/// Chains are sound, what is being frozen is known on both sides, nothing that is needed is merged away or dead.
+fn layers(state: &ClusterState, found: &mut Vec<String>) {
+    for volume in state.volumes.values() {
+        let (name, layers) = (&volume.name, &volume.layers);
+        let chains =
+            std::iter::once(&layers.chain).chain(layers.snapshots.iter().map(|snapshot| &snapshot.chain));
+        for chain in chains {
+            let distinct: BTreeSet<_> = chain.iter().collect();
+            if chain.is_empty() || chain.len() > MAX_DEPTH || distinct.len() != chain.len() {
+                found.push(format!("{name} has no sound chain"));
+            }
+        }
+        let is_own = |layer: &LayerRef| layer.volume == volume.id && layer.number < layers.next;
+        if !layers.chain.first().is_some_and(is_own) {
+            found.push(format!("{name} writes to a layer that is not its own"));
+        }
+        if layers.all().iter().any(|layer| state.dead_layers.contains_key(layer)) {
+            found.push(format!("a layer of {name} is dead"));
+        }
+        let takes_part =
+            |id| state.freezes.get(&id).is_some_and(|freeze| freeze.volumes.contains_key(&volume.id));
+        if layers.freeze.is_some_and(|pending| !takes_part(pending.id)) {
+            found.push(format!("{name} is being frozen by nobody"));
+        }
+        if let Some(merge) = layers.merge
+            && (state.is_shared(merge, volume.id)
+                || layers.snapshots.iter().any(|snapshot| snapshot.chain.first() == Some(&merge))
+                || layers.chain.iter().skip(1).all(|layer| *layer != merge))
+        {
+            found.push(format!("a layer of {name} is merged that is needed"));
+        }
+    }
+    for (id, freeze) in &state.freezes {
+        let is_pending = |volume: &VolumeId| {
+            let volume = state.volumes.get(volume);
+            volume.is_some_and(|volume| volume.layers.freeze.is_some_and(|pending| pending.id == *id))
+        };
+        if !freeze.volumes.keys().all(is_pending) {
+            found.push(format!("the freeze {} waits for a volume that knows nothing of it", freeze.name));
         }
     }
 }
@@ -95,6 +139,7 @@ fn leftovers(state: &ClusterState, found: &mut Vec<String>) {
     let purged = state.purge.values().flatten();
     if purged
         .chain(state.retired.values().flat_map(|disks| disks.keys()))
+        .chain(state.dead_layers.values().flat_map(|dead| &dead.disks))
         .any(|disk| !state.disks.contains_key(disk))
     {
         found.push("data are to be removed from a disk that is not in the pool".to_owned());

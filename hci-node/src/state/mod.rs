@@ -9,6 +9,7 @@
 //! | [`model`] | what there is |
 //! | [`command`] | what can be done to it, and how a command is refused |
 //! | `apply/` | the rules, one file for each kind of thing |
+//! | [`layers`] | what volumes are made of: snapshots, clones |
 //! | [`placement`] | on which disks the copies of a segment go |
 //! | [`invariants`] | what holds after every command; checked by the property tests |
 
@@ -16,6 +17,7 @@ mod apply;
 pub mod command;
 pub mod ids;
 pub mod invariants;
+pub mod layers;
 pub mod model;
 pub mod placement;
 pub mod report;
@@ -29,6 +31,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 pub use apply::check_join_token;
 pub use command::{Command, CommandResult, Op, Outcome, Refusal, RefusalKind};
 pub use ids::*;
+pub use layers::{DeadLayer, Freeze, FreezeStage, FreezeStep, LayerRef, Layers, PendingFreeze, Snapshot};
 pub use model::*;
 use serde::{Deserialize, Serialize};
 
@@ -76,6 +79,10 @@ pub struct ClusterState {
     pub retired: BTreeMap<VolumeId, BTreeMap<DiskId, Retired>>,
     /// Nodes that left the cluster for good: their certificates are not accepted any more.
     pub removed_nodes: BTreeSet<NodeId>,
+    /// Snapshots that are being taken.
+    pub freezes: BTreeMap<FreezeId, Freeze>,
+    /// Layers that nothing refers to any more, still to be removed.
+    pub dead_layers: BTreeMap<LayerRef, DeadLayer>,
 }
 
 impl ClusterState {
@@ -237,7 +244,7 @@ impl ClusterState {
             || holder.is_none_or(|volume| volume.generation != retired.generation)
     }
 
-    /// Whether a volume that nobody uses is to be open only so that its copies are completed. It yields to whoever
+    /// Whether a volume that nobody uses is to be open only so that its copies are completed or its layers merged. It yields to whoever
     /// wants the volume: a VM that is meant to run, or a copy that is to be made of it.
     pub fn needs_healing(&self, volume: &Volume) -> bool {
         let wanted_by_vm = match volume.owner {
@@ -260,7 +267,8 @@ impl ClusterState {
                     .is_some_and(|disk| disk.state == DiskState::Ready && disk.service != DiskService::Dead)
         };
         let curable = || volume.segments.iter().flat_map(|segment| &segment.replicas).any(in_reach);
-        volume.is_filled() && !wanted_by_vm && !is_copied() && curable()
+        let has_work = || curable() || volume.layers.merge.is_some();
+        volume.is_filled() && !wanted_by_vm && !is_copied() && has_work()
     }
 
     /// The NICs of a network, on any node: what forwarding is made from.

@@ -11,7 +11,10 @@ use std::{
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
-use super::ids::*;
+use super::{
+    ids::*,
+    layers::{LayerRef, Layers},
+};
 
 /// Size of a segment: the unit of placement.
 pub const SEGMENT_BYTES: u64 = 1 << 30;
@@ -260,6 +263,8 @@ pub struct Retired {
     pub segments: BTreeSet<SegmentIndex>,
     /// Whether the coordinator of that generation may still use them.
     pub custody: Custody,
+    /// The layers that the copies had. What another volume needs of them on the disk stays.
+    pub layers: BTreeSet<LayerRef>,
 }
 
 /// Whether a coordinator may still use copies that have left their sets.
@@ -387,6 +392,8 @@ pub struct Volume {
     pub durability: Durability,
     /// What it may take of the pool's speed.
     pub limits: VolumeLimits,
+    /// The layers that its content lies in, and its snapshots.
+    pub layers: Layers,
 }
 
 impl Volume {
@@ -722,6 +729,8 @@ pub enum Goal {
     },
     /// Every segment of the volume has its copies.
     VolumeSettled(VolumeId),
+    /// The snapshots are taken.
+    SnapshotTaken(FreezeId),
 }
 
 /// How far a task is.

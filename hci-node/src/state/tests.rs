@@ -1,5 +1,7 @@
 //! Tests of the rules: first those that carry data safety one by one, then random histories.
 
+mod layers;
+
 use proptest::prelude::*;
 
 use super::{command::*, testing::*, *};
@@ -340,7 +342,8 @@ fn data_of_a_copy_that_left_are_kept_until_the_coordinator_lets_go() {
     run(&mut state, Op::AddReplica { volume, segment, disk: spare, replaces: Some(old) }).unwrap();
     run(&mut state, Op::ReplicaIn { volume, generation, segment, disk: spare, departures: 0 }).unwrap();
     let segments = vec![segment];
-    let purged = || Op::ReplicasPurged { volume, disk: old, segments: vec![segment] };
+    let layers = vec![LayerRef { volume, number: 0 }];
+    let purged = || Op::ReplicasPurged { volume, disk: old, segments: vec![segment], layers: layers.clone() };
     assert_eq!(refused(&mut state, purged()), RefusalKind::Conflict);
     let back = Op::AddReplica { volume, segment, disk: old, replaces: Some(spare) };
     assert_eq!(refused(&mut state, back.clone()), RefusalKind::Conflict, "its data are about to go");
@@ -634,6 +637,7 @@ fn any_change() -> impl Strategy<Value = Op> {
             volume: volume(n),
             disk: disk_id(disk),
             segments: vec![SegmentIndex(segment)],
+            layers: Vec::new(),
         }),
         1 => (n.clone(), disk.clone()).prop_map(move |(n, disk)| Op::VolumePurged {
             volume: volume(n),
@@ -703,12 +707,14 @@ fn check_redundancy(op: &Op, before: &ClusterState, after: &ClusterState) -> Res
 proptest! {
     #[test]
     fn random_histories_keep_the_invariants(
-        ops in proptest::collection::vec(prop_oneof![any_op(), any_change()], 1..80)
+        ops in proptest::collection::vec(prop_oneof![4 => any_op(), 4 => any_change(), 3 => layers::any_op()], 1..80)
     ) {
         let mut state = eight_disks();
         let mut twin = state.clone();
+        let mut held = layers::Held::default();
         for (step, op) in ops.into_iter().enumerate() {
             let before = state.clone();
+            let op = layers::aim(op, step, &state);
             let asked = Command {
                 at: Timestamp(step as i64),
                 task: Some(TaskId(id(10_000 + step as u128))),
@@ -716,6 +722,7 @@ proptest! {
             };
             let result = state.apply(&asked);
             check_redundancy(&asked.op, &before, &state)?;
+            held.follow(&asked.op, &before, &state)?;
             prop_assert_eq!(&twin.apply(&asked), &result);
             prop_assert_eq!(&twin, &state);
             if result.is_err() {

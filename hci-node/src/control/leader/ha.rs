@@ -87,6 +87,7 @@ impl Ha {
             heal(&view, volume, &mut commands);
         }
         imports(&view, &mut commands);
+        freezes(&view, &mut commands);
         let pool_view = pool::View { state, live: &view.live, at };
         commands.extend(self.pool.decide(pool_view, now).into_iter().map(|op| view.command(op)));
         for task in state.tasks.values().filter(|task| task.state == TaskState::Running) {
@@ -226,7 +227,7 @@ fn fill(view: &View<'_>, volume: &Volume, commands: &mut Vec<Command>) {
     }
 }
 
-/// A volume that nobody uses but that lacks copies is opened where a complete one is, so that the others are completed;
+/// A volume that nobody uses but that lacks copies, or has layers to be merged, is opened where a complete one is, so that the others are completed;
 /// it is closed when they are.
 fn heal(view: &View<'_>, volume: &Volume, commands: &mut Vec<Command>) {
     let is_open = volume.coordinator.is_some_and(|node| !view.is_dead(node));
@@ -275,6 +276,18 @@ fn imports(view: &View<'_>, commands: &mut Vec<Command>) {
     }
 }
 
+/// Longest time in which all volumes of a group must have been frozen: a coordinator that is not heard of holds the others up.
+const FREEZE_PATIENCE: i64 = 10;
+
+/// A freeze that does not end is given up.
+fn freezes(view: &View<'_>, commands: &mut Vec<Command>) {
+    for (id, freeze) in &view.state.freezes {
+        if freeze.begun.plus_seconds(FREEZE_PATIENCE) < view.at {
+            commands.push(view.command(Op::AbandonFreeze(*id)));
+        }
+    }
+}
+
 enum Verdict {
     Wait,
     Done,
@@ -297,6 +310,8 @@ fn settle(view: &View<'_>, task: &Task, commands: &mut Vec<Command>) {
         Goal::ImagePartReady(image, part) => part_ready(view, *image, *part),
         // Ended by the commands that remove the disk and the node.
         Goal::DiskReady(_) | Goal::DiskGone { .. } | Goal::NodeGone { .. } => Verdict::Wait,
+        // Ended with the freeze.
+        Goal::SnapshotTaken(_) => Verdict::Wait,
         Goal::NodeDrained(node) => node_is_drained(view, *node),
         Goal::VolumeSettled(volume) => match view.state.volumes.get(volume) {
             Some(volume) if !volume.is_settled() => Verdict::Wait,

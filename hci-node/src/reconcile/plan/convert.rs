@@ -1,10 +1,11 @@
 //! From the cluster state's types to those of the libraries, which know nothing of the cluster.
 
 use netfabric::overlay;
-use storage::{config, ids};
+use storage::{config, control::FreezeStep, ids};
 
 use crate::state::{
-    Cleanliness, DiskId, Durability, Generation, MacAddr, PortId, Replica, ReplicaState, Volume, VolumeId,
+    self, Cleanliness, DiskId, Durability, FreezeStage, Generation, LayerRef, MacAddr, PortId, Replica,
+    ReplicaState, Volume, VolumeId,
 };
 
 impl From<DiskId> for ids::DiskId {
@@ -40,6 +41,28 @@ impl From<Generation> for ids::Generation {
 impl From<ids::Generation> for Generation {
     fn from(generation: ids::Generation) -> Self {
         Self(generation.0)
+    }
+}
+
+impl From<LayerRef> for ids::LayerRef {
+    fn from(layer: LayerRef) -> Self {
+        Self { volume: layer.volume.into(), layer: ids::LayerId(layer.number) }
+    }
+}
+
+impl From<ids::LayerRef> for LayerRef {
+    fn from(layer: ids::LayerRef) -> Self {
+        Self { volume: layer.volume.into(), number: layer.layer.0 }
+    }
+}
+
+impl From<FreezeStep> for state::FreezeStep {
+    fn from(step: FreezeStep) -> Self {
+        match step {
+            FreezeStep::Held => Self::Held,
+            FreezeStep::Switched => Self::Switched,
+            FreezeStep::Abandoned => Self::Abandoned,
+        }
     }
 }
 
@@ -80,7 +103,25 @@ pub fn volume_config(volume: &Volume, access: config::Access) -> config::VolumeC
             operations_per_second: volume.limits.operations_per_second,
             bytes_per_second: volume.limits.bytes_per_second,
         },
-        layers: config::LayersConfig::single(volume.id.into()),
+        layers: layers_config(volume),
+    }
+}
+
+fn layers_config(volume: &Volume) -> config::LayersConfig {
+    let layers = &volume.layers;
+    config::LayersConfig {
+        revision: layers.revision,
+        chain: layers.chain.iter().map(|layer| (*layer).into()).collect(),
+        kept: layers.kept().into_iter().map(Into::into).collect(),
+        unsettled: u32::try_from(layers.unsettled(volume.id)).unwrap_or(u32::MAX),
+        freeze: layers.freeze.map(|pending| config::Freeze {
+            id: ids::FreezeId(pending.id.0),
+            stage: match pending.stage {
+                FreezeStage::Hold => config::FreezeStage::Hold,
+                FreezeStage::Switch => config::FreezeStage::Switch,
+            },
+        }),
+        merge: layers.merge.map(Into::into),
     }
 }
 

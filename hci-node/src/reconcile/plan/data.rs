@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use netfabric::overlay::{ForwardEntry, NetworkConfig, OverlayConfig, PortConfig, Vni};
 use storage::{
-    config::{Access, DiskConfig, StorageConfig},
+    config::{Access, DiskConfig, StorageConfig, VolumeConfig},
     status::{DiskHealth, VolumeState},
 };
 
@@ -17,8 +17,8 @@ use crate::{
     data::protocol::{DataConfig, PeerConfig},
     reconcile::observed::DataView,
     state::{
-        Cleanliness, ClusterState, Custody, Disk, DiskState, Network, NodeId, Port, PortId, Retired,
-        SegmentIndex, Vm, Volume, VolumeFill, VolumeId, VolumeUse,
+        Cleanliness, ClusterState, Custody, DeadLayer, Disk, DiskId, DiskState, LayerRef, Network, NodeId,
+        Port, PortId, Retired, SegmentIndex, Vm, Volume, VolumeFill, VolumeId, VolumeUse,
     },
 };
 
@@ -48,6 +48,7 @@ pub fn plan(view: View<'_>, actions: &mut Vec<Action>) -> Option<DataConfig> {
     plan_purges(view, data, actions);
     plan_releases(view, data, actions);
     plan_replica_purges(view, data, actions);
+    plan_layers(view, data, actions);
     Some(DataConfig {
         revision: view.state.revision,
         peers: peers(view),
@@ -159,12 +160,7 @@ fn works(data: &DataView, disk: &Disk) -> bool {
 fn plan_releases(view: View<'_>, data: &DataView, actions: &mut Vec<Action>) {
     for volume in view.state.volumes_on(view.me) {
         let Some(retired) = view.state.retired.get(&volume.id) else { continue };
-        let applied = data.applied.as_ref().and_then(|config| {
-            config.storage.volumes.iter().find(|there| {
-                VolumeId::from(there.id) == volume.id && there.generation == volume.generation.into()
-            })
-        });
-        let Some(applied) = applied else { continue };
+        let Some(applied) = applied(data, volume) else { continue };
         for (disk, retired) in retired {
             let is_held = retired.custody == Custody::Coordinator && retired.generation == volume.generation;
             let uses = |segment: &SegmentIndex| {
@@ -192,13 +188,15 @@ pub const PURGE_DELAY: Duration = Duration::from_secs(30);
 /// Removes the data of copies that have left their sets.
 fn plan_replica_purges(view: View<'_>, data: &DataView, actions: &mut Vec<Action>) {
     for (volume, disk, retired) in purgeable(view.state, view.me) {
-        let waited = view.observed.purgeable_for.get(&(volume, disk.id));
+        let waited = view.observed.purgeable_for.get(&Leftover::Copies(volume, disk.id));
         if works(data, disk) && waited.is_some_and(|waited| *waited >= PURGE_DELAY) {
-            actions.push(Action::PurgeReplicas {
-                volume,
-                disk: disk.id,
-                segments: retired.segments.iter().take(PURGE_SEGMENTS).copied().collect(),
-            });
+            let segments: Vec<_> = retired.segments.iter().take(PURGE_SEGMENTS).copied().collect();
+            let parts =
+                retired.layers.iter().flat_map(|layer| segments.iter().map(|segment| (*layer, *segment)));
+            let parts =
+                parts.filter(|(layer, segment)| !view.state.needs_part(*layer, *segment, disk.id)).collect();
+            let layers = retired.layers.iter().copied().collect();
+            actions.push(Action::PurgeReplicas { volume, disk: disk.id, segments, layers, parts });
         }
     }
 }
@@ -206,8 +204,70 @@ fn plan_replica_purges(view: View<'_>, data: &DataView, actions: &mut Vec<Action
 /// Segments whose data are removed in one step.
 const PURGE_SEGMENTS: usize = 64;
 
+/// Lets go of layers that nothing refers to, and removes their data.
+fn plan_layers(view: View<'_>, data: &DataView, actions: &mut Vec<Action>) {
+    for (layer, dead) in &view.state.dead_layers {
+        let holder = view.state.volumes.get(&dead.holder);
+        if let Some(volume) = holder.filter(|volume| volume.coordinator == Some(view.me))
+            && dead.custody == Custody::Coordinator
+            && dead.generation == volume.generation
+            && applied(data, volume).is_some_and(|applied| {
+                let layers = &applied.layers;
+                layers.chain.iter().chain(&layers.kept).all(|there| *there != (*layer).into())
+            })
+        {
+            actions.push(Action::ReleaseLayer {
+                volume: volume.id,
+                generation: volume.generation,
+                layer: *layer,
+            });
+        }
+    }
+    for (layer, disk, dead) in removable(view.state, view.me) {
+        let waited = view.observed.purgeable_for.get(&Leftover::Layer(layer, disk.id));
+        if works(data, disk) && waited.is_some_and(|waited| *waited >= PURGE_DELAY) {
+            actions.push(Action::PurgeLayer { layer, disk: disk.id, segments: dead.segments });
+        }
+    }
+}
+
+/// The volume as the data process has taken it up, in its present generation.
+fn applied<'a>(data: &'a DataView, volume: &Volume) -> Option<&'a VolumeConfig> {
+    data.applied
+        .as_ref()?
+        .storage
+        .volumes
+        .iter()
+        .find(|there| VolumeId::from(there.id) == volume.id && there.generation == volume.generation.into())
+}
+
+/// Data on a disk that are to be removed once they have been free for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Leftover {
+    /// Of copies of a volume that have left their sets.
+    Copies(VolumeId, DiskId),
+    /// Of a layer that nothing refers to.
+    Layer(LayerRef, DiskId),
+}
+
+/// All such data on a node's disks, with what it is that is free: when that changes the time begins anew.
+pub fn leftovers(state: &ClusterState, node: NodeId) -> impl Iterator<Item = (Leftover, Option<Retired>)> {
+    let copies = purgeable(state, node)
+        .map(|(volume, disk, retired)| (Leftover::Copies(volume, disk.id), Some(retired.clone())));
+    let layers = removable(state, node).map(|(layer, disk, _)| (Leftover::Layer(layer, disk.id), None));
+    copies.chain(layers)
+}
+
+/// Layers on a node's disks that nothing refers to and no coordinator uses.
+fn removable(state: &ClusterState, node: NodeId) -> impl Iterator<Item = (LayerRef, &Disk, &DeadLayer)> {
+    state.dead_layers.iter().filter(|(_, dead)| state.may_remove(dead)).flat_map(move |(layer, dead)| {
+        let disks = dead.disks.iter().filter_map(|disk| state.disks.get(disk));
+        disks.filter(move |disk| disk.node == node).map(move |disk| (*layer, disk, dead))
+    })
+}
+
 /// Copies on a node's disks that have left their sets and that no coordinator uses.
-pub fn purgeable(state: &ClusterState, node: NodeId) -> impl Iterator<Item = (VolumeId, &Disk, &Retired)> {
+fn purgeable(state: &ClusterState, node: NodeId) -> impl Iterator<Item = (VolumeId, &Disk, &Retired)> {
     state.retired.iter().flat_map(move |(volume, disks)| {
         disks.iter().filter_map(move |(disk, retired)| {
             let disk = state.disks.get(disk).filter(|disk| disk.node == node)?;

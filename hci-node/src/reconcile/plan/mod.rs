@@ -28,8 +28,8 @@ use crate::{
     data::protocol::DataConfig,
     paths::NodePaths,
     state::{
-        BootFile, Cleanliness, ClusterState, DiskId, Generation, ImageId, ImagePart, NodeId, RunEpoch,
-        SegmentIndex, VmExit, VmId, VolumeId, WipePolicy, report::VmReport,
+        BootFile, Cleanliness, ClusterState, DiskId, Generation, ImageId, ImagePart, LayerRef, NodeId,
+        RunEpoch, SegmentIndex, VmExit, VmId, VolumeId, WipePolicy, report::VmReport,
     },
     vmm_role::record::Ended,
 };
@@ -103,6 +103,28 @@ pub enum Action {
         disk: DiskId,
         /// Of which segments.
         segments: Vec<SegmentIndex>,
+        /// In which layers.
+        layers: Vec<LayerRef>,
+        /// What of that nobody else needs there.
+        parts: Vec<(LayerRef, SegmentIndex)>,
+    },
+    /// Tell the cluster that the coordinator here no longer uses a layer that nothing refers to.
+    ReleaseLayer {
+        /// The volume.
+        volume: VolumeId,
+        /// The coordinator's generation.
+        generation: Generation,
+        /// The layer.
+        layer: LayerRef,
+    },
+    /// Remove what a disk of this node holds of a layer that nothing refers to.
+    PurgeLayer {
+        /// The layer.
+        layer: LayerRef,
+        /// The disk.
+        disk: DiskId,
+        /// How many segments it may have.
+        segments: u32,
     },
     /// Prepare a disk for the pool.
     PrepareDisk {
@@ -199,6 +221,8 @@ pub enum ActionKey {
     Release(VolumeId, DiskId),
     /// Copies of a volume being removed from a disk.
     PurgeReplicas(VolumeId, DiskId),
+    /// A layer being let go or removed from a disk; none while it is let go.
+    Layer(LayerRef, Option<DiskId>),
     /// A disk.
     Disk(DiskId),
     /// A boot file.
@@ -220,6 +244,8 @@ impl Action {
             Self::PurgeVolume { volume, .. } => ActionKey::Purge(*volume),
             Self::ReleaseReplicas { volume, disk, .. } => ActionKey::Release(*volume, *disk),
             Self::PurgeReplicas { volume, disk, .. } => ActionKey::PurgeReplicas(*volume, *disk),
+            Self::ReleaseLayer { layer, .. } => ActionKey::Layer(*layer, None),
+            Self::PurgeLayer { layer, disk, .. } => ActionKey::Layer(*layer, Some(*disk)),
             Self::PrepareDisk { disk, .. } | Self::ReportDisk { disk, .. } => ActionKey::Disk(*disk),
             Self::FetchBootFile { file, .. } => ActionKey::BootFile(file.hash),
             Self::RemoveBootFile { file } => ActionKey::BootFile(*file),

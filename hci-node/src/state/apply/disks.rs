@@ -305,6 +305,7 @@ pub(super) fn remove(state: &mut ClusterState, id: DiskId, at: Timestamp) -> Res
     let left = |state: &ClusterState| {
         state.purge.values().any(|disks| disks.contains(&id))
             || state.retired.values().any(|disks| disks.contains_key(&id))
+            || state.dead_layers.values().any(|dead| dead.disks.contains(&id))
     };
     if service == DiskService::Draining && left(state) {
         return Err(conflict(
@@ -321,6 +322,10 @@ pub(super) fn remove(state: &mut ClusterState, id: DiskId, at: Timestamp) -> Res
         disks.remove(&id);
     }
     state.retired.retain(|_, disks| !disks.is_empty());
+    for dead in state.dead_layers.values_mut() {
+        dead.disks.remove(&id);
+    }
+    state.dead_layers.retain(|_, dead| !dead.disks.is_empty());
     state.disks.remove(&id);
     let message = format!("disk {name} has left the pool");
     state.note(at, Severity::Info, "disk-removed", Subject::Node(node), message);

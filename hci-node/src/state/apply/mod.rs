@@ -7,6 +7,7 @@ mod disks;
 mod images;
 mod networks;
 mod replicas;
+mod snapshots;
 mod storage;
 mod tasks;
 mod vms;
@@ -136,7 +137,9 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
         Op::ReplicasReleased { volume, generation, disk, segments } => {
             replicas::released(state, *volume, *generation, *disk, segments)
         }
-        Op::ReplicasPurged { volume, disk, segments } => replicas::purged(state, *volume, *disk, segments),
+        Op::ReplicasPurged { volume, disk, segments, layers } => {
+            replicas::purged(state, *volume, *disk, segments, layers)
+        }
 
         Op::SetPoolPolicy(policy) => disks::set_policy(state, *policy, at),
         Op::SetDiskService { disk, service } => disks::set_service(state, *disk, *service, at),
@@ -153,6 +156,24 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
             storage::grow_volume(state, *volume, *size_bytes, unreachable, at)
         }
         Op::ResetVm(vm) => vms::restart(state, *vm, StopMode::Force),
+
+        Op::TakeSnapshot { freeze, name, volumes } => snapshots::take(state, *freeze, name, volumes, at),
+        Op::FreezeProgress { volume, generation, freeze, step } => {
+            snapshots::progress(state, *volume, *generation, *freeze, *step, at)
+        }
+        Op::AbandonFreeze(freeze) => snapshots::abandon(state, *freeze, at),
+        Op::DeleteSnapshot { volume, snapshot } => snapshots::delete(state, *volume, *snapshot),
+        Op::RestoreSnapshot { volume, snapshot } => snapshots::restore(state, *volume, *snapshot, at),
+        Op::CloneVolume { volume, name, source, snapshot } => {
+            snapshots::clone(state, *volume, name, *source, *snapshot, at)
+        }
+        Op::LayerMerged { volume, generation, layer } => {
+            snapshots::merged(state, *volume, *generation, *layer)
+        }
+        Op::LayerReleased { volume, generation, layer } => {
+            snapshots::released(state, *volume, *generation, *layer)
+        }
+        Op::LayerPurged { layer, disk } => snapshots::purged(state, *layer, *disk),
     }
 }
 

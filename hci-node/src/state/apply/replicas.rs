@@ -8,8 +8,8 @@ use std::collections::BTreeSet;
 
 use super::{Applied, conflict, not_found, storage};
 use crate::state::{
-    ClusterState, Custody, DiskId, DiskState, Generation, Refusal, RefusalKind, Replica, ReplicaState,
-    Retired, SegmentIndex, Subject, Volume, VolumeId,
+    ClusterState, Custody, DiskId, DiskState, Generation, LayerRef, Refusal, RefusalKind, Replica,
+    ReplicaState, Retired, SegmentIndex, Subject, Volume, VolumeId,
 };
 
 pub(super) fn add(
@@ -30,7 +30,7 @@ pub(super) fn add(
     if target.state != DiskState::Ready || !target.takes_replicas() {
         return Err(conflict("the disk takes no new copies", next));
     }
-    if state.retired.get(&id).is_some_and(|disks| disks.contains_key(&disk)) {
+    if state.awaits_removal(volume, disk) {
         return Err(conflict("the disk still has data of former copies of this volume", next));
     }
     if let Some(old) = replaces
@@ -76,6 +76,7 @@ pub(super) fn retire(
 ) -> Result<(), Refusal> {
     let volume = state.volumes.get_mut(&id).ok_or_else(|| not_found("volume", id))?;
     let (name, generation) = (volume.name.clone(), volume.generation);
+    let layers = volume.layers.all();
     let is_open = volume.coordinator.is_some();
     let (replicas, minimum) = (usize::from(volume.replicas), usize::from(volume.min_in_sync.max(1)));
     let segment = volume.segments.get_mut(index.0 as usize);
@@ -99,10 +100,11 @@ pub(super) fn retire(
         replica.replaces = None;
     }
     let custody = if is_open { Custody::Coordinator } else { Custody::Nobody };
-    let fresh = || Retired { generation, segments: BTreeSet::new(), custody };
+    let fresh = || Retired { generation, segments: BTreeSet::new(), custody, layers: BTreeSet::new() };
     let retired = state.retired.entry(id).or_default().entry(disk).or_insert_with(fresh);
     (retired.generation, retired.custody) = (generation, custody);
     retired.segments.insert(index);
+    retired.layers.extend(layers);
     Ok(())
 }
 
@@ -128,9 +130,14 @@ pub(super) fn purged(
     id: VolumeId,
     disk: DiskId,
     segments: &[SegmentIndex],
+    layers: &[LayerRef],
 ) -> Result<Applied, Refusal> {
     let done = Applied::now("replicas purged", Subject::Volume(id), "");
     let Some(retired) = state.retired.get(&id).and_then(|disks| disks.get(&disk)) else { return Ok(done) };
+    if !retired.layers.iter().all(|layer| layers.contains(layer)) {
+        // More came meanwhile: all of it is removed another time.
+        return Ok(done);
+    }
     if !state.may_purge(id, retired) {
         return Err(conflict("the volume's coordinator may still use these copies", "try again later"));
     }

@@ -4,13 +4,13 @@
 //! segment is never taken out; whoever shows an old generation is refused; and a volume is opened elsewhere only when
 //! its coordinator has closed it or its node's lease has ended.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
-use super::{Applied, check_free, check_name, conflict, invalid, not_found, replicas};
+use super::{Applied, check_free, check_name, conflict, invalid, not_found, replicas, snapshots};
 use crate::state::{
-    BLOCK_BYTES, Cleanliness, ClusterState, DiskId, DiskService, Generation, Goal, NodeId, Outcome, Refusal,
-    RefusalKind, ReplicaState, SegmentIndex, Severity, Subject, Timestamp, Volume, VolumeFill, VolumeId,
-    VolumeLimits, VolumeOwner,
+    BLOCK_BYTES, Cleanliness, ClusterState, DiskId, DiskService, Generation, Goal, Layers, NodeId, Outcome,
+    Refusal, RefusalKind, ReplicaState, SegmentIndex, Severity, Subject, Timestamp, Volume, VolumeFill,
+    VolumeId, VolumeLimits, VolumeOwner,
     command::{NewVolume, VolumeChange},
     placement::{self, Wish},
 };
@@ -82,6 +82,7 @@ pub(super) fn plan_volume(
         min_wanted: min_in_sync,
         durability: new.durability,
         limits: VolumeLimits::default(),
+        layers: Layers::new(new.id, &[]),
     })
 }
 
@@ -130,13 +131,23 @@ pub(super) fn delete_volume(state: &mut ClusterState, id: VolumeId) -> Result<Ap
     Ok(Applied::now("volume delete", Subject::Volume(id), name))
 }
 
-/// Forgets a volume and remembers which disks still hold data of it.
+/// Forgets a volume with its snapshots, and remembers which disks still hold data that nobody else needs.
 pub(super) fn drop_volume(state: &mut ClusterState, id: VolumeId) {
-    if let Some(volume) = state.volumes.remove(&id) {
-        let copies = volume.segments.iter().flat_map(|segment| &segment.replicas).map(|replica| replica.disk);
-        let former = state.retired.remove(&id).into_iter().flat_map(BTreeMap::into_keys);
-        state.purge.insert(id, copies.chain(former).collect());
+    snapshots::give_up(state, id, "the volume was deleted");
+    let Some(volume) = state.volumes.remove(&id) else { return };
+    let former = state.retired.remove(&id).unwrap_or_default();
+    let copies = volume.segments.iter().flat_map(|segment| &segment.replicas).map(|replica| replica.disk);
+    let disks: BTreeSet<DiskId> = copies.chain(former.keys().copied()).collect();
+    let (shared, own): (Vec<_>, Vec<_>) =
+        volume.layers.all().into_iter().partition(|layer| state.is_shared(*layer, id));
+    if shared.iter().any(|layer| layer.volume == id) {
+        snapshots::bury(state, &volume, own, &disks);
+    } else {
+        snapshots::bury(state, &volume, own.into_iter().filter(|layer| layer.volume != id), &disks);
+        state.purge.insert(id, disks);
     }
+    snapshots::pass_on(state, &volume, &former, &shared);
+    snapshots::settle(state);
 }
 
 pub(super) fn volume_purged(
@@ -199,10 +210,14 @@ pub(super) fn plan_open(
 }
 
 /// Puts an opened volume in place and tells when it has fewer copies than before.
-pub(super) fn commit_open(state: &mut ClusterState, volume: Volume, at: Timestamp) {
+pub(super) fn commit_open(state: &mut ClusterState, mut volume: Volume, at: Timestamp) {
     let whole = state.volumes.get(&volume.id).is_some_and(|before| !before.is_degraded());
     let (id, name, degraded) = (volume.id, volume.name.clone(), volume.is_degraded());
     let (left, wanted) = (volume.fewest_in_sync(), volume.replicas);
+    snapshots::give_up(state, id, "the volume was opened anew");
+    if let Some(present) = state.volumes.get(&id) {
+        volume.layers = present.layers.clone();
+    }
     state.volumes.insert(id, volume);
     if whole && degraded {
         let message =
@@ -292,6 +307,7 @@ pub(super) fn close_volume(
     if let Some(vm) = user {
         return Err(conflict(format!("the VM {} runs on it", vm.name), "stop the VM first"));
     }
+    snapshots::give_up(state, id, "the volume was closed");
     let volume = current(state, id, generation)?;
     volume.coordinator = None;
     if cleanliness == Cleanliness::Clean {
@@ -465,7 +481,8 @@ pub(super) fn grow_volume(
             "grow the volumes that are made from it",
         ));
     }
-    let former: Vec<_> = state.retired.get(&id).into_iter().flat_map(BTreeMap::keys).copied().collect();
+    let former: Vec<_> =
+        state.disks.keys().filter(|disk| state.awaits_removal(volume, **disk)).copied().collect();
     let wish = Wish {
         size_bytes,
         have: volume.segments.len(),

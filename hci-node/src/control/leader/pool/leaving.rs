@@ -20,7 +20,8 @@ pub fn operations(view: View<'_>) -> Vec<Op> {
 fn is_purged(state: &ClusterState, disk: &Disk) -> bool {
     disk.service == DiskService::Dead
         || (!state.purge.values().any(|disks| disks.contains(&disk.id))
-            && !state.retired.values().any(|disks| disks.contains_key(&disk.id)))
+            && !state.retired.values().any(|disks| disks.contains_key(&disk.id))
+            && !state.dead_layers.values().any(|dead| dead.disks.contains(&disk.id)))
 }
 
 fn disks_of(state: &ClusterState, node: NodeId) -> impl Iterator<Item = DiskId> {

@@ -185,8 +185,9 @@ impl Places {
         let free_node = |place: &Place| {
             copy.segment.on(place.disk).is_none() && !others().any(|replica| replica.node == place.node)
         };
-        let former = view.state.retired.get(&copy.volume);
-        let is_clean = |place: &Place| former.is_none_or(|disks| !disks.contains_key(&place.disk));
+        let volume = view.state.volumes.get(&copy.volume);
+        let is_clean =
+            |place: &Place| volume.is_none_or(|volume| !view.state.awaits_removal(volume, place.disk));
         if self.expected.iter().any(|node| others().all(|replica| replica.node != *node)) {
             // Whether there is a place, and a better one, is seen in a moment.
             return Ok(None);

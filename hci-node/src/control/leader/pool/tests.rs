@@ -187,7 +187,8 @@ impl World {
                     self.alive.contains(&self.state.disks[&disk].node) && !self.broken.contains(&disk);
                 if there && self.state.may_purge(volume, &retired) {
                     let segments = retired.segments.into_iter().collect();
-                    self.run(Op::ReplicasPurged { volume, disk, segments });
+                    let layers = retired.layers.into_iter().collect();
+                    self.run(Op::ReplicasPurged { volume, disk, segments, layers });
                 }
             }
         }

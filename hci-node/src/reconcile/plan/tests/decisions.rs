@@ -5,7 +5,10 @@ use std::{sync::Arc, time::Duration};
 use storage::config::{Access, CleanState};
 
 use super::*;
-use crate::{reconcile::plan::vms::SHUTDOWN_GRACE, state::report::VmRunState};
+use crate::{
+    reconcile::plan::{data::Leftover, vms::SHUTDOWN_GRACE},
+    state::report::VmRunState,
+};
 
 /// A data process that serves what the state says.
 fn serving(state: &ClusterState) -> DataView {
@@ -276,8 +279,10 @@ fn a_copy_that_left_is_let_go_once_the_data_process_has_forgotten_it_and_removed
 
     apply(&mut state, Op::ReplicasReleased { volume, generation, disk: disk(1), segments: vec![segment] });
     for (waited, due) in [(0, false), (29, false), (30, true)] {
-        now.purgeable_for.insert((volume, disk(1)), Duration::from_secs(waited));
-        let purge = Action::PurgeReplicas { volume, disk: disk(1), segments: vec![segment] };
+        now.purgeable_for.insert(Leftover::Copies(volume, disk(1)), Duration::from_secs(waited));
+        let layers = vec![LayerRef { volume, number: 0 }];
+        let parts = vec![(layers[0], segment)];
+        let purge = Action::PurgeReplicas { volume, disk: disk(1), segments: vec![segment], layers, parts };
         assert_eq!(plan_for(&state, &now).actions.contains(&purge), due, "after {waited} s");
     }
 }
