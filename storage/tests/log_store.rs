@@ -12,7 +12,7 @@ use std::sync::Arc;
 use storage::ids::{DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
 use storage::status::DiskHealth;
 use storage::store::disk::{LogStore, OpenError};
-use storage::store::{DiskStore, Keep, ReplicaWrite, StoreError, WriteContent};
+use storage::store::{DamagedBlocks, DiskStore, Keep, ReplicaWrite, ScrubCursor, StoreError, WriteContent};
 
 const BLOCK: usize = 4096;
 
@@ -139,6 +139,15 @@ async fn damage_at_rest_is_told_and_never_read() {
             file.write_all_at(&[0xff; 9], at + 100).unwrap();
         }
         let store = open(&path, disk).await;
+        let (mut cursor, mut found, mut checked) = (Some(ScrubCursor::default()), Vec::new(), 0);
+        while let Some(from) = cursor {
+            let step = store.scrub(from, 64 << 10).await.unwrap();
+            cursor = step.next;
+            checked += step.checked;
+            found.extend(step.damaged);
+        }
+        assert_eq!(found, [DamagedBlocks { at: key(volume), blocks: 17..18 }]);
+        assert_eq!(checked, 64 * BLOCK as u64);
         let damaged = store.read(key(volume), 0, 64).await;
         assert_eq!(damaged, Err(StoreError::Checksum { block: 17 }));
         assert_eq!(store.read(key(volume), 18, 46).await.unwrap().data.len(), 46 * BLOCK);

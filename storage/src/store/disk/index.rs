@@ -142,6 +142,11 @@ impl Segment {
         self.info.set(u32::from(index), slot);
     }
 
+    /// Its positions with data, from one on.
+    pub(super) fn data_positions(&self, from: u32) -> impl Iterator<Item = u32> + '_ {
+        self.data.iter().map(|(position, _)| position).filter(move |position| *position >= from)
+    }
+
     /// All slots that it has.
     pub(super) fn slots(&self) -> impl Iterator<Item = SlotNumber> + '_ {
         self.data.iter().chain(self.info.iter()).map(|(_, slot)| slot)

@@ -19,6 +19,7 @@
 //! | [`apply`] | checkpoints |
 //! | [`recover`] | formatting and opening |
 //! | [`read`] | reading and verifying |
+//! | [`scrub`] | verifying what is stored, at rest |
 //! | [`engine`] | starts I/O, waits, and has the applier's thread |
 //! | [`device`] | the medium: io_uring past the page cache, or plain I/O in memory |
 //! | `sim`, `flaws` (tests) | a simulated medium that loses what was not synced; planted bugs |
@@ -37,6 +38,7 @@ mod format;
 mod index;
 mod read;
 mod recover;
+mod scrub;
 #[cfg(test)]
 mod sim;
 #[cfg(test)]
@@ -50,7 +52,9 @@ use self::engine::Engine;
 use self::format::batch::Operation;
 use self::format::layout::SLOT;
 use self::format::superblock::Superblock;
-use super::{BlockVersion, DiskStore, ReadReply, ReplicaWrite, StoreError, WriteContent};
+use super::{
+    BlockVersion, DiskStore, ReadReply, ReplicaWrite, ScrubCursor, ScrubStep, StoreError, WriteContent,
+};
 use crate::ids::{BLOCK_SIZE, ByteSize, DiskId, Generation, SegmentKey, VolumeId};
 use crate::status::{DiskHealth, DiskUsage};
 use bytes::Bytes;
@@ -180,6 +184,10 @@ impl DiskStore for LogStore {
 
     fn remove(&self, at: SegmentKey) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(self.engine.shared.log(Operation::DeleteSegment(at), Bytes::new()))
+    }
+
+    fn scrub(&self, from: ScrubCursor, budget_bytes: u64) -> BoxFuture<'_, Result<ScrubStep, StoreError>> {
+        Box::pin(self.engine.shared.scrub(from, budget_bytes))
     }
 
     fn usage(&self) -> DiskUsage {

@@ -1,1 +1,233 @@
+//! The bytes on the disk do not change without a new version of the format, and no bytes are taken for what they are not.
 
+use super::batch::{self, BatchHeader, BatchSize, Operation};
+use super::directory::{self, DirectoryEntry, EntryNumber};
+use super::info::{self, BlockInfo, Record};
+use super::layout::{LOG_OFFSET, Layout, SLOT, SMALLEST, SlotNumber};
+use super::owner::{self, Owner};
+use super::page::{self, BODY, HEADER, PAGE, PageId, PageKind, Pair};
+use super::superblock::{NoSuperblock, Superblock};
+use crate::ids::{
+    BLOCKS_PER_SEGMENT, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId,
+};
+use crate::store::Keep;
+use proptest::collection::vec;
+use proptest::prelude::*;
+use uuid::Uuid;
+
+fn key() -> SegmentKey {
+    SegmentKey {
+        volume: VolumeId(Uuid::from_u128(0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10)),
+        segment: SegmentIndex(0x1112_1314),
+        layer: LayerId(0x2122_2324),
+    }
+}
+
+fn version() -> Version {
+    Version { generation: 0x3132_3334, sequence: 0x4142_4344_4546_4748 }
+}
+
+fn superblock() -> Superblock {
+    Superblock {
+        disk: DiskId(Uuid::from_u128(0xa1a2_a3a4_a5a6_a7a8_a9aa_abac_adae_afb0)),
+        stamp: 0x0bad_cafe,
+        layout: Layout { log_len: 64 << 20, directory_pages: 3, owner_pages: 33, slots: 16_000 },
+        sequence: 5,
+        boot: 6,
+        log_boot: 7,
+        tail: 8 << 12,
+        checkpoint: 9,
+    }
+}
+
+fn operations() -> Vec<Operation> {
+    vec![
+        Operation::Data { at: key(), block: 16, version: version(), crcs: vec![0x5152_5354] },
+        Operation::Zeroes { at: key(), block: 32, blocks: 5, version: version(), keep: Keep::WhereStored },
+        Operation::Zeroes { at: key(), block: 32, blocks: 5, version: version(), keep: Keep::Always },
+        Operation::Generation(key().volume, Generation(77)),
+        Operation::DeleteVolume(key().volume),
+        Operation::DeleteSegment(key()),
+    ]
+}
+
+fn batch_of(operations: &[Operation]) -> Vec<u8> {
+    let size = operations.iter().fold(BatchSize::default(), BatchSize::with);
+    let mut bytes = vec![0xee; size.header()];
+    let length = size.total() as u32;
+    let header = BatchHeader { position: 1 << 20, boot: 3, length, durable: 1 << 19 };
+    batch::put(&mut bytes, 0x0bad_cafe, &header, operations.iter());
+    bytes
+}
+
+fn info_page() -> Vec<u8> {
+    let mut page = info::filled(key(), 3, BlockInfo::Absent);
+    let mut record = Record { slot: Some(SlotNumber(99)), ..Record::default() };
+    record.blocks[0] = BlockInfo::Data(version(), 0x6162_6364);
+    record.blocks[1] = BlockInfo::Zero(version());
+    record.blocks[2] = BlockInfo::Lost;
+    info::put(&mut page, 14, &record);
+    page::seal(&mut page, PageId { kind: PageKind::Info, number: 792 }, 0x0bad_cafe, 1 << 33 | 4);
+    page
+}
+
+/// Bytes in short: CRC32C of all, and the first ones.
+fn golden(bytes: &[u8], first: usize) -> (u32, String) {
+    (crc32c::crc32c(bytes), hex(&bytes[..first]))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn the_superblock_is_these_bytes() {
+    let encoded = superblock().encode();
+    assert_eq!(
+        hex(&encoded[..96]),
+        "4843494449534b0001000000fecaad0ba1a2a3a4a5a6a7a8a9aaabacadaeafb00500000000000000060000000000000007000000000000000080000000000000090000000000000000000004000000000300000021000000803e00004f4e9903"
+    );
+    assert_eq!(Superblock::decode(&encoded), Ok(superblock()));
+}
+
+#[test]
+fn a_batch_is_these_bytes() {
+    let bytes = batch_of(&operations());
+    let first = "484c4f47fecaad0b0000100000000000030000000000000000000800000000000020000000100000060000000000000000000000000000000000\
+                 00009fc02d97";
+    assert_eq!(golden(&bytes, 64), (3_382_183_054, first.to_owned()));
+    let (header, read) = batch::get(&bytes, 0x0bad_cafe).unwrap();
+    assert_eq!((header.position, header.boot, header.durable), (1 << 20, 3, 1 << 19));
+    assert_eq!(read, operations());
+}
+
+#[test]
+fn pages_are_these_bytes() {
+    let first = "48435047fecaad0b030000000200000018030000000000000400000011ab5899";
+    assert_eq!(golden(&info_page(), 32), (3_908_888_935, first.to_owned()));
+    let mut body = vec![0; BODY];
+    directory::put(&mut body, 1, DirectoryEntry::Segment(key()));
+    directory::put(&mut body, 2, DirectoryEntry::Generation(key().volume, Generation(5)));
+    assert_eq!(crc32c::crc32c(&body), 2_791_531_971);
+    let mut body = vec![0; BODY];
+    owner::put(&mut body, 1, Owner::Data(EntryNumber(7), 8));
+    owner::put(&mut body, 2, Owner::Info(EntryNumber(9), 10));
+    assert_eq!(crc32c::crc32c(&body), 2566899348);
+}
+
+#[test]
+fn what_is_put_is_got() {
+    let mut body = vec![0; BODY];
+    for entry in [
+        DirectoryEntry::Free,
+        DirectoryEntry::Segment(key()),
+        DirectoryEntry::Generation(key().volume, Generation(u64::MAX)),
+    ] {
+        directory::put(&mut body, 5, entry);
+        assert_eq!(directory::get(&body, 5), Some(entry));
+    }
+    for owner in [Owner::Free, Owner::Data(EntryNumber(u32::MAX), 16_383), Owner::Info(EntryNumber(1), 136)] {
+        owner::put(&mut body, 5, owner);
+        assert_eq!(owner::get(&body, 5), Some(owner));
+    }
+    let page = info_page();
+    let record = info::get(&page, 14).unwrap();
+    assert_eq!(record.slot, Some(SlotNumber(99)));
+    assert_eq!(record.blocks[0], BlockInfo::Data(version(), 0x6162_6364));
+    assert_eq!(record.blocks[1..4], [BlockInfo::Zero(version()), BlockInfo::Lost, BlockInfo::Absent]);
+    assert_eq!(info::identity(&page), Some((key(), 3)));
+}
+
+#[test]
+fn of_two_places_the_later_good_one_counts() {
+    let id = PageId { kind: PageKind::Owner, number: 4 };
+    let make = |fill: u8, checkpoint| {
+        let mut page = vec![fill; PAGE];
+        page::seal(&mut page, id, 1, checkpoint);
+        page
+    };
+    let (old, new) = (make(1, 10), make(2, 11));
+    let both = |a: &[u8], b: &[u8]| [a, b].concat();
+    assert_eq!(page::pair(&both(&old, &new), id, 1), Pair::Page(&new));
+    assert_eq!(page::pair(&both(&new, &old), id, 1), Pair::Page(&new));
+    let mut torn = new.clone();
+    torn[HEADER + 9] ^= 1;
+    assert_eq!(page::pair(&both(&torn, &old), id, 1), Pair::Page(&old));
+    assert_eq!(page::pair(&both(&torn, &torn), id, 1), Pair::Damaged);
+    assert_eq!(page::pair(&vec![0; 2 * PAGE], id, 1), Pair::Blank);
+    // In the wrong place, or of an earlier life of the disk.
+    assert_eq!(page::pair(&both(&new, &old), PageId { number: 5, ..id }, 1), Pair::Damaged);
+    assert_eq!(page::pair(&both(&new, &old), id, 2), Pair::Damaged);
+}
+
+#[test]
+fn another_version_is_told() {
+    let mut encoded = superblock().encode();
+    encoded[8] = 9;
+    let crc = crc32c::crc32c(&encoded[..92]);
+    encoded[92..96].copy_from_slice(&crc.to_le_bytes());
+    assert_eq!(Superblock::decode(&encoded), Err(NoSuperblock::Version(9)));
+    encoded[20] ^= 1;
+    assert_eq!(Superblock::decode(&encoded), Err(NoSuperblock::Damaged));
+    assert_eq!(Superblock::decode(&[0; PAGE]), Err(NoSuperblock::Foreign));
+}
+
+proptest! {
+    #[test]
+    fn a_layout_fits_its_disk(bytes in SMALLEST..64 << 40_u64) {
+        let layout = Layout::for_size(bytes).unwrap();
+        prop_assert!(layout.end() <= bytes && layout.slots > 0);
+        prop_assert!(layout.directory_offset() >= LOG_OFFSET + layout.log_len);
+        prop_assert!(layout.slots_offset().is_multiple_of(SLOT));
+        // The better part is for data.
+        prop_assert!(u64::from(layout.slots) * SLOT * 10 > bytes * 5);
+        prop_assert!(u64::from(layout.owner_pages) * owner::PER_PAGE as u64 >= u64::from(layout.slots));
+    }
+
+    #[test]
+    fn one_flipped_bit_is_noticed(at in 0..PAGE * 8) {
+        let flip = |bytes: &[u8]| {
+            let mut flipped = bytes.to_vec();
+            flipped[at / 8] ^= 1 << (at % 8);
+            flipped
+        };
+        prop_assert!(batch::get(&flip(&batch_of(&operations())), 0x0bad_cafe).is_none());
+        let id = PageId { kind: PageKind::Info, number: 792 };
+        let both = flip(&info_page()).repeat(2);
+        prop_assert_eq!(page::pair(&both, id, 0x0bad_cafe), Pair::Damaged);
+    }
+
+    #[test]
+    fn any_bytes_are_looked_at_without_panic(bytes in vec(any::<u8>(), 0..2 * PAGE), position in 0_usize..600) {
+        let _ = Superblock::decode(&bytes);
+        let _ = batch::header_len(&bytes, 1);
+        let _ = batch::get(&bytes, 1);
+        let _ = page::pair(&bytes, PageId { kind: PageKind::Info, number: 0 }, 1);
+        let _ = info::get(&bytes, position);
+        let _ = info::identity(&bytes);
+        let _ = directory::get(&bytes, position);
+        let _ = owner::get(&bytes, position);
+    }
+
+    #[test]
+    fn hostile_headers_with_good_checksums_do_no_harm(
+        records in vec(any::<u8>(), 0..400),
+        count in any::<u32>(),
+        length in any::<u32>(),
+    ) {
+        // As a disk would be that somebody else has written.
+        let mut bytes = batch_of(&[]);
+        bytes[64..64 + records.len()].copy_from_slice(&records);
+        bytes[32..36].copy_from_slice(&length.to_le_bytes());
+        bytes[40..44].copy_from_slice(&count.to_le_bytes());
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes[..60]), &bytes[64..]);
+        bytes[60..64].copy_from_slice(&crc.to_le_bytes());
+        if let Some((_, operations)) = batch::get(&bytes, 0x0bad_cafe) {
+            for operation in operations {
+                if let Operation::Zeroes { block, blocks, .. } = operation {
+                    prop_assert!(block + blocks <= BLOCKS_PER_SEGMENT);
+                }
+            }
+        }
+    }
+}
