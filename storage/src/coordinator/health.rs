@@ -2,8 +2,9 @@
 //!
 //! A silent replica is found by its deadline, which follows what was observed of it (mean and mean deviation, as TCP does for its
 //! retransmission), within bounds. A disk that answers, but ever later than its peers, holds up every write of the volume without
-//! missing any deadline: it is **slow**, and is taken out when that lasts. It comes back after a pause that grows each time, or
-//! at once when the volume cannot do without it.
+//! missing any deadline: it is **slow**, and is taken out when that lasts. What counts is for which part of the time a late write was
+//! under way, not how many were late: while a disk stalls there are few, and between two stalls many that are fast. It
+//! comes back after a pause that grows each time, or at once when the volume cannot do without it.
 
 use crate::ids::DiskId;
 use std::collections::BTreeMap;
@@ -20,9 +21,9 @@ const WEIGHT: f64 = 1.0 / 16.0;
 const ENOUGH: u32 = 64;
 /// Nothing faster than this is slow, whatever the peers do.
 const SLOW: Duration = Duration::from_millis(50);
-/// How many times slower than the slowest of its peers.
+/// How many times slower than the slowest of its peers a late write is.
 const TIMES: f64 = 8.0;
-/// For how long.
+/// Late writes were under way for half of this time, or more.
 const SUSTAINED: Duration = Duration::from_secs(10);
 /// How long a slow disk stays out, the first time and at most.
 const OUT: std::ops::RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(960);
@@ -34,7 +35,27 @@ struct Observed {
     mean: f64,
     deviation: f64,
     count: u32,
-    slow_since: Option<Instant>,
+    window: Option<Window>,
+}
+
+/// How much of the time late writes were under way.
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    start: Instant,
+    late: Duration,
+    /// Up to when late writes have been counted: they overlap.
+    counted: Instant,
+}
+
+impl Window {
+    fn new(now: Instant) -> Self {
+        Self { start: now, late: Duration::ZERO, counted: now }
+    }
+
+    fn add_late(&mut self, took: Duration, now: Instant) {
+        self.late += took.min(now - self.counted);
+        self.counted = now;
+    }
 }
 
 /// A disk that is to be left out for now.
@@ -63,6 +84,7 @@ pub(crate) struct Health {
 impl Health {
     /// A write took this long on a disk.
     pub(crate) fn observe(&mut self, disk: DiskId, took: Duration, now: Instant) -> Verdict {
+        let elapsed = took;
         let took = took.as_secs_f64();
         let peers = self.disks.iter().filter(|(other, o)| **other != disk && o.count >= ENOUGH);
         let slowest_peer = peers.map(|(_, o)| o.mean).reduce(f64::max);
@@ -74,19 +96,27 @@ impl Health {
             observed.mean += (took - observed.mean) * WEIGHT;
         }
         observed.count = observed.count.saturating_add(1);
-        let slow = observed.count >= ENOUGH
-            && observed.mean > SLOW.as_secs_f64()
-            && slowest_peer.is_some_and(|peer| observed.mean > peer * TIMES);
-        if !slow {
-            observed.slow_since = None;
+        let window = observed.window.get_or_insert_with(|| Window::new(now));
+        if observed.count >= ENOUGH
+            && slowest_peer.is_some_and(|peer| took > (peer * TIMES).max(SLOW.as_secs_f64()))
+        {
+            window.add_late(elapsed, now);
+        }
+        let length = now - window.start;
+        if length < SUSTAINED {
             return Verdict::KeepsUp;
         }
-        let since = *observed.slow_since.get_or_insert(now);
-        if now - since < SUSTAINED {
+        let late = window.late;
+        *window = Window::new(now);
+        if late * 2 < length {
             return Verdict::KeepsUp;
         }
-        let (mean, peer) = (observed.mean * 1e3, slowest_peer.unwrap_or_default() * 1e3);
-        Verdict::Slow(format!("the disk is slow: writes take {mean:.0} ms, {peer:.1} ms on the others"))
+        let part = 100.0 * late.as_secs_f64() / length.as_secs_f64();
+        let peer = slowest_peer.unwrap_or_default() * 1e3;
+        Verdict::Slow(format!(
+            "the disk is slow: for {part:.0} % of {:.0} s writes were stuck in it, others take {peer:.1} ms",
+            length.as_secs_f64()
+        ))
     }
 
     /// When a disk that has not answered is given up; `longest` at most.
@@ -149,6 +179,27 @@ mod tests {
     fn a_short_stall_is_forgiven() {
         let stalls = |i: u32| if i % 200 < 20 { Duration::from_millis(400) } else { FAST };
         assert_eq!(run(stalls, FAST, 300), None);
+    }
+
+    #[test]
+    fn a_disk_that_stalls_again_and_again_is_found_however_fast_it_is_in_between() {
+        let mut health = Health::default();
+        let start = Instant::now();
+        let mut found = None;
+        // 16 writes that wait for 300 ms, then 200 fast ones within 30 ms.
+        for cycle in 0..90u64 {
+            let stalled = start + Duration::from_millis(cycle * 330 + 300);
+            for _ in 0..16 {
+                let verdict = health.observe(disk(1), Duration::from_millis(300), stalled);
+                found = found.or((verdict != Verdict::KeepsUp).then_some(cycle * 330 / 1000));
+            }
+            for i in 0..200 {
+                let now = stalled + Duration::from_micros(i * 150);
+                assert_eq!(health.observe(disk(2), FAST, now), Verdict::KeepsUp);
+                health.observe(disk(1), FAST, now);
+            }
+        }
+        assert!(found.is_some_and(|seconds| (10..25).contains(&seconds)), "{found:?}");
     }
 
     #[test]
