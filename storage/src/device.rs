@@ -1,6 +1,7 @@
 //! The block device that a volume offers to its user: a guest's queue (vhost-user-blk) or this process.
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use thiserror::Error;
 
 /// One request. Offsets and lengths are bytes and multiples of 512; any other is [`BlockError::Invalid`].
@@ -58,8 +59,13 @@ pub type Completion = Box<dyn FnOnce(Result<Bytes, BlockError>) + Send>;
 
 /// A volume, as its user sees it.
 pub trait BlockDevice: Send + Sync + 'static {
-    /// Size in bytes.
+    /// Size in bytes. It may grow.
     fn size(&self) -> u64;
+
+    /// Waits until the device is larger than that; for ever when it is of those that do not grow.
+    fn grown_from(&self, _size: u64) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::pending())
+    }
 
     /// Starts a request; `done` is called when it is complete, in any order, on any thread, possibly before this returns.
     /// May be called from any thread, inside of a tokio runtime or not, and never blocks.

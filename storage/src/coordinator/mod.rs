@@ -58,6 +58,7 @@ use crate::signal::Signal;
 use crate::status::{VolumeState, VolumeStatus};
 use crate::transport::Transport;
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use health::Health;
 use layers::Layers;
 use limits::Limiter;
@@ -135,6 +136,8 @@ pub(crate) struct Coordinator {
     id: VolumeId,
     /// Grows only.
     size: AtomicU64,
+    /// Tells that it did.
+    grown: Signal<()>,
     generation: Generation,
     durability: Mutex<Durability>,
     clean: CleanState,
@@ -174,6 +177,7 @@ impl Coordinator {
         let this = Arc::new(Self {
             id: config.id,
             size: AtomicU64::new(config.size.0),
+            grown: Signal::new(()),
             generation: config.generation,
             durability: Mutex::new(config.durability),
             clean: config.clean,
@@ -232,6 +236,7 @@ impl Coordinator {
             table.size()
         });
         if self.size.fetch_max(size, Ordering::AcqRel) < size {
+            self.grown.set(());
             tracing::info!(volume = %self.id, size, "volume grown");
         }
     }
@@ -384,6 +389,11 @@ pub(crate) struct VolumeDevice(pub(crate) Arc<Coordinator>);
 impl BlockDevice for VolumeDevice {
     fn size(&self) -> u64 {
         self.0.size()
+    }
+
+    fn grown_from(&self, size: u64) -> BoxFuture<'static, ()> {
+        let coordinator = self.0.clone();
+        Box::pin(async move { coordinator.grown.wait_for(|()| coordinator.size() > size).await })
     }
 
     fn submit(&self, op: BlockOp, done: Completion) {

@@ -18,6 +18,8 @@
 //!   volume waits) stays in flight; one that the device hands back as closed stays in the record for the next target.
 //! - A connection starts only when nothing of the former one is in the device's hands any more: a late write must not come behind
 //!   a newer one to the same place.
+//! - When the device has grown the connection ends: the front end makes another, finds the larger size and tells its guest. (The
+//!   protocol's own message for it, `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`, is one that the vhost crate does not send.)
 //! - A malformed message ends its connection, a malformed chain its request or its ring. Neither ends the process.
 
 mod connection;
@@ -31,6 +33,7 @@ use self::inflight::InflightRecord;
 use self::request::SERIAL_LEN;
 use crate::device::BlockDevice;
 use crate::poll::BusyPoll;
+use futures_util::future::BoxFuture;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use parking_lot::Mutex;
 use std::fs::{self, Permissions};
@@ -39,7 +42,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use thiserror::Error;
@@ -220,6 +223,15 @@ fn listen(path: &Path, group: Option<u32>) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+/// Ends a connection whose front end knows a size that is not that of the device any more.
+async fn end_when_grown(grown: BoxFuture<'static, ()>, connection: Weak<Connection>) {
+    grown.await;
+    if let Some(connection) = connection.upgrade() {
+        tracing::info!("the device has grown: the front end is to connect again");
+        connection.shut_down();
+    }
+}
+
 /// What the listener's thread works with.
 struct Server {
     control: Arc<Control>,
@@ -280,12 +292,16 @@ impl Server {
             Arc::clone(&self.record),
             Arc::clone(&self.poll),
         );
+        let size = self.device.size();
         let connection = Connection::new(shared, self.queues, &self.runtime)
             .map_err(vhost_user_backend::Error::StartDaemon)?;
         let mut daemon = connection.daemon()?;
         let started = daemon.start(&mut listener);
         if started.is_ok() {
+            let growth =
+                self.runtime.spawn(end_when_grown(self.device.grown_from(size), Arc::downgrade(&connection)));
             self.watch(&connection, &mut daemon);
+            growth.abort();
         }
         connection.close();
         connection.set_shutdown(None);

@@ -21,15 +21,16 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::blk::Disk;
 use super::net::Nic;
 use super::session::SessionError;
 use super::worker::WorkerHandle;
-use crate::config::{MacAddr, NicConfig};
+use crate::config::{DiskConfig, MacAddr, NicConfig};
 use crate::error::VmError;
 use crate::handle::BackendState;
 use crate::layout::MIB;
 use crate::memory::{self, Memory};
-use crate::virtio::device::{Activation, ActiveQueue};
+use crate::virtio::device::{Activation, ActiveQueue, ConfigChange};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
@@ -49,6 +50,8 @@ type BackendMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 /// Returns every buffer at once.
 struct Echo {
     features: u64,
+    /// The beginning of its configuration; a device without any when empty.
+    config: Vec<u8>,
     log: Log,
     memory: Mutex<BackendMemory>,
 }
@@ -70,7 +73,17 @@ impl VhostUserBackend for Echo {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK
+        let config = match self.config.is_empty() {
+            true => VhostUserProtocolFeatures::empty(),
+            false => VhostUserProtocolFeatures::CONFIG,
+        };
+        VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK | config
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let mut config = self.config.clone();
+        config.resize((offset + size) as usize, 0);
+        config.split_off(offset as usize)
     }
 
     fn set_event_idx(&self, _enabled: bool) {}
@@ -121,9 +134,13 @@ struct Backend {
 
 impl Backend {
     fn start(socket: &Path, features: u64) -> Self {
+        Self::start_with_config(socket, features, Vec::new())
+    }
+
+    fn start_with_config(socket: &Path, features: u64, config: Vec<u8>) -> Self {
         let log = Log::default();
         let memory = || GuestMemoryAtomic::new(GuestMemoryMmap::<()>::new());
-        let echo = Arc::new(Echo { features, log: log.clone(), memory: Mutex::new(memory()) });
+        let echo = Arc::new(Echo { features, config, log: log.clone(), memory: Mutex::new(memory()) });
         let mut listener = Listener::new(socket, true).unwrap();
         let (started, ready) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
@@ -305,6 +322,41 @@ fn a_backend_that_offers_less_than_promised_is_not_used() {
     driver.wait_all_used();
     drop(bench);
     backend.kill();
+}
+
+/// A volume that has grown ends its connection; the next one tells the new size.
+#[test]
+fn a_disk_that_has_grown_tells_the_driver_by_a_configuration_interrupt() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("d.sock");
+    let disk = DiskConfig { id: "d".into(), socket: socket.clone(), queues: 1, readonly: false };
+    let worker = WorkerHandle::spawn("d", socket.clone(), Box::new(Disk(disk))).unwrap();
+    let sectors = |count: u64| count.to_le_bytes().to_vec();
+    let small = Backend::start_with_config(&socket, VERSION_1, sectors(2048));
+    worker.wait_ready(DEADLINE).unwrap();
+    let interrupt = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap();
+    let change = Arc::new(ConfigChange::new(Arc::new(vec![interrupt.try_clone().unwrap()])));
+    change.set_vector(0);
+    worker.shared().set_change(change.clone());
+    let mut driver = Driver::new();
+    worker.activate(driver.activation(VERSION_1));
+    let capacity = || worker.shared().config().lock()[..8].to_vec();
+    wait_for("the size", || capacity() == sectors(2048));
+
+    // Another connection alone is no change.
+    small.kill();
+    let same = Backend::start_with_config(&socket, VERSION_1, sectors(2048));
+    driver.offer();
+    driver.wait_all_used();
+    assert_eq!((change.generation(), interrupt.read().is_ok()), (0, false));
+    same.kill();
+    let large = Backend::start_with_config(&socket, VERSION_1, sectors(4096));
+    wait_for("the interrupt", || interrupt.read().is_ok());
+    assert_eq!((change.generation(), capacity()), (1, sectors(4096)));
+    driver.offer();
+    driver.wait_all_used();
+    drop(worker);
+    large.kill();
 }
 
 #[test]
