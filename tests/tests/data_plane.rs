@@ -6,7 +6,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hci_tests::blkclient::BlkClient;
@@ -17,7 +17,8 @@ use hci_tests::native::fabric::Fabric;
 use hci_tests::native::guest_vm::{self, GuestVm};
 use hci_tests::native::load::{Load, connect, connect_with_patience};
 use netfabric::overlay::{NetworkConfig, OverlayConfig, PortConfig, PortId, Vni};
-use storage::ids::BLOCK_SIZE;
+use nix::sys::signal::Signal;
+use storage::ids::{BLOCK_SIZE, SEGMENT_SIZE};
 use storage::status::{DiskHealth, VolumeState};
 
 const VOLUME: u64 = 64 << 20;
@@ -310,6 +311,108 @@ fn garbage_on_every_port_harms_nobody() -> Result<()> {
         load.wait_for_answers(SOME, PATIENCE)?;
         cluster.check_processes()?;
         ensure!(cluster.record().lock().in_sync() == 3, "a replica was lost to garbage");
+        verify_all(cluster, load)
+    })
+}
+
+#[test]
+fn a_replica_that_falls_silent_is_taken_out_and_comes_back() -> Result<()> {
+    /// A silent replica may cost that long; the rest is for a busy machine.
+    const SILENT: Duration = Duration::from_secs(3);
+    on_cluster(&Options::default(), |cluster| {
+        cluster.open(0)?;
+        let load = start_load(cluster, 0)?;
+        load.measure_gaps();
+        cluster.signal(2, Signal::SIGSTOP)?;
+        cluster.wait("the silent replica is taken out", GIVEN_UP, |c| c.record().lock().in_sync() == 2)?;
+        load.wait_for_answers(SOME, GIVEN_UP)?;
+        let gap = load.progress().longest_gap;
+        println!("a replica's process is stopped: I/O stands still for {gap:?}");
+        ensure!(gap < SILENT, "I/O stood still for {gap:?}");
+        cluster.signal(2, Signal::SIGCONT)?;
+        cluster.wait_in_sync()?;
+        load.wait_for_answers(SOME, PATIENCE)?;
+        verify_all(cluster, load)
+    })
+}
+
+#[test]
+fn a_replica_that_is_slow_is_taken_out_and_comes_back() -> Result<()> {
+    const STALL: Duration = Duration::from_millis(300);
+    const BREATH: Duration = Duration::from_millis(30);
+    /// It is watched for ten seconds at least.
+    const FOUND: Duration = Duration::from_secs(40);
+    /// It stays out for a minute.
+    const BACK: Duration = Duration::from_secs(100);
+    on_cluster(&Options::default(), |cluster| {
+        cluster.open(0)?;
+        let load = start_load(cluster, 0)?;
+        load.measure_gaps();
+        let begun = Instant::now();
+        while cluster.record().lock().in_sync() == 3 {
+            ensure!(begun.elapsed() < FOUND, "not taken out within {FOUND:?}");
+            cluster.signal(2, Signal::SIGSTOP)?;
+            sleep(STALL);
+            cluster.signal(2, Signal::SIGCONT)?;
+            sleep(BREATH);
+        }
+        println!("a slow replica is taken out after {:?}", begun.elapsed());
+        load.wait_for_answers(SOME, GIVEN_UP)?;
+        let gap = load.progress().longest_gap;
+        ensure!(gap < Duration::from_secs(3), "I/O stood still for {gap:?}");
+        let reason = format!("{:?}", cluster.volume(0));
+        ensure!(reason.contains("slow"), "taken out for another reason: {reason}");
+        cluster.wait("it comes back", BACK, |c| c.record().lock().in_sync() == 3)?;
+        load.wait_for_answers(SOME, PATIENCE)?;
+        verify_all(cluster, load)
+    })
+}
+
+#[test]
+fn an_idle_data_process_uses_next_to_no_processor() -> Result<()> {
+    /// Of one processor; a hundredth is the goal.
+    const MOST: f64 = 0.03;
+    const WATCHED: Duration = Duration::from_secs(5);
+    on_cluster(&Options::default(), |cluster| {
+        cluster.open(0)?;
+        let load = start_load(cluster, 0)?;
+        let (client, _) = load.finish()?;
+        // What was begun under load comes to rest.
+        sleep(Duration::from_secs(2));
+        let before = cluster.processor_times()?;
+        sleep(WATCHED);
+        let after = cluster.processor_times()?;
+        for (node, (before, after)) in before.into_iter().zip(after).enumerate() {
+            let used = (after - before).as_secs_f64() / WATCHED.as_secs_f64();
+            println!("node {node}: idle at {:.2} % of a processor", used * 100.0);
+            ensure!(used < MOST, "node {node} uses {:.1} % of a processor for nothing", used * 100.0);
+        }
+        drop(client);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_volume_that_grows_is_larger_for_its_front_end_too() -> Result<()> {
+    on_cluster(&Options::default(), |cluster| {
+        cluster.open(0)?;
+        let load = start_load(cluster, 0)?;
+        // Within its segment, then by another one.
+        let sizes = [2 * VOLUME, SEGMENT_SIZE + VOLUME];
+        for size in sizes {
+            load.measure_gaps();
+            cluster.grow(size);
+            load.wait_for_reconnect(PATIENCE)?;
+            load.wait_for_answers(SOME, PATIENCE)?;
+            let gap = load.progress().longest_gap;
+            println!("the volume grows: I/O stands still for {gap:?}");
+        }
+        let (mut client, checker) = load.finish()?;
+        ensure!(client.size()? == sizes[1], "the front end sees {} bytes", client.size()?);
+        client.write(sizes[1] - BLOCK_SIZE, &vec![0x5a; BLOCK_SIZE as usize])?;
+        client.flush()?;
+        let load = Load::start(client, checker)?;
+        load.wait_for_answers(SOME, PATIENCE)?;
         verify_all(cluster, load)
     })
 }

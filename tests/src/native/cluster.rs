@@ -14,6 +14,8 @@ use netfabric::NodeId;
 use netfabric::overlay::OverlayConfig;
 use netfabric::pki::ClusterCa;
 use netfabric::rpc::serve_unix;
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use parking_lot::Mutex;
 use storage::config::{
     Access, CleanState, DiskConfig, Durability, LayersConfig, Limits, ReplicaConfig, ReplicaState,
@@ -33,6 +35,7 @@ use super::control::{NodeControl, NodeRecord, Reach, Record, run_lease, run_link
 use super::fabric::Fabric;
 use super::process::{DataProcess, executable, tail};
 use super::scratch::{self, Directory};
+use crate::bench::storage::usage::cpu;
 use crate::overlay_node::identity;
 
 /// How long a process may take to come up, or a replica to come back, on a busy machine.
@@ -215,6 +218,17 @@ impl DataCluster {
         Ok(())
     }
 
+    /// Sends a signal to a node's data process.
+    pub fn signal(&self, node: usize, signal: Signal) -> Result<()> {
+        let process = self.nodes[node].process.as_ref().context("the process does not run")?;
+        Ok(nix::sys::signal::kill(Pid::from_raw(process.pid().try_into()?), signal)?)
+    }
+
+    /// How much processor time each data process has used so far.
+    pub fn processor_times(&self) -> Result<Vec<Duration>> {
+        self.pids().into_iter().map(|pid| cpu(&[pid])).collect()
+    }
+
     /// kill -9, and a new process.
     pub fn restart(&mut self, node: usize) -> Result<()> {
         self.kill(&[node])?;
@@ -238,6 +252,18 @@ impl DataCluster {
             cluster.volume(node).is_some_and(open)
         })?;
         Ok(generation)
+    }
+
+    /// Makes the volume larger.
+    pub fn grow(&mut self, bytes: u64) {
+        let mut record = self.record.lock();
+        let Some(volume) = &mut record.volume else { return };
+        volume.size = ByteSize(bytes);
+        let replicas: Vec<_> = volume.segments.iter().take(1).flat_map(|s| s.replicas.clone()).collect();
+        let known = volume.segments.len() as u32;
+        let segments = (known..bytes.div_ceil(SEGMENT_SIZE) as u32)
+            .map(|index| SegmentConfig { index: SegmentIndex(index), replicas: replicas.clone() });
+        volume.segments.extend(segments);
     }
 
     /// Closes the volume on its node and waits until that is recorded as clean.

@@ -30,6 +30,8 @@ pub struct Progress {
     pub answers: u64,
     /// The longest time without an answer since the last [`Load::measure_gaps`].
     pub longest_gap: Duration,
+    /// How often the client had to connect again.
+    pub reconnects: u32,
     last: Instant,
 }
 
@@ -56,7 +58,12 @@ impl Load {
     /// Starts it on a client that has nothing in flight.
     pub fn start(client: BlkClient, checker: Checker) -> Result<Self> {
         let checker = Arc::new(Mutex::new(checker));
-        let progress = Progress { answers: 0, longest_gap: Duration::ZERO, last: Instant::now() };
+        let progress = Progress {
+            answers: 0,
+            longest_gap: Duration::ZERO,
+            reconnects: client.reconnects(),
+            last: Instant::now(),
+        };
         let progress = Arc::new(Mutex::new(progress));
         let order = Arc::new(AtomicU8::new(RUN));
         let worker =
@@ -85,6 +92,17 @@ impl Load {
                 "{} of {more} answers within {limit:?}",
                 self.progress().answers - start
             );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// Waits until the client has connected once more.
+    pub fn wait_for_reconnect(&self, limit: Duration) -> Result<()> {
+        let (start, deadline) = (self.progress().reconnects, Instant::now() + limit);
+        while self.progress().reconnects == start {
+            ensure!(!self.thread.is_finished(), "the load has ended early");
+            ensure!(Instant::now() < deadline, "no new connection within {limit:?}");
             std::thread::sleep(Duration::from_millis(5));
         }
         Ok(())
@@ -141,7 +159,11 @@ impl Worker {
                 FINISH if self.client.in_flight(0) > 0 => {}
                 _ => return Ok(self.client),
             }
-            let silent = self.progress.lock().last.elapsed();
+            let silent = {
+                let mut progress = self.progress.lock();
+                progress.reconnects = self.client.reconnects();
+                progress.last.elapsed()
+            };
             ensure!(silent < PATIENCE, "no answer for {silent:?}");
             if let Err(error) = self.client.wait(LOOK) {
                 // The target does not come back. Whether that is right is for the test to say.
