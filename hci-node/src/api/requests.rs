@@ -14,9 +14,9 @@ use super::{
     types as api,
 };
 use crate::state::{
-    ClusterState, DesiredRun, Disk, DiskId, DiskService, DiskState, Durability, ImageId, ImagePart,
-    NetworkId, Node, NodeId, NodeService, Op, PoolPolicy, PortId, Rebalancing, Segment, StopMode, Subject,
-    VmId, VolumeId, VolumeLimits, WipePolicy,
+    ClusterState, DesiredRun, Disk, DiskId, DiskService, DiskState, Durability, FreezeId, ImageId, ImagePart,
+    NetworkId, Node, NodeId, NodeService, Op, PoolPolicy, PortId, Rebalancing, Segment, SnapshotId, StopMode,
+    Subject, VmId, VolumeId, VolumeLimits, WipePolicy,
     command::{NewPort, NewVm, NewVolume, VolumeChange},
     report::NodeReport,
 };
@@ -262,6 +262,53 @@ impl Context<'_> {
             size_bytes: request.size_bytes,
             unreachable: self.silent.clone(),
         })
+    }
+
+    /// `POST /v1/snapshots` and its like for one volume.
+    pub fn take_snapshots(&self, name: String, volumes: &[String]) -> Result<Op, Problem> {
+        let numbered = volumes.iter().map(|volume| Ok((self.volume(volume)?, SnapshotId::random())));
+        let volumes = numbered.collect::<Result<_, Problem>>()?;
+        Ok(Op::TakeSnapshot { freeze: FreezeId::random(), name, volumes })
+    }
+
+    /// `POST /v1/vms/NAME/snapshots`: of all its disks at one point in time.
+    pub fn take_vm_snapshot(&self, vm: &str, name: String) -> Result<Op, Problem> {
+        let vm = self.state.find_vm(vm).ok_or_else(|| not_found("vm", vm))?;
+        if vm.disks.is_empty() {
+            return Err(invalid(format!("VM {} has no disks", vm.name), "see it: hci vm get NAME"));
+        }
+        let volumes = vm.disks.iter().map(|disk| (*disk, SnapshotId::random())).collect();
+        Ok(Op::TakeSnapshot { freeze: FreezeId::random(), name, volumes })
+    }
+
+    fn snapshot(&self, volume: &str, snapshot: &str) -> Result<(VolumeId, SnapshotId), Problem> {
+        let found = self.state.find_volume(volume).ok_or_else(|| not_found("volume", volume))?;
+        let missing = || {
+            Problem::new(
+                ProblemKind::NotFound,
+                format!("volume {volume} has no snapshot {snapshot}"),
+                format!("see what there is: hci volume snapshot list {volume}"),
+            )
+        };
+        Ok((found.id, found.layers.find(snapshot).ok_or_else(missing)?.id))
+    }
+
+    /// `DELETE /v1/volumes/NAME/snapshots/SNAPSHOT`.
+    pub fn delete_snapshot(&self, volume: &str, snapshot: &str) -> Result<Op, Problem> {
+        let (volume, snapshot) = self.snapshot(volume, snapshot)?;
+        Ok(Op::DeleteSnapshot { volume, snapshot })
+    }
+
+    /// `POST /v1/volumes/NAME/snapshots/SNAPSHOT/restore`.
+    pub fn restore_snapshot(&self, volume: &str, snapshot: &str) -> Result<Op, Problem> {
+        let (volume, snapshot) = self.snapshot(volume, snapshot)?;
+        Ok(Op::RestoreSnapshot { volume, snapshot })
+    }
+
+    /// `POST /v1/volumes/NAME/snapshots/SNAPSHOT/clone`.
+    pub fn clone_snapshot(&self, volume: &str, snapshot: &str, name: String) -> Result<Op, Problem> {
+        let (source, snapshot) = self.snapshot(volume, snapshot)?;
+        Ok(Op::CloneVolume { volume: VolumeId::random(), name, source, snapshot })
     }
 
     /// The volume of an image's disk.

@@ -221,6 +221,10 @@ fn read(member: &Arc<Member>, path: &[&str], full: &str) -> Result<ApiResponse, 
             Some(volume) => ApiResponse::json(200, &views.volume(volume)),
             None => Err(not_found("volume", name)),
         },
+        ["volumes", name, "snapshots"] => match state.find_volume(name) {
+            Some(volume) => list(views::volumes::snapshots(volume)),
+            None => Err(not_found("volume", name)),
+        },
         ["images"] => list(state.images.values().map(|image| views.image(image)).collect()),
         ["images", name] => match state.find_image(name) {
             Some(image) => ApiResponse::json(200, &views.image(image)),
@@ -274,6 +278,25 @@ async fn write(member: &Arc<Member>, request: &ApiRequest, path: &[&str]) -> Res
         ("POST", ["nodes", node, "evict"]) => context.set_node_service(node, NodeService::Leaving)?,
         ("PATCH", ["volumes", volume]) => context.set_volume(volume, parse(body)?)?,
         ("POST", ["volumes", volume, "grow"]) => context.grow_volume(volume, parse(body)?)?,
+        ("POST", ["snapshots"]) => {
+            let api::TakeSnapshots { name, volumes } = parse(body)?;
+            context.take_snapshots(name, &volumes)?
+        }
+        ("POST", ["volumes", volume, "snapshots"]) => {
+            context.take_snapshots(parse::<api::TakeSnapshot>(body)?.name, &[(*volume).to_owned()])?
+        }
+        ("DELETE", ["volumes", volume, "snapshots", snapshot]) => {
+            context.delete_snapshot(volume, snapshot)?
+        }
+        ("POST", ["volumes", volume, "snapshots", snapshot, "restore"]) => {
+            context.restore_snapshot(volume, snapshot)?
+        }
+        ("POST", ["volumes", volume, "snapshots", snapshot, "clone"]) => {
+            context.clone_snapshot(volume, snapshot, parse::<api::CloneSnapshot>(body)?.name)?
+        }
+        ("POST", ["vms", vm, "snapshots"]) => {
+            context.take_vm_snapshot(vm, parse::<api::TakeSnapshot>(body)?.name)?
+        }
         ("POST", ["volumes"]) => context.create_volume(parse(body)?),
         ("DELETE", ["volumes", name]) => {
             Op::DeleteVolume(state.find_volume(name).ok_or_else(|| not_found("volume", name))?.id)

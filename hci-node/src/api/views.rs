@@ -1,7 +1,7 @@
 //! From cluster state and reports to the resources of the API. Pure. Volumes, and what may happen to them, are in
 //! `volumes`.
 
-mod volumes;
+pub mod volumes;
 
 use std::{collections::BTreeMap, time::Duration};
 

@@ -203,10 +203,55 @@ pub struct Volume {
     pub tolerates: String,
     /// What would stop its I/O, one sentence for each node or disk; empty when any one may be lost.
     pub at_risk: Vec<String>,
+    /// Its snapshots, oldest first.
+    pub snapshots: Vec<Snapshot>,
+    /// Layers that a read may have to look into: those of snapshots, and those that are still to be merged away.
+    pub layers: u32,
+    /// Whether layers that no snapshot needs any more are being merged, so that their room is given back.
+    pub merging: bool,
     /// Its copies, one entry for each disk that holds some.
     pub placement: Vec<VolumePlacement>,
     /// When it was created.
     pub created: String,
+}
+
+/// A snapshot of a volume.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Its id.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// The volume's size when it was taken.
+    pub size_bytes: u64,
+    /// When it was taken.
+    pub created: String,
+}
+
+/// `POST /v1/volumes/NAME/snapshots`, `POST /v1/vms/NAME/snapshots`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TakeSnapshot {
+    /// What it is called.
+    pub name: String,
+}
+
+/// `POST /v1/snapshots`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TakeSnapshots {
+    /// What they are called.
+    pub name: String,
+    /// The volumes, by name or id; all are frozen at one point in time.
+    pub volumes: Vec<String>,
+}
+
+/// `POST /v1/volumes/NAME/snapshots/SNAPSHOT/clone`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CloneSnapshot {
+    /// Name of the new volume.
+    pub name: String,
 }
 
 /// A disk that holds copies of a volume.

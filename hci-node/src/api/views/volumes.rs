@@ -10,7 +10,7 @@ use crate::{
         standing::{self, Standing},
     },
     state::{
-        Durability, Replica, ReplicaState, Segment, Subject, Timestamp, Volume, VolumeOwner,
+        Durability, Replica, ReplicaState, Segment, Snapshot, Subject, Timestamp, Volume, VolumeOwner,
         report::{VolumeReport, VolumeRunState},
     },
 };
@@ -33,6 +33,17 @@ fn progress(volume: &Volume) -> f64 {
     let there: usize = volume.segments.iter().map(|segment| segment.in_sync().min(wanted)).sum();
     let all = volume.segments.len() * wanted;
     if all == 0 { 1.0 } else { there as f64 / all as f64 }
+}
+
+/// The snapshots of a volume.
+pub fn snapshots(volume: &Volume) -> Vec<api::Snapshot> {
+    let shown = |snapshot: &Snapshot| api::Snapshot {
+        id: snapshot.id.to_string(),
+        name: snapshot.name.clone(),
+        size_bytes: snapshot.size_bytes,
+        created: snapshot.created.to_string(),
+    };
+    volume.layers.snapshots.iter().map(shown).collect()
 }
 
 impl Views<'_> {
@@ -151,6 +162,9 @@ impl Views<'_> {
             eta_seconds: self.etas.get(&volume.id).map(|eta| eta.as_secs()),
             tolerates,
             at_risk,
+            snapshots: snapshots(volume),
+            layers: count(volume.layers.chain.iter()),
+            merging: volume.layers.merge.is_some(),
             placement: self.placement(volume),
             created: volume.created.to_string(),
         }

@@ -7,6 +7,7 @@ pub mod image;
 pub mod network;
 pub mod node;
 pub mod pool;
+pub mod snapshot;
 pub mod status;
 pub mod task;
 pub mod vm;

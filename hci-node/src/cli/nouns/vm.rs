@@ -3,7 +3,7 @@
 use clap::Subcommand;
 use serde_json::{Value, json};
 
-use super::{Context, object_path, say};
+use super::{Context, object_path, say, snapshot};
 use crate::cli::completion::names;
 use crate::cli::console;
 use crate::cli::exit::CliError;
@@ -103,6 +103,12 @@ pub enum Verb {
         #[arg(long)]
         log: bool,
     },
+    /// Points in time of all disks of a VM.
+    Snapshot {
+        /// What to do.
+        #[command(subcommand)]
+        verb: snapshot::VmVerb,
+    },
     /// Delete a VM with its disks.
     #[command(
         after_help = "Examples:\n  hci vm delete web1\n  hci vm delete web1 --yes\nAPI: DELETE /v1/vms/NAME"
@@ -156,6 +162,7 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
             say(&format!("attached to {name}; Ctrl-] detaches"));
             console::attach(&context.client, &path).await
         }
+        Verb::Snapshot { verb } => snapshot::run_vm(context, verb).await,
         Verb::Delete { name } => {
             context.delete("/v1/vms", &name, &format!("destroys VM {name} with its disks")).await
         }

@@ -2,9 +2,10 @@
 
 use clap::Subcommand;
 use hyper::Method;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{Context, object_path};
+use super::{Context, object_path, snapshot};
+use crate::cli::client::segment;
 use crate::cli::completion::names;
 use crate::cli::exit::CliError;
 use crate::cli::output::{Column, Show, column};
@@ -79,6 +80,26 @@ pub enum Verb {
         #[arg(long, value_parser = parse_size)]
         size: u64,
     },
+    /// Make a new volume with the content of a snapshot; nothing is copied, and each goes its own way from then on.
+    #[command(
+        after_help = "Examples:\n  hci volume clone data1 data1-test --snapshot before-upgrade\n  hci volume clone golden web5 --snapshot v3 -o json\nAPI: POST /v1/volumes/NAME/snapshots/SNAPSHOT/clone"
+    )]
+    Clone {
+        /// The name or id of the volume that the snapshot is of.
+        #[arg(add = names("/v1/volumes"))]
+        source: String,
+        /// The new volume's name.
+        name: String,
+        /// The snapshot's name or id.
+        #[arg(long)]
+        snapshot: String,
+    },
+    /// Points in time that a volume can go back to, or be cloned from.
+    Snapshot {
+        /// What to do.
+        #[command(subcommand)]
+        verb: snapshot::VolumeVerb,
+    },
     /// Delete a volume and its data; refused while something uses it.
     #[command(
         after_help = "Examples:\n  hci volume delete data1\n  hci volume delete data1 --yes\nAPI: DELETE /v1/volumes/NAME"
@@ -135,8 +156,30 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
             let answer = context.client.post("/v1/volumes", &body).await?;
             context.change(answer, "/v1/volumes", &name, COLUMNS).await
         }
+        Verb::Clone { source, name, snapshot } => {
+            let path = object_path("/v1/volumes", &source);
+            let path = format!("{path}/snapshots/{}/clone", segment(&snapshot));
+            let answer = context.client.post(&path, &json!({ "name": name })).await?;
+            context.change(answer, "/v1/volumes", &name, COLUMNS).await
+        }
+        Verb::Snapshot { verb } => snapshot::run_volume(context, verb).await,
         Verb::Delete { name } => {
-            context.delete("/v1/volumes", &name, &format!("destroys volume {name} with all its data")).await
+            let loss = match context.yes {
+                true => String::new(),
+                false => loss(context, &name).await?,
+            };
+            context.delete("/v1/volumes", &name, &loss).await
         }
     }
+}
+
+/// What is lost with a volume.
+async fn loss(context: &Context, name: &str) -> Result<String, CliError> {
+    let volume = context.client.get(&object_path("/v1/volumes", name)).await?;
+    let snapshots = volume.get("snapshots").and_then(Value::as_array).map_or(0, Vec::len);
+    Ok(match snapshots {
+        0 => format!("destroys volume {name} with all its data"),
+        1 => format!("destroys volume {name} with all its data and 1 snapshot"),
+        many => format!("destroys volume {name} with all its data and {many} snapshots"),
+    })
 }
