@@ -13,8 +13,8 @@ use super::workload::{AREA, UNDER_LOSS, WORKLOADS};
 use crate::bench::Row;
 use crate::native::cluster::{self, DataCluster, Disks, PATIENCE};
 
-/// Room for the data, its log and its checksums.
-const DISK: u64 = 2 * AREA;
+/// A directory gives half of its room to the disk: that is for the data, its log and its checksums.
+const DISK: u64 = 3 * AREA;
 /// How long the load runs while a replica is lost; the loss comes in the middle.
 const LOSS: Duration = Duration::from_secs(8);
 

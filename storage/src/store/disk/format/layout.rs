@@ -24,11 +24,11 @@ pub(in crate::store::disk) const SUPERBLOCKS: [u64; 2] = [0, 512 << 10];
 /// Where the log starts. Nothing but superblocks is before it.
 pub(in crate::store::disk) const LOG_OFFSET: u64 = 1 << 20;
 /// Smallest disk that makes sense.
-pub(in crate::store::disk) const SMALLEST: u64 = 16 << 20;
+pub(in crate::store::disk) const SMALLEST: u64 = 4 << 20;
 /// The log takes this part of the disk, within limits.
 const LOG_PART: u64 = 16;
 const LOG_AT_MOST: u64 = 1 << 30;
-const LOG_AT_LEAST: u64 = 4 << 20;
+const LOG_AT_LEAST: u64 = 1 << 20;
 /// Slots for each entry of the directory: a segment with anything in it has two at least.
 const SLOTS_PER_ENTRY: u64 = 4;
 
