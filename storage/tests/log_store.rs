@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use storage::ids::{DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
 use storage::status::DiskHealth;
-use storage::store::disk::{LogStore, OpenError};
+use storage::store::disk::{LogStore, OpenError, offline};
 use storage::store::{DamagedBlocks, DiskStore, Keep, ReplicaWrite, ScrubCursor, StoreError, WriteContent};
 
 const BLOCK: usize = 4096;
@@ -138,7 +138,15 @@ async fn damage_at_rest_is_told_and_never_read() {
         for at in places {
             file.write_all_at(&[0xff; 9], at + 100).unwrap();
         }
+        let verified = offline::verify(&path, |_, _| {}).unwrap();
+        assert_eq!(verified.checked_bytes, 64 * BLOCK as u64);
+        assert_eq!(verified.damaged, [DamagedBlocks { at: key(volume), blocks: 17..18 }]);
+        assert!(verified.lost_pages.is_empty());
+        let dump = offline::dump(&path).unwrap();
+        assert_eq!((dump.disk, dump.boot, dump.unapplied_bytes.0), (disk, 2, 0));
+        assert_eq!(dump.segments, [(key(volume), 4)]);
         let store = open(&path, disk).await;
+        assert!(matches!(offline::dump(&path), Err(OpenError::Io { .. })), "it is in use");
         let (mut cursor, mut found, mut checked) = (Some(ScrubCursor::default()), Vec::new(), 0);
         while let Some(from) = cursor {
             let step = store.scrub(from, 64 << 10).await.unwrap();

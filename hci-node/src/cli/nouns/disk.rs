@@ -1,9 +1,11 @@
 //! `hci disk`: the physical disks of the nodes, those in the pool and those that could be.
 
+use std::path::PathBuf;
+
 use clap::Subcommand;
 use serde_json::json;
 
-use super::{Context, object_path, say};
+use super::{Context, object_path, offline_disk, say};
 use crate::cli::completion::names;
 use crate::cli::exit::CliError;
 use crate::cli::output::{Column, Show, column};
@@ -58,6 +60,22 @@ pub enum Verb {
         /// The disk, as NODE:PATH or by its id.
         disk: String,
     },
+    /// Show what a disk of this machine holds, without any service: it must not be open.
+    #[command(
+        after_help = "Examples:\n  hci disk dump /dev/vdb\n  hci disk dump /var/lib/hci/disk1/store -o json\nNeeds no cluster."
+    )]
+    Dump {
+        /// The device or file.
+        path: PathBuf,
+    },
+    /// Compare everything on a disk of this machine with its checksums, without any service: it must not be open.
+    #[command(
+        after_help = "Examples:\n  hci disk verify /dev/vdb\n  hci disk verify /dev/vdb -o json\nNeeds no cluster. Writes nothing."
+    )]
+    Verify {
+        /// The device or file.
+        path: PathBuf,
+    },
 }
 
 const COLUMNS: &[Column] = &[
@@ -75,6 +93,8 @@ const COLUMNS: &[Column] = &[
 /// Runs a verb of `hci disk`.
 pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
     match verb {
+        Verb::Dump { path } => offline_disk::dump(context.format, &path),
+        Verb::Verify { path } => offline_disk::verify(context.format, &path),
         Verb::List => context.list("/v1/disks", COLUMNS).await,
         Verb::Add { node, path, wipe } => {
             if wipe {

@@ -6,6 +6,7 @@ pub mod event;
 pub mod image;
 pub mod network;
 pub mod node;
+mod offline_disk;
 pub mod pool;
 pub mod snapshot;
 pub mod status;

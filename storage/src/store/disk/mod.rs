@@ -20,6 +20,7 @@
 //! | [`recover`] | formatting and opening |
 //! | [`read`] | reading and verifying |
 //! | [`scrub`] | verifying what is stored, at rest |
+//! | [`offline`] | looking at a disk that nobody has open |
 //! | [`engine`] | starts I/O, waits, and has the applier's thread |
 //! | [`device`] | the medium: io_uring past the page cache, or plain I/O in memory |
 //! | `sim`, `flaws` (tests) | a simulated medium that loses what was not synced; planted bugs |
@@ -36,6 +37,7 @@ mod engine;
 mod flaws;
 mod format;
 mod index;
+pub mod offline;
 mod read;
 mod recover;
 mod scrub;

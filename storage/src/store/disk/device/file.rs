@@ -14,6 +14,8 @@ use std::sync::Arc;
 pub(in crate::store::disk) enum Sharing {
     /// Nobody: to use it.
     Exclusive,
+    /// Nobody: to look at it, read-only.
+    Offline,
     /// Anybody: to look at it, read-only.
     Shared,
 }
@@ -30,7 +32,7 @@ pub(in crate::store::disk) fn open(path: &Path, sharing: Sharing) -> io::Result<
         }
         other => other?,
     };
-    if sharing == Sharing::Exclusive && !is_device {
+    if sharing != Sharing::Shared && !is_device {
         match file.try_lock() {
             Err(std::fs::TryLockError::WouldBlock) => {
                 return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another process has it open"));
@@ -48,7 +50,7 @@ pub(in crate::store::disk) fn open(path: &Path, sharing: Sharing) -> io::Result<
 
 fn open_with(path: &Path, sharing: Sharing, is_device: bool, flags: i32) -> io::Result<File> {
     // On a device this keeps everybody else from mounting it, and fails when it is mounted.
-    let exclusive = if is_device && sharing == Sharing::Exclusive { nix::libc::O_EXCL } else { 0 };
+    let exclusive = if is_device && sharing != Sharing::Shared { nix::libc::O_EXCL } else { 0 };
     OpenOptions::new()
         .read(true)
         .write(sharing == Sharing::Exclusive)

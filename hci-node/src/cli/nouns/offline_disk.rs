@@ -1,0 +1,113 @@
+//! `hci disk dump` and `hci disk verify`: looking at a disk of this machine that no data process has open.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+use storage::store::DamagedBlocks;
+use storage::store::disk::{OpenError, offline};
+
+use super::say;
+use crate::cli::exit::{CliError, Exit};
+use crate::cli::output::{self, Column, Format, Show, column};
+
+const DUMP: &[Column] = &[
+    column("VOLUME", "/volume"),
+    column("SEGMENT", "/segment"),
+    column("LAYER", "/layer"),
+    column("DATA", "/data_bytes").shown(Show::Bytes),
+];
+const DAMAGE: &[Column] = &[
+    column("VOLUME", "/volume"),
+    column("SEGMENT", "/segment"),
+    column("LAYER", "/layer"),
+    column("FIRST BLOCK", "/first_block"),
+    column("BLOCKS", "/blocks"),
+];
+/// Bytes of a slot of data.
+const SLOT: u64 = 64 << 10;
+
+fn not_readable(path: &Path, error: &OpenError) -> CliError {
+    CliError::new(Exit::Failed, format!("{} cannot be looked at", path.display()))
+        .why(format!("{error:#}"))
+        .next("name a device or file of a pool, and stop its node first: systemctl stop hci-data")
+}
+
+/// Shows what a disk holds.
+pub(super) fn dump(format: Format, path: &Path) -> Result<(), CliError> {
+    let dump = offline::dump(path).map_err(|error| not_readable(path, &error))?;
+    let segment = |(key, slots): &(storage::ids::SegmentKey, u32)| {
+        json!({
+            "volume": key.volume, "segment": key.segment, "layer": key.layer, "data_bytes": u64::from(*slots) * SLOT,
+        })
+    };
+    let segments: Vec<Value> = dump.segments.iter().map(segment).collect();
+    if matches!(format, Format::Table | Format::Wide) {
+        say(&format!(
+            "disk {}, opened {} times: {} of {} used, {} of {} of the log to be applied, {} volumes with a generation",
+            dump.disk,
+            dump.boot,
+            output::bytes(dump.used_bytes.0),
+            output::bytes(dump.capacity_bytes.0),
+            output::bytes(dump.unapplied_bytes.0),
+            output::bytes(dump.log_bytes.0),
+            dump.generations.len(),
+        ));
+        return output::print(format, &Value::Array(segments), DUMP);
+    }
+    let generation = |(volume, generation): &(storage::ids::VolumeId, storage::ids::Generation)| json!({ "volume": volume, "generation": generation });
+    let whole = json!({
+        "disk": dump.disk,
+        "opened": dump.boot,
+        "capacity_bytes": dump.capacity_bytes,
+        "used_bytes": dump.used_bytes,
+        "log_bytes": dump.log_bytes,
+        "unapplied_bytes": dump.unapplied_bytes,
+        "generations": dump.generations.iter().map(generation).collect::<Vec<_>>(),
+        "segments": segments,
+    });
+    output::print(format, &whole, &[])
+}
+
+/// Compares everything on a disk with its checksums.
+pub(super) fn verify(format: Format, path: &Path) -> Result<(), CliError> {
+    let progress = |done: usize, count: usize| {
+        if done.is_multiple_of(16) {
+            say(&format!("segment {done} of {count}"));
+        }
+    };
+    let verified = offline::verify(path, progress).map_err(|error| not_readable(path, &error))?;
+    let damage = |DamagedBlocks { at, blocks }: &DamagedBlocks| {
+        json!({
+            "volume": at.volume, "segment": at.segment, "layer": at.layer,
+            "first_block": blocks.start, "blocks": blocks.len(),
+        })
+    };
+    let damaged: Vec<Value> = verified.damaged.iter().map(damage).collect();
+    let sound = damaged.is_empty() && verified.lost_pages.is_empty();
+    if matches!(format, Format::Table | Format::Wide) {
+        say(&format!(
+            "{} compared with their checksums, {} runs of blocks damaged, checksums lost in {} segments",
+            output::bytes(verified.checked_bytes),
+            damaged.len(),
+            verified.lost_pages.len(),
+        ));
+        if !damaged.is_empty() {
+            output::print(format, &Value::Array(damaged), DAMAGE)?;
+        }
+    } else {
+        let lost: Vec<Value> = verified
+            .lost_pages
+            .iter()
+            .map(|key| json!({ "volume": key.volume, "segment": key.segment, "layer": key.layer }))
+            .collect();
+        let whole =
+            json!({ "checked_bytes": verified.checked_bytes, "damaged": damaged, "checksums_lost": lost });
+        output::print(format, &whole, &[])?;
+    }
+    if sound {
+        return Ok(());
+    }
+    Err(CliError::new(Exit::Failed, format!("{} is damaged", path.display()))
+        .why("blocks are not what was written".to_owned())
+        .next("start the node: what is read is repaired from other replicas, all else by hci disk scrub; replace the disk if it happens again"))
+}

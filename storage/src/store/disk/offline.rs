@@ -1,0 +1,157 @@
+//! Looking at a disk that no process has open: what it is, what it holds, and whether that is sound. Writes nothing.
+
+use super::device::Device;
+use super::device::buffer::AlignedBuf;
+use super::device::file::{self, Sharing};
+use super::format::batch::Operation;
+use super::format::info::{self, BlockInfo};
+use super::format::layout::{SLOT, SLOT_BLOCKS};
+use super::format::page::{self, PageId, PageKind, Pair};
+use super::index::Segment;
+use super::recover::{self, Boots, OpenError};
+use super::{apply::info_offset, format::layout::PAIR};
+use crate::ids::{BLOCK_SIZE, ByteSize, DiskId, Generation, SegmentKey, VolumeId};
+use crate::store::DamagedBlocks;
+use serde::Serialize;
+use std::collections::HashSet;
+use std::io;
+use std::path::Path;
+
+/// What a disk holds.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Dump {
+    /// The disk.
+    pub disk: DiskId,
+    /// How often it was opened.
+    pub boot: u64,
+    /// Room for data and their block info.
+    pub capacity_bytes: ByteSize,
+    /// What is taken of that.
+    pub used_bytes: ByteSize,
+    /// Bytes of the log, and what of it is not in its slots yet.
+    pub log_bytes: ByteSize,
+    /// See `log_bytes`.
+    pub unapplied_bytes: ByteSize,
+    /// The generations of volumes.
+    pub generations: Vec<(VolumeId, Generation)>,
+    /// Segments with the slots of 64 KiB that each has for data.
+    pub segments: Vec<(SegmentKey, u32)>,
+}
+
+/// What a verification found.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Verified {
+    /// Bytes that were read and compared with their checksums.
+    pub checked_bytes: u64,
+    /// Blocks that are not what was written.
+    pub damaged: Vec<DamagedBlocks>,
+    /// Segments' pages of block info of which both places are damaged: nothing vouches for what they tell of.
+    pub lost_pages: Vec<SegmentKey>,
+}
+
+fn open(path: &Path) -> Result<std::sync::Arc<dyn Device>, OpenError> {
+    file::open(path, Sharing::Offline).map_err(super::opening)
+}
+
+/// Says what a disk holds.
+pub fn dump(path: &Path) -> Result<Dump, OpenError> {
+    let device = open(path)?;
+    let superblock = recover::superblock(device.as_ref())?;
+    let found = recover::index(device.as_ref(), &superblock)?;
+    let end = recover::replay(device.as_ref(), &superblock, Boots::Ascending, |_| {})?;
+    let slots = u64::from(superblock.layout.slots);
+    let mut segments: Vec<_> =
+        found.index.segments.values().map(|s| (s.key, positions(s).len() as u32)).collect();
+    segments.sort_unstable_by_key(|(key, _)| (key.volume, key.segment, key.layer));
+    let mut generations: Vec<_> =
+        found.index.generations.iter().map(|(volume, stored)| (*volume, stored.value)).collect();
+    generations.sort_unstable();
+    Ok(Dump {
+        disk: superblock.disk,
+        boot: superblock.boot,
+        capacity_bytes: ByteSize(slots * SLOT),
+        used_bytes: ByteSize((slots - u64::from(found.index.slots.count())) * SLOT),
+        log_bytes: ByteSize(superblock.layout.log_len),
+        unapplied_bytes: ByteSize(end - superblock.tail),
+        generations,
+        segments,
+    })
+}
+
+fn positions(segment: &Segment) -> Vec<u32> {
+    segment.data_positions(0).collect()
+}
+
+/// Compares all that is in slots with its checksums. `progress` is told how many segments of how many are done.
+pub fn verify(path: &Path, mut progress: impl FnMut(usize, usize)) -> Result<Verified, OpenError> {
+    let device = open(path)?;
+    let superblock = recover::superblock(device.as_ref())?;
+    let found = recover::index(device.as_ref(), &superblock)?;
+    // What the log will write again may be half written in its slot.
+    let mut logged: HashSet<(SegmentKey, u32)> = HashSet::new();
+    recover::replay(device.as_ref(), &superblock, Boots::Ascending, |batch| {
+        for operation in &batch.operations {
+            if let Operation::Data { at, block, crcs, .. } = operation {
+                logged.extend((*block..*block + crcs.len() as u32).map(|block| (*at, block)));
+            }
+        }
+    })?;
+    let mut verified = Verified::default();
+    let count = found.index.segments.len();
+    for (done, segment) in found.index.segments.values().enumerate() {
+        progress(done, count);
+        for position in positions(segment) {
+            verify_position(device.as_ref(), &superblock, segment, position, &logged, &mut verified)
+                .map_err(|source| OpenError::Io { doing: "reading the disk", source })?;
+        }
+    }
+    Ok(verified)
+}
+
+fn verify_position(
+    device: &dyn Device,
+    superblock: &super::format::superblock::Superblock,
+    segment: &Segment,
+    position: u32,
+    logged: &HashSet<(SegmentKey, u32)>,
+    verified: &mut Verified,
+) -> io::Result<()> {
+    let key = segment.key;
+    let place = info::place(position);
+    let (Some(info_slot), Some(slot)) = (segment.info(place.slot), segment.data(position)) else {
+        return Ok(());
+    };
+    let mut reads = [
+        (info_offset(&superblock.layout, (info_slot, place.page)), AlignedBuf::zeroed(PAIR as usize)),
+        (superblock.layout.slot(slot), AlignedBuf::zeroed(SLOT as usize)),
+    ];
+    device.read(&mut reads)?;
+    let id = PageId { kind: PageKind::Info, number: info::page_number(info_slot, place.page) };
+    let record = match page::pair(&reads[0].1, id, superblock.stamp) {
+        Pair::Page(page) => info::get(page, place.record),
+        Pair::Blank | Pair::Damaged => None,
+    };
+    let Some(record) = record else {
+        if verified.lost_pages.last() != Some(&key) {
+            verified.lost_pages.push(key);
+        }
+        return Ok(());
+    };
+    for (i, (info, data)) in (0..).zip(record.blocks.iter().zip(reads[1].1.chunks(BLOCK_SIZE as usize))) {
+        let block = position * SLOT_BLOCKS + i;
+        let sound = match info {
+            BlockInfo::Absent | BlockInfo::Zero(_) => continue,
+            BlockInfo::Data(_, crc) => crc32c::crc32c(data) == *crc,
+            BlockInfo::Lost => false,
+        };
+        verified.checked_bytes += BLOCK_SIZE;
+        if sound || logged.contains(&(key, block)) {
+            continue;
+        }
+        match verified.damaged.last_mut() {
+            Some(run) if run.at == key && run.blocks.end == block => run.blocks.end += 1,
+            _ => verified.damaged.push(DamagedBlocks { at: key, blocks: block..block + 1 }),
+        }
+    }
+    Ok(())
+}
