@@ -16,7 +16,8 @@ use storage::config::{
     SegmentConfig, VolumeConfig,
 };
 use storage::control::{CommitError, ControlPlane, FreezeStep};
-use storage::ids::{ByteSize, DiskId, FreezeId, Generation, LayerRef, SegmentIndex, VolumeId};
+use storage::device::BlockOp;
+use storage::ids::{ByteSize, DiskId, FreezeId, Generation, LayerId, LayerRef, SegmentIndex, VolumeId};
 use storage::status::{MemberState, VolumeState};
 use storage::store::disk::LogStore;
 use storage::{
@@ -99,10 +100,15 @@ impl ControlPlane for Handle {
     fn merged(
         &self,
         _: VolumeId,
-        _: Generation,
-        _: LayerRef,
+        generation: Generation,
+        layer: LayerRef,
     ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
-        Box::pin(async { Err(CommitError::Refused("no snapshots here".into())) })
+        self.0.commit(generation, |volume| {
+            volume.layers.chain.retain(|there| *there != layer);
+            volume.layers.merge = None;
+            volume.layers.revision += 1;
+            volume.clone()
+        })
     }
 }
 
@@ -161,9 +167,8 @@ async fn until(what: &str, condition: impl Fn() -> bool) {
     assert!(tokio::time::timeout(LONG, met).await.is_ok(), "waited too long for: {what}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_volume_lives_on_three_nodes() {
-    let dir = tempfile::tempdir().unwrap();
+/// Three connected nodes, and a volume with a replica on each.
+async fn three(dir: &std::path::Path) -> (Arc<Control>, Vec<Node>, VolumeConfig) {
     let ca = ClusterCa::create("test").unwrap();
     let ids: Vec<(NodeId, DiskId)> = (0..3).map(|_| (NodeId::random(), DiskId::random())).collect();
     let replicas = ids.iter().map(|(node, disk)| ReplicaConfig {
@@ -187,10 +192,17 @@ async fn a_volume_lives_on_three_nodes() {
     let control = Arc::new(Control(Mutex::new(volume.clone())));
     let mut nodes = Vec::new();
     for (i, (id, disk)) in ids.iter().enumerate() {
-        nodes.push(start(&dir.path().join(i.to_string()), &ca, *id, *disk, &control).await);
+        nodes.push(start(&dir.join(i.to_string()), &ca, *id, *disk, &control).await);
     }
     let peers: BTreeMap<_, _> = nodes.iter().map(|n| (n.mesh.node(), n.mesh.local_addr())).collect();
     nodes.iter().for_each(|n| n.mesh.set_peers(peers.clone()));
+    (control, nodes, volume)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_lives_on_three_nodes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (control, mut nodes, volume) = three(dir.path()).await;
 
     // Open, write, read back.
     let first = nodes[0].storage.clone();
@@ -241,4 +253,68 @@ async fn a_volume_lives_on_three_nodes() {
         text.push_str(family.name());
     }
     assert!(text.contains("hci_volume_op_seconds"));
+}
+
+fn pattern(seed: u32, len: u32) -> bytes::Bytes {
+    (0..len).map(|i| (i.wrapping_mul(seed) >> 7) as u8).collect::<Vec<u8>>().into()
+}
+
+async fn discard(storage: &Storage, volume: VolumeId, offset: u64, len: u64) {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let done = Box::new(move |result| sender.send(result).unwrap());
+    storage.device(volume).unwrap().submit(BlockOp::Discard { offset, len }, done);
+    receiver.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_layer_stays_as_it_was_for_a_clone_and_is_merged_later() {
+    const MIB: u64 = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let (control, nodes, mut volume) = three(dir.path()).await;
+    let storage = nodes[0].storage.clone();
+    let apply = async |volumes: &[&VolumeConfig]| {
+        let volumes = volumes.iter().map(|volume| (*volume).clone()).collect();
+        storage.apply(StorageConfig { disks: nodes[0].disks.clone(), volumes }).await.unwrap();
+    };
+    apply(&[&volume]).await;
+    let old = pattern(77, 4 << 20);
+    storage.write(volume.id, 0, old.clone()).await.unwrap();
+
+    // A new top: what is written now hides what lies below, zeroes included.
+    let base = volume.layers.chain[0];
+    volume.layers.chain.insert(0, LayerRef { layer: LayerId(1), ..base });
+    volume.layers.revision = 1;
+    control.0.lock().layers = volume.layers.clone();
+    apply(&[&volume]).await;
+    let new = pattern(99, 1 << 20);
+    storage.write(volume.id, MIB / 2, new.clone()).await.unwrap();
+    discard(&storage, volume.id, 3 * MIB, MIB).await;
+    let mut expected = old.to_vec();
+    expected[MIB as usize / 2..3 * MIB as usize / 2].copy_from_slice(&new);
+    expected[3 * MIB as usize..].fill(0);
+    assert!(storage.read(volume.id, 0, 4 * MIB).await.unwrap() == expected);
+
+    // A clone of the base goes its own way.
+    let id = VolumeId::random();
+    let mut clone = VolumeConfig { id, layers: LayersConfig::single(id), ..volume.clone() };
+    clone.layers.chain.push(base);
+    apply(&[&volume, &clone]).await;
+    assert!(storage.read(id, 0, 4 * MIB).await.unwrap() == old);
+    storage.write(id, 0, new.slice(..8192)).await.unwrap();
+    assert!(storage.read(id, 4096, 8192).await.unwrap()[4096..] == old[8192..12288]);
+    assert!(storage.read(volume.id, 0, 4 * MIB).await.unwrap() == expected);
+
+    // Without it the base is merged into the top of the volume, and removed.
+    volume.layers.revision = 2;
+    volume.layers.merge = Some(base);
+    control.0.lock().layers = volume.layers.clone();
+    apply(&[&volume]).await;
+    until("the layer is merged", || control.0.lock().layers.chain.len() == 1).await;
+    apply(&[&control.0.lock().clone()]).await;
+    for node in &nodes {
+        let parts = [base.key(SegmentIndex(0))];
+        node.storage.delete_parts(node.disks[0].id, &parts).await.unwrap();
+    }
+    assert!(storage.read(volume.id, 0, 4 * MIB).await.unwrap() == expected);
+    storage.shutdown().await;
 }
