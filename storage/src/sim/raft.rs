@@ -23,6 +23,8 @@ pub(super) struct Record {
     pub(super) snapshots: Snapshots,
     /// Disks that have all writes acknowledged so far, flushed or not: in sync since their last power cut.
     whole: BTreeSet<DiskId>,
+    /// The opening that made its replicas equal. What it confirms later says nothing of them.
+    made_equal: u64,
 }
 
 /// The consensus service.
@@ -49,7 +51,8 @@ impl Raft {
         let whole = volume.segments.iter().flat_map(|s| s.replicas.iter().map(|r| r.disk)).collect();
         let fewest_left = if dice.percent(50) { 1 } else { usize::from(volume.min_in_sync.max(1)) };
         let snapshots = Snapshots::new(volume.id);
-        let record = Mutex::new(Record { volume, coordinator: None, opening: 0, snapshots, whole });
+        let record =
+            Mutex::new(Record { volume, coordinator: None, opening: 0, snapshots, whole, made_equal: 0 });
         Arc::new(Self { record, history, nodes, network, dice, lossy_percent: 5, fewest_left })
     }
 
@@ -257,7 +260,10 @@ impl ControlPlane for NodeControl {
             let segments = &record.volume.segments;
             let in_sync =
                 segments.iter().flat_map(|s| &s.replicas).filter(|r| r.state == ReplicaState::InSync);
-            record.whole.extend(in_sync.map(|r| r.disk));
+            if record.made_equal != record.opening {
+                record.whole.extend(in_sync.map(|r| r.disk));
+                record.made_equal = record.opening;
+            }
             raft.history.lock().opened(record.opening);
             Ok(())
         })
