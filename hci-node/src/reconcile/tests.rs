@@ -230,6 +230,7 @@ async fn an_image_is_imported_closed_and_copied_into_a_new_volume() {
         let mut volume = state.volumes[&golden].clone();
         (volume.id, volume.name, volume.generation) = (id, copy.name, Generation(0));
         (volume.fill, volume.owner) = (VolumeFill::CopyOf(golden), VolumeOwner::None);
+        volume.layers = Layers::new(id, &[]);
         state.volumes.insert(id, volume);
     }
     for volume in [id, golden] {
@@ -250,6 +251,78 @@ async fn an_image_is_imported_closed_and_copied_into_a_new_volume() {
     let length = u32::try_from(content.len()).unwrap();
     let copied = node.data().read(VolumeRead { volume: id.into(), offset: 0, length }).await.unwrap();
     assert!(copied == content, "the copy differs");
+    node.shutdown.cancel();
+    node.reconciler.stopped().await;
+}
+
+impl Node {
+    /// Opens a filled volume to look into it, as if it were being imported.
+    async fn open_to_look(&self, volume: VolumeId) {
+        self.cluster.0.lock().volumes.get_mut(&volume).unwrap().fill = VolumeFill::Import;
+        let expected = self.cluster.0.lock().volumes[&volume].generation;
+        self.propose(Op::OpenVolume { volume, node: self.id, expected, unreachable: Vec::new() }).await;
+        self.open(volume).await;
+    }
+
+    async fn close(&self, volume: VolumeId) {
+        let generation = self.cluster.0.lock().volumes[&volume].generation;
+        self.propose(Op::VolumeFilled { volume, generation }).await;
+        let is_closed = |state: &ClusterState| state.volumes[&volume].coordinator.is_none();
+        self.state_when("the volume is closed", is_closed).await;
+    }
+
+    async fn read(&self, volume: VolumeId, length: usize) -> Bytes {
+        let length = u32::try_from(length).unwrap();
+        self.data().read(VolumeRead { volume: volume.into(), offset: 0, length }).await.unwrap()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_of_an_open_volume_is_cloned_and_merged_away() {
+    let temp = tempfile::tempdir().unwrap();
+    let node = Node::start(temp.path());
+    node.start_data();
+    let old = Bytes::from((0..1 << 20).map(|at: u32| (at / 4096) as u8).collect::<Vec<_>>());
+    let (image, golden) = image(&node, temp.path(), &old).await;
+    let snapshot = SnapshotId::random();
+    {
+        // While it is being filled there are no snapshots of it; for a moment it is not.
+        let mut state = node.cluster.0.lock();
+        state.volumes.get_mut(&golden).unwrap().fill = VolumeFill::Done;
+        let volumes = [(golden, snapshot)].into_iter().collect();
+        let op = Op::TakeSnapshot { freeze: FreezeId::random(), name: "s1".to_owned(), volumes };
+        state.apply(&Command { at: Timestamp::now(), task: None, op }).unwrap();
+        state.volumes.get_mut(&golden).unwrap().fill = VolumeFill::Import;
+        node.cluster.1.send_replace(Arc::new(state.clone()));
+    }
+    let is_taken = |state: &ClusterState| state.volumes[&golden].layers.snapshots.len() == 1;
+    node.state_when("the snapshot is taken", is_taken).await;
+    let new = Bytes::from(vec![7; 300 << 10]);
+    node.data().write(VolumeWrite { volume: golden.into(), offset: 0 }, new.clone()).await.unwrap();
+    node.close(golden).await;
+    node.propose(Op::CompleteImagePart { image, part: ImagePart::Disk, node: node.id }).await;
+
+    let copy = VolumeId::random();
+    let name = "copy".to_owned();
+    node.propose(Op::CloneVolume { volume: copy, name, source: golden, snapshot }).await;
+    node.open_to_look(copy).await;
+    assert!(node.read(copy, old.len()).await == old, "a clone is what the snapshot was");
+    node.data().write(VolumeWrite { volume: copy.into(), offset: 4096 }, new.slice(..4096)).await.unwrap();
+    node.close(copy).await;
+    node.propose(Op::DeleteVolume(copy)).await;
+
+    // As the leader does, which opens the volume for it.
+    node.propose(Op::DeleteSnapshot { volume: golden, snapshot }).await;
+    let expected = node.cluster.0.lock().volumes[&golden].generation;
+    node.propose(Op::OpenVolume { volume: golden, node: node.id, expected, unreachable: Vec::new() }).await;
+    let is_merged = |state: &ClusterState| {
+        let golden = &state.volumes[&golden];
+        golden.layers.chain.len() == 1 && golden.coordinator.is_none() && state.dead_layers.len() == 1
+    };
+    node.state_when("the layer is merged and the volume closed again", is_merged).await;
+    node.open_to_look(golden).await;
+    let content = node.read(golden, old.len()).await;
+    assert!(content[..new.len()] == new && content[new.len()..] == old[new.len()..]);
     node.shutdown.cancel();
     node.reconciler.stopped().await;
 }
