@@ -310,7 +310,8 @@ async fn a_frozen_layer_stays_as_it_was_for_a_clone_and_is_merged_later() {
     control.0.lock().layers = volume.layers.clone();
     apply(&[&volume]).await;
     until("the layer is merged", || control.0.lock().layers.chain.len() == 1).await;
-    apply(&[&control.0.lock().clone()]).await;
+    let merged = control.0.lock().clone();
+    apply(&[&merged]).await;
     for node in &nodes {
         let parts = [base.key(SegmentIndex(0))];
         node.storage.delete_parts(node.disks[0].id, &parts).await.unwrap();
