@@ -21,6 +21,9 @@ pub struct DiskConfig {
     pub id: DiskId,
     /// The device or file that its store lives on.
     pub path: PathBuf,
+    /// How many verifications were asked for so far, by the way of those that are due by themselves. A higher number than before begins
+    /// one, unless one is under way.
+    pub scrubs: u64,
 }
 
 /// A volume that this node has open, with its replica sets as last committed through Raft.

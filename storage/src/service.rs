@@ -84,9 +84,6 @@ pub enum StorageError {
     /// The volume is not open here.
     #[error("volume {0} is not open on this node")]
     NotOpen(VolumeId),
-    /// The disk is not one of this node's.
-    #[error("disk {0} is not on this node")]
-    NoSuchDisk(DiskId),
     /// A request to a volume failed.
     #[error(transparent)]
     Block(#[from] BlockError),
@@ -230,6 +227,12 @@ impl Storage {
             };
             self.shared.disks.lock().insert(disk.id, OpenDisk { path: disk.path.clone(), running });
         }
+        let disks = self.shared.disks.lock();
+        for disk in wanted {
+            if let Some(OpenDisk { running: Ok(running), .. }) = disks.get(&disk.id) {
+                running.scrubber.ask(disk.scrubs);
+            }
+        }
         failures
     }
 
@@ -328,18 +331,6 @@ impl Storage {
         Ok(self.shared.rim.replicas.delete_parts(disk, parts).await?)
     }
 
-    /// Begins the verification of a disk of this node, unless it is under way. [`Self::status`] tells how it goes.
-    pub fn scrub(&self, disk: DiskId) -> Result<(), StorageError> {
-        match self.shared.disks.lock().get(&disk).map(|disk| &disk.running) {
-            Some(Ok(running)) => {
-                running.scrubber.begin();
-                Ok(())
-            }
-            Some(Err(error)) => Err(StoreError::Io(error.clone()).into()),
-            None => Err(StorageError::NoSuchDisk(disk)),
-        }
-    }
-
     /// Metrics.
     pub fn metrics(&self) -> &Metrics {
         &self.shared.metrics
@@ -359,7 +350,7 @@ impl Storage {
     /// Closes all volumes, clean where possible.
     pub async fn shutdown(&self) {
         let disks = self.shared.disks.lock().iter().map(|(id, d)| (*id, d.path.clone())).collect::<Vec<_>>();
-        let disks = disks.into_iter().map(|(id, path)| DiskConfig { id, path }).collect();
+        let disks = disks.into_iter().map(|(id, path)| DiskConfig { id, path, scrubs: 0 }).collect();
         if let Err(error) = self.apply(StorageConfig { disks, volumes: Vec::new() }).await {
             tracing::warn!(%error, "while closing volumes");
         }

@@ -152,7 +152,7 @@ async fn start(
         std::fs::File::create(&path).unwrap().set_len(256 << 20).unwrap();
         LogStore::format(&path, disk).unwrap();
     }
-    let disks = vec![DiskConfig { id: disk, path }];
+    let disks = vec![DiskConfig { id: disk, path, scrubs: 0 }];
     storage.apply(StorageConfig { disks: disks.clone(), volumes: vec![] }).await.unwrap();
     storage.renew_lease(Duration::from_secs(3600));
     Node { storage, mesh, disks, forward }

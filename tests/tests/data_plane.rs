@@ -1,8 +1,10 @@
 //! The data plane as it runs: three `hci data run` in network namespaces, one volume with three replicas, a vhost-user-blk
 //! client that checks every answer, and faults: processes killed, links cut, disks full, garbage on every port.
 
+use std::fs::File;
 use std::io::Write;
 use std::net::{SocketAddr, UdpSocket};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread::sleep;
@@ -389,6 +391,49 @@ fn an_idle_data_process_uses_next_to_no_processor() -> Result<()> {
         }
         drop(client);
         Ok(())
+    })
+}
+
+/// Flips a bit in every copy of a content that a disk holds; returns how many there were.
+fn damage(disk: &Path, content: &[u8]) -> Result<u64> {
+    let file = File::options().read(true).write(true).open(disk)?;
+    let (mut block, mut found) = (vec![0; content.len()], 0);
+    for offset in (0..file.metadata()?.len()).step_by(BLOCK_SIZE as usize) {
+        if file.read_at(&mut block, offset)? == block.len() && block == content {
+            file.write_at(&[content[100] ^ 4], offset + 100)?;
+            found += 1;
+        }
+    }
+    Ok(found)
+}
+
+#[test]
+fn bits_that_rot_are_found_by_a_scrub_and_repaired_unread() -> Result<()> {
+    on_cluster(&Options::default(), |cluster| {
+        cluster.open(0)?;
+        let mut client = connect(&cluster.socket(0))?;
+        let content: Vec<u8> = (0..BLOCK_SIZE as u32).map(|i| (i * 131 + i / 7) as u8).collect();
+        let elsewhere = vec![0x5a; 64 << 10];
+        client.write(8 << 20, &content)?;
+        client.flush()?;
+        // The log holds it, too, until enough is written behind it.
+        for piece in (16 << 20..VOLUME).step_by(elsewhere.len()) {
+            client.write(piece, &elsewhere)?;
+        }
+        client.flush()?;
+        sleep(Duration::from_secs(1));
+        let damaged = damage(cluster.disk_path(2), &content)?;
+        ensure!(damaged > 0, "the content is nowhere on the disk");
+        cluster.scrub(2);
+        let repaired = |cluster: &DataCluster| {
+            cluster.scrub_status(2).is_some_and(|scrub| scrub.repaired > 0 && scrub.damaged == 0)
+        };
+        let waited = cluster.wait("the damage is found and repaired", PATIENCE, repaired);
+        waited.with_context(|| format!("{:?}, {damaged} copies damaged", cluster.scrub_status(2)))?;
+        ensure!(cluster.record().lock().in_sync() == 3, "a replica was lost for it");
+        ensure!(client.read(8 << 20, BLOCK_SIZE as u32)? == content);
+        drop(client);
+        cluster.compare_replicas()
     })
 }
 

@@ -140,6 +140,11 @@ impl Context<'_> {
         Ok(Op::SetDiskService { disk: self.disk(name)?.id, service: DiskService::InService })
     }
 
+    /// `POST /v1/disks/DISK/scrub`.
+    pub fn scrub_disk(&self, name: &str) -> Result<Op, Problem> {
+        Ok(Op::ScrubDisk(self.disk(name)?.id))
+    }
+
     /// Whether what is on these disks can go elsewhere, as far as nodes go: each copy needs one that has none yet.
     fn check_places(&self, leaving: &[DiskId]) -> Result<(), Problem> {
         let stays = |disk: &&Disk| {

@@ -271,6 +271,7 @@ async fn write(member: &Arc<Member>, request: &ApiRequest, path: &[&str]) -> Res
         ("PATCH", ["pool"]) => context.set_pool(parse(body)?),
         ("POST", ["disks"]) => context.add_disk(parse(body)?)?,
         ("POST", ["disks", disk, "evict"]) => context.evict_disk(disk, parse(body)?)?,
+        ("POST", ["disks", disk, "scrub"]) => context.scrub_disk(disk)?,
         ("POST", ["disks", disk, "resume"]) => context.resume_disk(disk)?,
         ("PATCH", ["nodes", node]) => context.set_node(node, parse(body)?)?,
         ("POST", ["nodes", node, "drain"]) => context.set_node_service(node, NodeService::Draining)?,

@@ -12,7 +12,9 @@ use crate::{
         Availability, ClusterState, DesiredRun, Disk, DiskRoom, DiskService, DiskState, Event, Image,
         Network, Node, NodeId, NodeService, PartState, Rebalancing, Severity, Subject, Task, TaskState,
         Token, TokenKind, Vm, VmExit, VolumeId,
-        report::{CandidateDisk, DiskHealth, NodeReport, ProcessState, VmRunState},
+        report::{
+            CandidateDisk, DiskHealth, NodeReport, ProcessState, ScrubProgress, ScrubReport, VmRunState,
+        },
     },
 };
 
@@ -152,6 +154,7 @@ impl Views<'_> {
             capacity_bytes: seen.map_or(disk.capacity_bytes, |seen| seen.capacity_bytes),
             used_bytes: seen.map(|seen| seen.used_bytes),
             model: None,
+            scrub: seen.map(|seen| scrub(&seen.scrub)),
         }
     }
 
@@ -166,6 +169,7 @@ impl Views<'_> {
             capacity_bytes: candidate.size_bytes,
             used_bytes: None,
             model: Some(candidate.model.clone()).filter(|model| !model.is_empty()),
+            scrub: None,
         }
     }
 
@@ -364,6 +368,11 @@ impl Views<'_> {
                 let message = disk.message.unwrap_or_else(|| word.to_owned());
                 add(api::Health::Degraded, "disk", format!("{}:{}", disk.node, disk.path), message);
             }
+            let damaged = disk.scrub.map_or(0, |scrub| scrub.damaged_blocks);
+            if damaged > 0 {
+                let message = format!("{damaged} damaged blocks wait for repair from other copies");
+                add(api::Health::Degraded, "disk", format!("{}:{}", disk.node, disk.path), message);
+            }
         }
         for volume in self.state.volumes.values() {
             let view = self.volume(volume);
@@ -491,4 +500,17 @@ fn subject_id(subject: &Subject) -> String {
 
 fn count(items: impl Iterator<Item: Sized>) -> u32 {
     u32::try_from(items.count()).unwrap_or(u32::MAX)
+}
+
+fn scrub(seen: &ScrubReport) -> api::DiskScrub {
+    api::DiskScrub {
+        state: match seen.progress {
+            ScrubProgress::Idle => api::ScrubState::Idle,
+            ScrubProgress::Running => api::ScrubState::Running,
+        },
+        last_end: seen.last_end.map(|at| at.to_string()),
+        checked_bytes: seen.checked_bytes,
+        damaged_blocks: seen.damaged_blocks,
+        repaired_blocks: seen.repaired_blocks,
+    }
 }

@@ -239,7 +239,7 @@ async fn a_volume_is_opened_written_closed_and_reopened_by_a_new_instance() {
     let config = |generation, clean, volumes: bool| DataConfig {
         revision: generation,
         storage: StorageConfig {
-            disks: vec![DiskConfig { id: disk, path: prepared.store.clone() }],
+            disks: vec![DiskConfig { id: disk, path: prepared.store.clone(), scrubs: 0 }],
             volumes: if volumes { vec![volume(id, disk, Generation(generation), clean)] } else { Vec::new() },
         },
         ..DataConfig::default()

@@ -1,11 +1,12 @@
 //! What this node tells the leader about its disks, volumes and VMs with each renewal of its lease.
 
-use storage::status::{DiskHealth, ReplicaStatus, StorageStatus, VolumeState};
+use storage::status::{DiskHealth, ReplicaStatus, ScrubState, ScrubStatus, StorageStatus, VolumeState};
 
 use super::observed::DataView;
+use crate::state::Timestamp;
 use crate::state::report::{
-    DiskHealth as ReportedHealth, DiskReport, LocalReport, ProcessState, VmReport, VolumeReport,
-    VolumeRunState,
+    DiskHealth as ReportedHealth, DiskReport, LocalReport, ProcessState, ScrubProgress, ScrubReport,
+    VmReport, VolumeReport, VolumeRunState,
 };
 
 /// Puts the report together.
@@ -27,8 +28,25 @@ fn disks(storage: &StorageStatus) -> Vec<DiskReport> {
             DiskHealth::Full => ReportedHealth::Full,
             DiskHealth::Failed(reason) => ReportedHealth::Failed(reason.clone()),
         },
+        scrub: scrub(&disk.scrub),
     });
     disks.collect()
+}
+
+fn scrub(seen: &ScrubStatus) -> ScrubReport {
+    ScrubReport {
+        progress: match seen.state {
+            ScrubState::Idle => ScrubProgress::Idle,
+            ScrubState::Running => ScrubProgress::Running,
+        },
+        last_end: seen
+            .last_end
+            .and_then(|seconds| i64::try_from(seconds).ok())
+            .map(|seconds| Timestamp::default().plus_seconds(seconds)),
+        checked_bytes: seen.checked.0,
+        damaged_blocks: seen.damaged,
+        repaired_blocks: seen.repaired,
+    }
 }
 
 fn volumes(storage: &StorageStatus) -> Vec<VolumeReport> {

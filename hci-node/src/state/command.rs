@@ -482,6 +482,8 @@ pub enum Op {
         /// What it is meant to do.
         service: DiskService,
     },
+    /// What a disk holds is verified now.
+    ScrubDisk(DiskId),
     /// The leader saw that a disk reached the reserve, or has room again.
     SetDiskRoom {
         /// The disk.

@@ -186,6 +186,8 @@ pub struct Disk {
     pub service: DiskService,
     /// Whether new replicas may be put on it.
     pub room: DiskRoom,
+    /// How often its verification was asked for.
+    pub scrubs: u64,
 }
 
 impl Disk {

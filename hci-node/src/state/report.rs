@@ -81,6 +81,33 @@ pub struct DiskReport {
     pub used_bytes: u64,
     /// How it is.
     pub health: DiskHealth,
+    /// How its verification stands.
+    pub scrub: ScrubReport,
+}
+
+/// How the verification of a disk stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubReport {
+    /// Whether it is under way.
+    pub progress: ScrubProgress,
+    /// When the last one ended.
+    pub last_end: Option<Timestamp>,
+    /// Bytes verified by the present one, or else by the last one.
+    pub checked_bytes: u64,
+    /// Blocks known to be damaged and not repaired yet.
+    pub damaged_blocks: u64,
+    /// Blocks repaired since the disk was opened.
+    pub repaired_blocks: u64,
+}
+
+/// Whether a disk is being verified.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ScrubProgress {
+    /// It waits for its time.
+    #[default]
+    Idle,
+    /// It is.
+    Running,
 }
 
 /// How a disk is.

@@ -28,7 +28,7 @@ use record::Record;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::sync::Notify;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -73,21 +73,26 @@ struct Work {
     record: Mutex<Record>,
     /// Where the record is kept; nowhere in simulations.
     file: Option<PathBuf>,
-    asked: Notify,
+    /// How many scrubs were asked for.
+    asked: watch::Sender<u64>,
 }
 
 impl Scrubber {
     /// Starts on the current tokio runtime.
     pub(crate) fn start(id: DiskId, disk: ServedDisk, policy: ScrubPolicy, file: Option<PathBuf>) -> Self {
         let record = Mutex::new(Record::new(now()));
-        let work = Arc::new(Work { id, disk, policy, record, file, asked: Notify::new() });
+        let work = Arc::new(Work { id, disk, policy, record, file, asked: watch::Sender::new(0) });
         let task = tokio::spawn(work.clone().run());
         Self { work, _task: AbortOnDropHandle::new(task) }
     }
 
-    /// Begins a scrub now, if none is under way.
-    pub(crate) fn begin(&self) {
-        self.work.asked.notify_one();
+    /// That many scrubs were asked for so far; one that is new begins now, if none is under way.
+    pub(crate) fn ask(&self, count: u64) {
+        self.work.asked.send_if_modified(|asked| {
+            let is_new = count > *asked;
+            *asked = count.max(*asked);
+            is_new
+        });
     }
 
     /// How it stands.
@@ -110,7 +115,8 @@ impl Work {
         loop {
             if self.record.lock().position.is_none() {
                 self.wait_until_due().await;
-                self.record.lock().begin();
+                let asked = *self.asked.borrow();
+                self.record.lock().begin(asked);
                 tracing::info!(disk = %self.id, "scrub begins");
                 self.look_again().await;
             }
@@ -124,14 +130,18 @@ impl Work {
 
     /// Until the next scrub is due, or somebody asks for one. Repairs are noted meanwhile.
     async fn wait_until_due(&self) {
+        let mut asked = self.asked.subscribe();
+        let done = self.record.lock().asked;
         loop {
             let due = self.record.lock().due(self.id, self.policy.period);
             let left = Duration::from_secs(due.saturating_sub(now()));
             if left.is_zero() {
                 return;
             }
+            let is_asked = async { drop(asked.wait_for(|asked| *asked > done).await) };
             tokio::select! {
-                () = self.asked.notified() => return,
+                biased;
+                () = is_asked => return,
                 () = self.disk.damage.changed() => self.save().await,
                 // The calendar may be set meanwhile.
                 () = tokio::time::sleep(left.min(LOOK_EVERY)) => {}

@@ -19,6 +19,8 @@ pub(super) struct Record {
     format: u32,
     /// When the disk was first seen.
     since: u64,
+    /// Scrubs that were asked for, up to the one under way or the last one.
+    pub(super) asked: u64,
     /// Where the scrub under way is.
     pub(super) position: Option<ScrubCursor>,
     /// Bytes that it (or else the last one) has verified, and damaged blocks that it has found.
@@ -36,6 +38,7 @@ impl Record {
         Self {
             format: FORMAT,
             since: now,
+            asked: 0,
             position: None,
             checked: 0,
             found: 0,
@@ -51,7 +54,8 @@ impl Record {
         self.finished.unwrap_or(self.since).saturating_add(period - early)
     }
 
-    pub(super) fn begin(&mut self) {
+    pub(super) fn begin(&mut self, asked: u64) {
+        self.asked = asked;
         (self.position, self.checked, self.found) = (Some(ScrubCursor::default()), 0, 0);
     }
 
@@ -107,14 +111,14 @@ mod tests {
         assert_eq!(Record::read(&file).unwrap(), None);
         let mut record = Record::new(1000);
         assert_eq!(record.due(disk(0), PERIOD), 1000 + PERIOD.as_secs());
-        record.begin();
+        record.begin(3);
         let step = ScrubStep { next: Some(ScrubCursor(7)), checked: 4096, damaged: Vec::new() };
         record.advance(&step, 2);
         record.write(&file).unwrap();
         assert_eq!(Record::read(&file).unwrap().as_ref(), Some(&record));
         record.advance(&ScrubStep { next: None, ..step }, 0);
         record.finish(5000);
-        assert_eq!((record.position, record.checked, record.found), (None, 8192, 2));
+        assert_eq!((record.position, record.checked, record.found, record.asked), (None, 8192, 2, 3));
         assert_eq!(record.due(disk(0), PERIOD), 5000 + PERIOD.as_secs());
         fs::write(&file, b"{").unwrap();
         assert!(Record::read(&file).is_err());

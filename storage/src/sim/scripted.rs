@@ -135,7 +135,7 @@ fn a_scrub_finds_what_is_damaged_at_rest_and_it_is_repaired_unread() {
         for block in damaged {
             cluster.nodes[away].disk.corrupt(at, block);
         }
-        cluster.scrubber(away).begin();
+        cluster.scrubber(away).ask(1);
         let repaired = |cluster: &Cluster| cluster.scrubber(away).status().repaired == damaged.len() as u64;
         assert!(cluster.run_until(LIMIT * 2, repaired).await, "{:?}", cluster.scrubber(away).status());
         assert!(damaged.iter().all(|block| cluster.nodes[away].disk.is_intact(at, *block)));
@@ -162,7 +162,7 @@ fn damage_without_an_intact_copy_stays_known_and_hides_no_other() {
             (0..600).for_each(|block| node.disk.corrupt(at, block));
         }
         cluster.nodes[away].disk.corrupt(at, 699);
-        cluster.scrubber(away).begin();
+        cluster.scrubber(away).ask(1);
         let repaired = |cluster: &Cluster| cluster.scrubber(away).status().repaired == 1;
         assert!(cluster.run_until(LIMIT * 4, repaired).await, "{:?}", cluster.scrubber(away).status());
         assert!(cluster.nodes[away].disk.is_intact(at, 699));

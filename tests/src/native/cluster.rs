@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,7 @@ use storage::ids::{
     BLOCKS_PER_SEGMENT, ByteSize, DiskId, Generation, LayerId, SEGMENT_SIZE, SegmentIndex, SegmentKey,
     VolumeId,
 };
-use storage::status::{VolumeState, VolumeStatus};
+use storage::status::{ScrubStatus, VolumeState, VolumeStatus};
 use storage::store::DiskStore;
 use storage::store::disk::LogStore;
 use tokio::runtime::Runtime;
@@ -127,7 +127,7 @@ impl DataCluster {
                 log: root.join("log"),
                 client: DataClient::new(paths.data_socket()),
                 paths,
-                disk: DiskConfig { id: DiskId::random(), path: place.join("disk") },
+                disk: DiskConfig { id: DiskId::random(), path: place.join("disk"), scrubs: 0 },
                 process: None,
             });
         }
@@ -252,6 +252,24 @@ impl DataCluster {
             cluster.volume(node).is_some_and(open)
         })?;
         Ok(generation)
+    }
+
+    /// Has a node's disk verified.
+    pub fn scrub(&mut self, node: usize) {
+        for disk in &mut self.record.lock().nodes[node].disks {
+            disk.scrubs += 1;
+        }
+    }
+
+    /// How the verification of a node's disk stands.
+    pub fn scrub_status(&self, node: usize) -> Option<ScrubStatus> {
+        let record = self.record.lock();
+        Some(record.nodes[node].observed.as_ref()?.storage.disks.first()?.scrub.clone())
+    }
+
+    /// The device or file of a node's disk.
+    pub fn disk_path(&self, node: usize) -> &Path {
+        &self.nodes[node].disk.path
     }
 
     /// Makes the volume larger.

@@ -23,6 +23,33 @@ pub struct Disk {
     pub used_bytes: Option<u64>,
     /// Model, as far as known.
     pub model: Option<String>,
+    /// How its verification stands, as far as known.
+    pub scrub: Option<DiskScrub>,
+}
+
+/// How the verification of a disk stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskScrub {
+    /// Whether it is under way.
+    pub state: ScrubState,
+    /// When the last one ended.
+    pub last_end: Option<String>,
+    /// Verified by the present one, or else by the last one.
+    pub checked_bytes: u64,
+    /// Blocks of 4 KiB known to be damaged and not repaired yet.
+    pub damaged_blocks: u64,
+    /// Blocks repaired since the disk was last opened.
+    pub repaired_blocks: u64,
+}
+
+/// Whether a disk is being verified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScrubState {
+    /// Waits for its time.
+    Idle,
+    /// Under way.
+    Running,
 }
 
 /// How a disk is.

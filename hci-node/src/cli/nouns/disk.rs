@@ -52,6 +52,14 @@ pub enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// Verify now what a disk holds; damaged blocks are repaired from other copies. Each disk has its turn every two weeks anyway.
+    #[command(
+        after_help = "Examples:\n  hci disk scrub n1:/dev/vdb\n  hci disk scrub n1:/dev/vdb && hci disk get n1:/dev/vdb\nAPI: POST /v1/disks/DISK/scrub"
+    )]
+    Scrub {
+        /// The disk, as NODE:PATH or by its id.
+        disk: String,
+    },
     /// Keep a disk that is being emptied.
     #[command(
         after_help = "Examples:\n  hci disk resume n1:/dev/vdb\n  hci disk resume n1:/dev/vdb --no-wait\nAPI: POST /v1/disks/DISK/resume"
@@ -119,6 +127,13 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
             let answer = context.client.post(&path, &json!({ "force": force })).await?;
             finish(&context.client, context.wait, answer).await?;
             say(&format!("{disk} has left the pool"));
+            Ok(())
+        }
+        Verb::Scrub { disk } => {
+            let path = format!("{}/scrub", object_path("/v1/disks", &disk));
+            let answer = context.client.post(&path, &json!({})).await?;
+            finish(&context.client, context.wait, answer).await?;
+            say(&format!("{disk} is being verified; see how far it is: hci disk get {disk}"));
             Ok(())
         }
         Verb::Resume { disk } => {

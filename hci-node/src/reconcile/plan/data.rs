@@ -127,8 +127,13 @@ fn my_disks<'a>(view: View<'a>) -> impl Iterator<Item = &'a Disk> {
 }
 
 fn disks(view: View<'_>) -> Vec<DiskConfig> {
-    let prepared = my_disks(view).filter_map(|disk| disk.store.as_ref().map(|store| (disk.id, store)));
-    prepared.map(|(id, store)| DiskConfig { id: id.into(), path: store.into() }).collect()
+    let prepared = my_disks(view).filter_map(|disk| disk.store.as_ref().map(|store| (disk, store)));
+    let config = |(disk, store): (&Disk, &String)| DiskConfig {
+        id: disk.id.into(),
+        path: store.into(),
+        scrubs: disk.scrubs,
+    };
+    prepared.map(config).collect()
 }
 
 fn plan_disks(view: View<'_>, data: &DataView, actions: &mut Vec<Action>) {

@@ -50,6 +50,7 @@ pub(super) fn add_disk(
         added: at,
         service: DiskService::InService,
         room: DiskRoom::Free,
+        scrubs: 0,
     };
     state.disks.insert(id, disk);
     Ok(done)
@@ -150,6 +151,16 @@ pub(super) fn set_policy(
         state.note(at, Severity::Info, "pool-policy", Subject::Cluster, message);
     }
     Ok(Applied::now("pool set", Subject::Cluster, "pool"))
+}
+
+pub(super) fn scrub(state: &mut ClusterState, id: DiskId) -> Result<Applied, Refusal> {
+    let name = state.subject_name(&Subject::Disk(id));
+    let disk = state.disks.get_mut(&id).ok_or_else(|| not_found("disk", id))?;
+    if disk.state != DiskState::Ready {
+        return Err(conflict(format!("disk {name} is not in use"), "see why: hci disk list"));
+    }
+    disk.scrubs += 1;
+    Ok(Applied::now("disk scrub", Subject::Disk(id), name))
 }
 
 pub(super) fn set_service(

@@ -88,6 +88,7 @@ impl World {
             capacity_bytes: 100 * GIB,
             used_bytes: self.used(disk.id),
             health: DiskHealth::Ok,
+            scrub: Default::default(),
         });
         let vms = self.state.vms_on(node).filter_map(|vm| {
             let epoch = vm.assignment?.epoch;

@@ -89,6 +89,7 @@ fn pool_disk(number: u128) -> Disk {
         added: Timestamp(0),
         service: DiskService::InService,
         room: DiskRoom::Free,
+        scrubs: 0,
     }
 }
 
