@@ -428,7 +428,7 @@ fn bits_that_rot_are_found_by_a_scrub_and_repaired_unread() -> Result<()> {
         let repaired = |cluster: &DataCluster| {
             cluster.scrub_status(2).is_some_and(|scrub| scrub.repaired > 0 && scrub.damaged == 0)
         };
-        let waited = cluster.wait("the damage is found and repaired", PATIENCE, repaired);
+        let waited = cluster.wait("the damage is found and repaired", 2 * PATIENCE, repaired);
         waited.with_context(|| format!("{:?}, {damaged} copies damaged", cluster.scrub_status(2)))?;
         ensure!(cluster.record().lock().in_sync() == 3, "a replica was lost for it");
         ensure!(client.read(8 << 20, BLOCK_SIZE as u32)? == content);

@@ -15,6 +15,8 @@ use std::time::Duration;
 
 /// How often replicas are asked.
 const ASK_EVERY: Duration = Duration::from_secs(15);
+/// How soon they are asked again after a repair, to see that it is one.
+const SEE: Duration = Duration::from_secs(1);
 /// Opening has better things to do.
 const FIRST: Duration = Duration::from_secs(2);
 
@@ -23,33 +25,38 @@ impl Coordinator {
     pub(super) async fn run_repairs(self: Arc<Self>) {
         self.phase.wait_for(|p| p == Phase::Open).await;
         tokio::time::sleep(FIRST).await;
+        let mut before = 0;
         loop {
             self.phase.wait_for(|p| p == Phase::Open).await;
             let replicas = self.table.lock().with_segments_in_sync();
+            let mut found = 0;
             for target in replicas {
-                self.repair_replica(target).await;
+                found += self.repair_replica(target).await;
             }
-            tokio::time::sleep(ASK_EVERY).await;
+            // What is there for the second time is beyond repair for now.
+            let pause = if found > before { SEE } else { ASK_EVERY };
+            before = found;
+            tokio::time::sleep(pause).await;
         }
     }
 
-    /// Goes through one replica's list. What cannot be repaired now stays on it and is passed over.
-    async fn repair_replica(self: &Arc<Self>, target: Target) {
+    /// Goes through one replica's list and returns how many blocks are on it. What cannot be repaired now stays on it and is passed over.
+    async fn repair_replica(self: &Arc<Self>, target: Target) -> u32 {
         let mut skip = 0;
         loop {
             let view = self.layers.view();
             let op = ReplicaOp::Damaged { disk: target.disk, layers: view.all.clone(), skip };
             let answer = self.call(target, op, self.rim.timing.flush_deadline).await;
             // Whether the replica is lost is for others to find out.
-            let Ok(ReplicaOutcome::Damaged(runs)) = answer else { return };
+            let Ok(ReplicaOutcome::Damaged(runs)) = answer else { return skip };
             if runs.is_empty() {
-                return;
+                return skip;
             }
             for run in runs {
                 let layer = LayerRef { volume: run.at.volume, layer: run.at.layer };
                 if !view.all.contains(&layer) || !self.has(&run) {
                     tracing::warn!(volume = %self.id, disk = %target.disk, ?run, "damage in what the volume does not have");
-                    return;
+                    return skip;
                 }
                 skip += run.blocks.len() as u32;
                 self.repair_layer(view.part(run.at.segment, layer), run.blocks).await;
