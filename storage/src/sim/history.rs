@@ -177,6 +177,16 @@ impl History {
         Frozen(self.sectors.clone())
     }
 
+    /// Everything is again as it was at that moment, durably; what was not complete then may be there or not.
+    pub(super) fn restore(&mut self, frozen: &Frozen) {
+        let now = self.tick();
+        self.sectors = frozen.0.clone();
+        for write in self.sectors.values_mut().flatten() {
+            write.over = Some(write.over.unwrap_or(now));
+            write.flushed |= write.certain.is_some();
+        }
+    }
+
     /// S2: nothing is completed by an opening that another one has followed.
     fn check_serving(&mut self, opening: u64, what: &str) {
         if opening < self.serving {

@@ -67,6 +67,7 @@ struct Tally {
     openings: u64,
     snapshots: u64,
     merges: u64,
+    restores: u64,
 }
 
 /// One random run. Returns what went wrong.
@@ -184,6 +185,7 @@ async fn finish(cluster: &mut Cluster) -> Result<Tally, Vec<String>> {
         openings: record.opening,
         snapshots: record.snapshots.count,
         merges: record.snapshots.merges,
+        restores: record.snapshots.restores,
     })
 }
 
@@ -245,14 +247,15 @@ fn invariants_hold_under_random_faults() {
     });
     let sum = |f: fn(&Tally) -> u64| tallies.iter().map(f).sum::<u64>();
     println!(
-        "{count} seeds: {} openings, {} writes, {} flushes, {} sectors read, {} losses of caches, {} snapshots, {} merges",
+        "{count} seeds: {} openings, {} writes, {} flushes, {} sectors read, {} losses of caches, {} snapshots, {} merges, {} restores",
         sum(|t| t.openings),
         sum(|t| t.writes),
         sum(|t| t.flushes),
         sum(|t| t.reads),
         sum(|t| t.losses),
         sum(|t| t.snapshots),
-        sum(|t| t.merges)
+        sum(|t| t.merges),
+        sum(|t| t.restores)
     );
     assert!(sum(|t| t.snapshots) > count && sum(|t| t.merges) > count / 2, "too few snapshots and merges");
     assert!(sum(|t| t.writes) > count * 100, "the runs do too little to prove anything");

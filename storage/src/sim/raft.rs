@@ -84,6 +84,7 @@ impl Raft {
         record.volume = volume;
         record.coordinator = Some(node);
         record.end_freeze();
+        record.restore_at_random(&self.dice, &mut self.history.lock());
         self.next_opening(&mut record);
         self.note_losses(&mut record);
         Some(record.volume.clone())

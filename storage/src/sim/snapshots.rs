@@ -22,6 +22,8 @@ use uuid::Uuid;
 
 /// How long the data of a dead layer are kept: a read that was on its way when it died has ended then.
 const REMOVE_AFTER: Duration = Duration::from_secs(3);
+/// How many openings in a hundred go back to a snapshot.
+const RESTORE_PERCENT: u64 = 40;
 /// Sectors in a block.
 const SECTORS: u64 = BLOCK_SIZE / SECTOR_SIZE;
 
@@ -54,11 +56,13 @@ pub(super) struct Snapshots {
     dead: Vec<(LayerRef, Instant)>,
     pub(super) count: u64,
     pub(super) merges: u64,
+    pub(super) restores: u64,
 }
 
 impl Snapshots {
     pub(super) fn new(volume: VolumeId) -> Self {
-        Self { volume, next: 1, pending: None, taken: Vec::new(), dead: Vec::new(), count: 0, merges: 0 }
+        let (taken, dead) = (Vec::new(), Vec::new());
+        Self { volume, next: 1, pending: None, taken, dead, count: 0, merges: 0, restores: 0 }
     }
 }
 
@@ -147,6 +151,17 @@ impl Record {
             self.volume.layers.chain.iter().chain(&self.volume.layers.kept).copied().collect();
         let dead = gone.layers.into_iter().filter(|layer| !all.contains(layer));
         self.snapshots.dead.extend(dead.map(|layer| (layer, Instant::now())));
+    }
+
+    /// Now and then the volume is not only opened by another node but put back to a snapshot before.
+    pub(super) fn restore_at_random(&mut self, dice: &Dice, history: &mut History) {
+        let count = self.snapshots.taken.len() as u64;
+        if count > 0 && dice.percent(RESTORE_PERCENT) {
+            let at = dice.below(count) as usize;
+            self.restore(at);
+            history.restore(&self.snapshots.taken[at].frozen);
+            self.snapshots.restores += 1;
+        }
     }
 
     /// The volume, which nobody has open, goes back to a snapshot.
