@@ -231,3 +231,38 @@ fn a_closed_volume_that_lacks_a_copy_is_opened_until_it_has_it() {
     world.pass(1);
     assert_eq!(world.state.volumes[&volume].coordinator, None, "a complete volume stays closed");
 }
+
+#[test]
+fn a_freeze_that_does_not_end_is_given_up_and_layers_are_merged_without_a_user() {
+    let mut world = World::new();
+    let volume = new_volume(1, 3);
+    let id = volume.id;
+    world.ask(Op::CreateVolume { volume, near: None, unreachable: vec![] }, 51).unwrap();
+    let open = Op::OpenVolume { volume: id, node: node_id(1), expected: Generation(0), unreachable: vec![] };
+    world.ask(open, 52).unwrap();
+    let volumes = [(id, SnapshotId(testing::id(5000)))].into_iter().collect();
+    let freeze = FreezeId(testing::id(6000));
+    world.ask(Op::TakeSnapshot { freeze, name: "s1".into(), volumes }, 53).unwrap();
+    world.pass(1);
+    let decide = |world: &mut World, seconds| {
+        let at = Timestamp(0).plus_seconds(seconds);
+        world.ha.decide(&world.state, &world.leases, world.now, at)
+    };
+    assert!(decide(&mut world, 5).iter().all(|command| command.op != Op::AbandonFreeze(freeze)));
+    for command in decide(&mut world, 11) {
+        world.state.apply(&command).unwrap();
+    }
+    let task = &world.state.tasks[&TaskId(testing::id(53))];
+    assert!(matches!(task.state, TaskState::Failed(_)), "{task:?}");
+    assert!(world.state.volumes[&id].layers.snapshots.is_empty());
+
+    // The layer that was put on for nothing goes again: the volume is opened for that.
+    let (generation, cleanliness) = (Generation(1), Cleanliness::Clean);
+    world.ask(Op::CloseVolume { volume: id, generation, cleanliness }, 54).unwrap();
+    world.pass(1);
+    let opened = &world.state.volumes[&id];
+    assert!(opened.coordinator.is_some() && opened.layers.merge.is_some());
+    let (generation, layer) = (opened.generation, opened.layers.merge.unwrap());
+    world.ask(Op::LayerMerged { volume: id, generation, layer }, 55).unwrap();
+    assert_eq!(world.state.volume_use(&world.state.volumes[&id]), VolumeUse::Nothing);
+}
