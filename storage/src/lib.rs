@@ -15,6 +15,10 @@
 //!                                       └─► control plane: changes of the in-sync set (Raft), never on the I/O path
 //! ```
 //!
+//! A segment's content lies in a chain of **layers**: a block is that of the first layer that has it. A snapshot freezes the top and starts another
+//! one, a clone is a volume whose chain ends in layers of another, so neither copies anything (`coordinator::layers`, `freeze`, `merge`).
+//! A replica is in sync only when it holds every layer of its volume.
+//!
 //! # Where to start reading
 //!
 //! | module | it is |

@@ -164,7 +164,9 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
         }
         Verb::Snapshot { verb } => snapshot::run_vm(context, verb).await,
         Verb::Delete { name } => {
-            context.delete("/v1/vms", &name, &format!("destroys VM {name} with its disks")).await
+            context
+                .delete("/v1/vms", &name, &format!("destroys VM {name} with its disks and their snapshots"))
+                .await
         }
     }
 }
