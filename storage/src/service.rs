@@ -210,7 +210,10 @@ impl Storage {
         for (id, path, _) in &current {
             if !wanted.iter().any(|w| w.id == *id && w.path == *path) {
                 self.shared.rim.replicas.remove_disk(*id);
-                self.shared.disks.lock().remove(id);
+                let removed = self.shared.disks.lock().remove(id);
+                if let Some(OpenDisk { running: Ok(running), .. }) = removed {
+                    running.scrubber.end().await;
+                }
             }
         }
         for disk in wanted {
@@ -342,8 +345,11 @@ impl Storage {
         for (_, open) in std::mem::take(&mut *self.shared.volumes.lock()) {
             open.coordinator.kill();
         }
-        for disk in std::mem::take(&mut *self.shared.disks.lock()).into_keys() {
-            self.shared.rim.replicas.remove_disk(disk);
+        for (id, disk) in std::mem::take(&mut *self.shared.disks.lock()) {
+            self.shared.rim.replicas.remove_disk(id);
+            if let Ok(running) = disk.running {
+                running.scrubber.end_blocking();
+            }
         }
     }
 

@@ -38,6 +38,8 @@ const STEP: u64 = 1 << 20;
 const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
 /// Pause after a step that failed, and while the list of damage is full.
 const SETBACK: Duration = Duration::from_secs(60);
+/// How long the end of a scrub's step is waited for.
+const END_DEADLINE: Duration = Duration::from_secs(1);
 /// How often the record is written while a scrub goes on.
 const SAVE_EVERY: Duration = Duration::from_secs(10);
 /// How often the calendar is looked at while none does.
@@ -63,7 +65,7 @@ impl Default for ScrubPolicy {
 /// The scrubber of one disk. Ends when dropped.
 pub(crate) struct Scrubber {
     work: Arc<Work>,
-    _task: AbortOnDropHandle<()>,
+    task: AbortOnDropHandle<()>,
 }
 
 struct Work {
@@ -83,7 +85,7 @@ impl Scrubber {
         let record = Mutex::new(Record::new(now()));
         let work = Arc::new(Work { id, disk, policy, record, file, asked: watch::Sender::new(0) });
         let task = tokio::spawn(work.clone().run());
-        Self { work, _task: AbortOnDropHandle::new(task) }
+        Self { work, task: AbortOnDropHandle::new(task) }
     }
 
     /// That many scrubs were asked for so far; one that is new begins now, if none is under way.
@@ -93,6 +95,22 @@ impl Scrubber {
             *asked = count.max(*asked);
             is_new
         });
+    }
+
+    /// Ends it. After that it does not hold the store any more.
+    pub(crate) async fn end(self) {
+        self.task.abort();
+        // It was cut short, as it was meant to be.
+        let _ = self.task.await;
+    }
+
+    /// The same from outside of the runtime.
+    pub(crate) fn end_blocking(self) {
+        let deadline = std::time::Instant::now() + END_DEADLINE;
+        self.task.abort();
+        while !self.task.is_finished() && std::time::Instant::now() < deadline {
+            std::thread::sleep(SHORTEST_PAUSE);
+        }
     }
 
     /// How it stands.
