@@ -161,13 +161,13 @@ impl History {
 
     /// No in-sync replica is left that has what was not flushed.
     pub(super) fn lose_unflushed(&mut self) {
-        let now = self.tick();
+        self.tick();
         self.losses += 1;
         for write in self.sectors.values_mut().flatten() {
             write.gone = None;
             if !write.flushed && write.certain.is_some() {
+                // One that is not acknowledged may still be done again.
                 write.certain = None;
-                write.over = Some(write.over.unwrap_or(now));
             }
         }
     }
