@@ -272,7 +272,9 @@ mod tests {
                 ["run", "install", "completion", "version", "api", "help"].contains(&command.get_name());
             if !command.has_subcommands() && !role {
                 let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
-                if help.matches("\n  hci ").count() < 2 || !help.contains("API: ") {
+                // What looks at a device of this machine says that it asks nobody.
+                let says = help.contains("API: ") || help.contains("Needs no cluster.");
+                if help.matches("\n  hci ").count() < 2 || !says {
                     missing.push(path.clone());
                 }
             }

@@ -23,7 +23,7 @@ use crate::data::protocol::{FormattedDisk, Wipe};
 pub const MARKER: &str = "hci-disk";
 /// File of the store in a directory.
 const STORE: &str = "store";
-/// This part of the free room of a directory's file system becomes the disk: others may want some of it too.
+/// This part of the free room of a directory's file system becomes the disk.
 const PART_OF_ROOM: u64 = 2;
 /// Zeroed at both ends of a device that is wiped: partition tables and their copies, RAID and LVM labels.
 const WIPE_BYTES: u64 = 1 << 20;
@@ -159,14 +159,8 @@ fn format_file(disk: DiskId, store: &Path) -> Result<(), PrepareError> {
     let room = nix::sys::statvfs::fstatvfs(&file).map_err(|error| failed(error.into()))?;
     let free = room.blocks_available().saturating_mul(room.fragment_size());
     let size = free / PART_OF_ROOM / BLOCK * BLOCK;
-    // Its room is its own from now on: a write must not find the file system full. In memory that would take it at once.
-    let kind = nix::sys::statfs::fstatfs(&file).map_err(|error| failed(error.into()))?.filesystem_type();
-    if kind == nix::sys::statfs::TMPFS_MAGIC {
-        file.set_len(size).map_err(failed)?;
-    } else {
-        let size = i64::try_from(size).unwrap_or(i64::MAX);
-        nix::fcntl::posix_fallocate(&file, 0, size).map_err(|error| failed(error.into()))?;
-    }
+    // Room is taken as it is used: a directory is for machines whose file system others use, too.
+    file.set_len(size).map_err(failed)?;
     file.sync_all().map_err(failed)?;
     drop(file);
     Ok(LogStore::format(store, disk)?)
