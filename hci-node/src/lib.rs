@@ -10,6 +10,7 @@
 //! | [`reconcile`] | makes what runs on this node match the state: volumes, ports, VMs, disks |
 //! | [`data`] | `hci data run`: storage and overlay of this node in a process of its own |
 //! | [`vmm_role`] | `hci vmm run`: the process around one guest |
+//! | [`images`] | `hci image-worker` and the reader of images that come from outside |
 //! | [`paths`] | where a node keeps its files |
 //! | [`cli`] | the command line: parses, calls the API of a node, prints |
 
@@ -20,6 +21,7 @@ pub mod control;
 pub mod data;
 pub mod exposition;
 pub mod files;
+pub mod images;
 pub mod meta_store;
 pub mod paths;
 pub mod pinned_tls;

@@ -142,6 +142,9 @@ enum Command {
     /// The VMM role: one VM; started by the system.
     #[command(subcommand)]
     Vmm(roles::VmmCommand),
+    /// The image worker: reads one image in a sandbox; started by the control role.
+    #[command(hide = true)]
+    ImageWorker(crate::images::worker::Args),
     /// Install this server; started from the ISO.
     Install(roles::InstallArgs),
     /// Print the version.
@@ -183,6 +186,7 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Data(command) => return roles::data(command),
         Command::Vmm(command) => return roles::vmm(command),
         Command::Install(args) => return roles::install(args),
+        Command::ImageWorker(args) => return Ok(crate::images::worker::run(&args)),
         command => {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -247,6 +251,7 @@ async fn ask(global: Global, command: Command) -> Result<Exit, CliError> {
         | Command::Data(_)
         | Command::Vmm(_)
         | Command::Install(_)
+        | Command::ImageWorker(_)
         | Command::Completion { .. }
         | Command::Version => {
             return Err(CliError::new(Exit::Usage, "this is not a question to the API"));
@@ -268,8 +273,8 @@ mod tests {
     fn every_verb_that_asks_the_api_has_examples_and_names_the_call() {
         fn check(command: &clap::Command, path: &str, missing: &mut Vec<String>) {
             let path = format!("{path} {}", command.get_name());
-            let role =
-                ["run", "install", "completion", "version", "api", "help"].contains(&command.get_name());
+            let roles = ["run", "install", "image-worker", "completion", "version", "api", "help"];
+            let role = roles.contains(&command.get_name());
             if !command.has_subcommands() && !role {
                 let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
                 // What looks at a device of this machine says that it asks nobody.

@@ -8,28 +8,34 @@
 
 use std::{
     fs,
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use bytes::Bytes;
-use futures_util::{Stream, StreamExt};
+use futures_util::{Stream, StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use netfabric::rpc::CallError;
 use tokio::io::AsyncWriteExt;
 use tokio_util::sync::CancellationToken;
 
-use super::{image_format, member::Member};
+use super::member::Member;
 use crate::{
     api::{
         problem::{Problem, ProblemKind},
         requests::{Context, not_found},
         service::{self, ApiResponse},
     },
+    files::{self, Durability},
+    images::{
+        boot_file,
+        protocol::{Extent, Mode},
+        reader::{ReadError, Worker},
+    },
     paths::NodePaths,
     state::{
-        Availability, BootFile, Command, ContentHash, Generation, Image, ImageId, ImagePart, Op, PartState,
-        TaskError, TaskId, Volume, VolumeId, report::VolumeRunState,
+        Availability, BLOCK_BYTES, BootFile, Command, ContentHash, Generation, Image, ImageId, ImagePart, Op,
+        PartState, TaskError, TaskId, Volume, VolumeId, report::VolumeRunState,
     },
 };
 
@@ -37,8 +43,8 @@ use crate::{
 const MAX_BOOT_FILE: u64 = 1 << 30;
 /// Largest upload of a disk.
 const MAX_DISK: u64 = 2 << 40;
-/// Written to a volume at a time.
-const PIECE: usize = 4 << 20;
+/// Writes to a volume under way at a time.
+const WRITES: usize = 8;
 /// Progress is told after this much.
 const PROGRESS_EVERY: u64 = 256 << 20;
 /// How often the state is looked at when nothing changes.
@@ -137,14 +143,8 @@ where
     tokio::fs::create_dir_all(&dir).await.map_err(|error| local("cannot spool the upload", &error))?;
     let mut spooled = Spooled(Some(dir.join(format!("upload-{}", uuid::Uuid::new_v4()))));
     let (length, hash) = receive(&upload, spooled.path(), body).await?;
-    let path = spooled.path().to_owned();
     let part = upload.part;
-    let checked = tokio::task::spawn_blocking(move || image_format::check(part, &path, length)).await;
-    let content_bytes = checked
-        .map_err(|error| Problem::new(ProblemKind::Internal, error.to_string(), "import again"))?
-        .map_err(|error| {
-            invalid(format!("the {} cannot be used: {error}", part.name()), "import another file")
-        })?;
+    let content_bytes = check(part, spooled.path(), length).await?;
 
     let state = member.state();
     let lost = |node: &&crate::state::Node| node.availability != Availability::Available;
@@ -174,6 +174,23 @@ where
         let _ = tokio::fs::remove_file(kept).await;
     }
     asked
+}
+
+/// Checks what was uploaded before the cluster hears of it; answers how large it is as the guest sees it.
+async fn check(part: ImagePart, path: &Path, length: u64) -> Result<u64, Problem> {
+    let unusable = |error: String| {
+        invalid(format!("the {} cannot be used: {error}", part.name()), "import another file")
+    };
+    if part != ImagePart::Disk {
+        boot_file::check(part, path).map_err(|error| unusable(error.to_string()))?;
+        return Ok(length);
+    }
+    let file = fs::File::open(path).map_err(|error| local("cannot read the upload", &error))?;
+    match Worker::default().probe(file).await {
+        Ok((header, _)) => Ok(header.size_bytes),
+        Err(ReadError::Start(error)) => Err(local("cannot start the image worker", &error)),
+        Err(error) => Err(unusable(error.to_string())),
+    }
 }
 
 /// The image as this node knows it; it may have been declared a moment ago through another node.
@@ -342,6 +359,7 @@ async fn disk(
     }
     commit(member, Op::CompleteImagePart { image, part: ImagePart::Disk, node: member.id }).await?;
     // What stays only takes space.
+    let _ = fs::remove_file(progress_file(&path));
     let _ = fs::remove_file(path);
     Ok(())
 }
@@ -362,64 +380,79 @@ fn wait_open(member: &Member, volume: &Volume) -> Result<(), StepError> {
     if open { Ok(()) } else { Err(StepError::Later("the volume is not open yet".to_owned())) }
 }
 
+/// How far a disk is written and flushed, beside its spool file: a restart goes on from there.
+fn progress_file(path: &Path) -> PathBuf {
+    path.with_extension("progress")
+}
+
+fn read_progress(path: &Path) -> u64 {
+    // Anything but a whole block's offset was not written by us: from the start.
+    let text = fs::read_to_string(progress_file(path)).unwrap_or_default();
+    text.trim().parse().ok().filter(|offset: &u64| offset.is_multiple_of(BLOCK_BYTES)).unwrap_or(0)
+}
+
+/// Writes what the worker reads from the spool file. Zeroes are left out: the volume is new.
 async fn fill(
     member: &Arc<Member>,
     volume: &Volume,
     path: &Path,
     task: Option<TaskId>,
 ) -> Result<(), StepError> {
-    let opened = image_format::DiskReader::open(path);
-    let reader =
-        Arc::new(opened.map_err(|error| StepError::Final(format!("the upload cannot be read: {error}")))?);
-    let (mut offset, mut told) = (0u64, 0u64);
-    while offset < reader.size_bytes() {
-        if member.state().volumes.get(&volume.id).map(|now| now.generation) != Some(volume.generation) {
-            // What the last generation had not flushed may be lost: all of it again.
-            return Err(StepError::Later("the volume was opened anew".to_owned()));
+    let unreadable = |error: ReadError| match error {
+        ReadError::Start(_) => StepError::Later(error.to_string()),
+        error => StepError::Final(format!("the disk cannot be read: {error}")),
+    };
+    let image = fs::File::open(path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => StepError::Final("the node lost the upload".to_owned()),
+        _ => StepError::Later(error.to_string()),
+    })?;
+    let mut flushed = read_progress(path);
+    let mut reading = Worker::default().open(image, Mode::Read, flushed).await.map_err(unreadable)?;
+    let size = reading.header().map_err(unreadable)?.size_bytes;
+    if size > volume.size_bytes {
+        return Err(StepError::Final("the disk is larger than it was when it came".to_owned()));
+    }
+    let is_ours = || {
+        let now = member.state().volumes.get(&volume.id).map(|now| now.generation);
+        match now == Some(volume.generation) && volume.generation > Generation(0) {
+            true => Ok(()),
+            // What was not flushed may be lost: again from the last flush.
+            false => Err(StepError::Later("the volume was opened anew".to_owned())),
         }
-        let source = reader.clone();
-        let piece = tokio::task::spawn_blocking(move || source.read(offset, PIECE)).await;
-        let piece = piece
-            .map_err(|error| StepError::Later(error.to_string()))?
-            .map_err(|error| StepError::Final(format!("the upload cannot be read: {error}")))?;
-        let length = piece.len() as u64;
-        if piece.iter().any(|byte| *byte != 0) {
-            let written = member.local.write_volume(volume.id, offset, piece).await;
-            written.map_err(|error| StepError::Later(error.to_string()))?;
+    };
+    let later = |error: CallError| StepError::Later(error.to_string());
+    let mut writes = FuturesUnordered::<BoxFuture<'static, Result<(), CallError>>>::new();
+    while let Some(extent) = reading.next().await.map_err(unreadable)? {
+        is_ours()?;
+        let end = extent.end();
+        if let Extent::Data { offset, data } = extent {
+            if writes.len() == WRITES
+                && let Some(written) = writes.next().await
+            {
+                written.map_err(later)?;
+            }
+            writes.push(member.local.write_volume(volume.id, offset, data));
         }
-        offset += length;
-        if let Some(task) = task
-            && offset - told >= PROGRESS_EVERY
-        {
-            told = offset;
-            let permille =
-                u16::try_from(offset.saturating_mul(1000) / reader.size_bytes().max(1)).unwrap_or(999);
-            commit(
-                member,
-                Op::UpdateTask { task, permille, message: "writes the disk to the pool".to_owned() },
-            )
-            .await?;
+        if end - flushed >= PROGRESS_EVERY {
+            while let Some(written) = writes.next().await {
+                written.map_err(later)?;
+            }
+            member.local.flush_volume(volume.id).await.map_err(later)?;
+            is_ours()?;
+            flushed = end;
+            let text = end.to_string();
+            files::replace(&progress_file(path), text.as_bytes(), 0o600, Durability::Durable)
+                .map_err(|error| StepError::Later(error.to_string()))?;
+            if let Some(task) = task {
+                let permille = u16::try_from(end.saturating_mul(1000) / size.max(1)).unwrap_or(999);
+                let message = "writes the disk to the pool".to_owned();
+                commit(member, Op::UpdateTask { task, permille, message }).await?;
+            }
         }
     }
-    member.local.flush_volume(volume.id).await.map_err(|error| StepError::Later(error.to_string()))?;
-    let now = member.state().volumes.get(&volume.id).map(|now| now.generation);
-    if now == Some(volume.generation) && volume.generation > Generation(0) {
-        return Ok(());
+    while let Some(written) = writes.next().await {
+        written.map_err(later)?;
     }
-    Err(StepError::Later("the volume was opened anew".to_owned()))
-}
-
-/// Reads a piece of a file, zero-padded to a whole block.
-pub(super) fn read_padded(file: &fs::File, offset: u64, length: usize) -> std::io::Result<Vec<u8>> {
-    let mut data = vec![0; length];
-    let mut read = 0;
-    while read < length {
-        match file.read_at(&mut data[read..], offset + read as u64) {
-            Ok(0) => break,
-            Ok(count) => read += count,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(data)
+    member.local.flush_volume(volume.id).await.map_err(later)?;
+    is_ours()
 }

@@ -8,7 +8,6 @@
 //! | [`running`] | what runs on a member, and in which order it starts |
 //! | [`leader`] | what the leader decides: availability, assignment of VMs, ends of tasks (pure), and its loop |
 //! | [`lease`], [`renew`] | leases of nodes, and their renewal with a report |
-//! | [`import`], [`image_format`] | images: uploads, checks, the way into the pool |
 //! | [`replicated`], [`raft`] | what is needed of consensus, and consensus behind it |
 //! | [`member`], [`local`] | what the parts of a member share, and what runs beside the control process |
 //! | [`rpc`] | what control processes ask each other |
@@ -19,7 +18,6 @@
 //! was doing is found again in the replicated state.
 
 pub mod app;
-pub mod image_format;
 pub mod import;
 pub mod join;
 pub mod leader;

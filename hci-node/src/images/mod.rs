@@ -1,0 +1,20 @@
+//! Disk images from outside, read in a process that can do nothing else.
+//!
+//! An image is hostile input: its tables may point anywhere, refer to other files, or be made to overwhelm whoever
+//! reads them. So the control process never looks into one. It opens the file and hands it to a worker, a process
+//! without privileges (`hci image-worker`), which finds out the format and says through a pipe what the disk holds.
+//! The worker may crash, hang or lie: that ends the import, with a reason, and nothing else.
+//!
+//! | module | it is |
+//! |---|---|
+//! | [`protocol`] | what the worker says, and the checks that its reader makes |
+//! | [`worker`] | the process: formats, sandbox |
+//! | [`reader`] | the parent's side: starts the worker, watches it, yields extents |
+//! | [`sha256`] | the digest of both |
+//! | [`boot_file`] | kernels and initramfs, which are only told apart by their first bytes |
+
+pub mod boot_file;
+pub mod protocol;
+pub mod reader;
+pub mod sha256;
+pub mod worker;

@@ -1,0 +1,160 @@
+//! What the worker gives up before it reads the first byte of an image.
+//!
+//! It keeps three things: to read the image, to write to the pipe, to use some memory and CPU time. One layer would do;
+//! there are several so that a gap in one of them is not one of the sandbox:
+//!
+//! - descriptors: only the image, the pipe and standard error, and no room for another one;
+//! - namespaces: a network without any interface, mounts, IPC and host name of its own;
+//! - its own user without groups and capabilities, for good (`no_new_privs`);
+//! - limits: memory, CPU time, no file may grow, no process may be started, no core is dumped;
+//! - Landlock: no file, no TCP port, no abstract socket, as far as the kernel knows these;
+//! - seccomp: the system calls listed in [`CALLS`]; any other one ends the process.
+//!
+//! Without root (a developer's test) the user stays and the namespaces are only tried. Everything else is the same.
+
+use std::{collections::BTreeMap, fs, io};
+
+use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, Scope};
+use nix::{
+    sched::{CloneFlags, unshare},
+    sys::{
+        prctl,
+        resource::{Resource, setrlimit},
+    },
+    unistd::{Gid, Uid, setgroups, setresgid, setresuid, setuid},
+};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+};
+
+/// The worker's user. It owns nothing and has no entry in the user database.
+const USER: u32 = 64_720;
+/// Heap and stack: tables, one cluster, one grain.
+const MEMORY: u64 = 512 << 20;
+/// All mappings: the executable too, which has symbols in a debug build.
+const ADDRESS_SPACE: u64 = 2 << 30;
+/// CPU seconds for any image.
+const CPU_BASE: u64 = 600;
+/// And one more for so many bytes of the file.
+const CPU_BYTES: u64 = 2 << 20;
+/// Standard input, output and error, and the copies of two of them.
+const DESCRIPTORS: u64 = 5;
+/// The newest Landlock that we know; older kernels enforce what they know of it.
+const LANDLOCK: ABI = ABI::V6;
+
+/// What reading an image needs.
+const CALLS: [i64; 22] = [
+    libc::SYS_read,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_lseek,
+    libc::SYS_fstat,
+    libc::SYS_statx,
+    libc::SYS_fcntl,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_close,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    libc::SYS_futex,
+    libc::SYS_sched_yield,
+    libc::SYS_clock_gettime,
+    libc::SYS_getrandom,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_exit_group,
+];
+
+/// Closes what was inherited beside the standard descriptors. To be called before anything is opened.
+pub(super) fn close_inherited() -> io::Result<()> {
+    // SAFETY: the process has just started; nothing in it owns a descriptor above 2.
+    match unsafe { libc::close_range(3, libc::c_uint::MAX, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Gives everything up, for reading an image of this length.
+pub(super) fn enter(length: u64) -> io::Result<()> {
+    // The parent may be protected from the OOM killer, which we inherit. If this fails the limits are left.
+    let _ = fs::write("/proc/self/oom_score_adj", "1000");
+    let alone = CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS;
+    if Uid::effective().is_root() {
+        unshare(alone)?;
+        become_nobody()?;
+    } else {
+        // Not every kernel lets users do this; seccomp refuses sockets all the same.
+        let _ = unshare(alone | CloneFlags::CLONE_NEWUSER);
+    }
+    prctl::set_no_new_privs()?;
+    prctl::set_dumpable(false)?;
+    no_files()?;
+    for (resource, limit) in [
+        (Resource::RLIMIT_DATA, MEMORY),
+        (Resource::RLIMIT_AS, ADDRESS_SPACE),
+        (Resource::RLIMIT_CPU, CPU_BASE + length / CPU_BYTES),
+        (Resource::RLIMIT_FSIZE, 0),
+        (Resource::RLIMIT_CORE, 0),
+        (Resource::RLIMIT_NPROC, 0),
+        (Resource::RLIMIT_NOFILE, DESCRIPTORS),
+    ] {
+        setrlimit(resource, limit, limit)?;
+    }
+    seccompiler::apply_filter(&filter().map_err(io::Error::other)?).map_err(io::Error::other)
+}
+
+fn become_nobody() -> io::Result<()> {
+    let (user, group) = (Uid::from_raw(USER), Gid::from_raw(USER));
+    setgroups(&[])?;
+    setresgid(group, group, group)?;
+    setresuid(user, user, user)?;
+    if setuid(Uid::from_raw(0)).is_ok() {
+        return Err(io::Error::other("the process could become root again"));
+    }
+    Ok(())
+}
+
+/// Landlock without any rule: what is handled is refused.
+fn no_files() -> io::Result<()> {
+    let closed = || {
+        Ruleset::default()
+            .handle_access(AccessFs::from_all(LANDLOCK))?
+            .handle_access(AccessNet::from_all(LANDLOCK))?
+            .scope(Scope::from_all(LANDLOCK))?
+            .create()?
+            .restrict_self()
+    };
+    closed().map(|_| ()).map_err(io::Error::other)
+}
+
+fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = CALLS.iter().map(|call| (*call, vec![])).collect();
+    // The protection is the third argument of both: never executable.
+    let data_only = SeccompCondition::new(
+        2,
+        SeccompCmpArgLen::Dword,
+        SeccompCmpOp::MaskedEq(u64::from(libc::PROT_EXEC.unsigned_abs())),
+        0,
+    )?;
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        rules.insert(call, vec![SeccompRule::new(vec![data_only.clone()])?]);
+    }
+    let target = std::env::consts::ARCH.try_into()?;
+    SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, target)?.try_into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_filter_can_be_built() {
+        assert!(filter().unwrap().len() > CALLS.len());
+    }
+}
