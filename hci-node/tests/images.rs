@@ -1,5 +1,5 @@
 //! The image worker as it is run: real images, compared with what `qemu-img` makes of them; damaged images; a worker
-//! that is killed.
+//! that is killed; a download that breaks off.
 //!
 //! Needs `qemu-img` (Debian: qemu-utils).
 
@@ -8,16 +8,23 @@
 
 use std::{
     fs::{self, File},
-    io::Write,
+    io::{BufRead, BufReader, Write},
+    net::TcpListener,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::Command,
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
-use hci_node::images::{
-    protocol::{Extent, Format, Mode},
-    reader::{ReadError, Worker},
+use hci_node::{
+    images::{
+        download::{Download, DownloadError},
+        protocol::{Extent, Format, Mode},
+        reader::{ReadError, Worker},
+        sha256::Sha256,
+    },
+    state::Sha256Sum,
 };
 
 const MIB: usize = 1 << 20;
@@ -269,4 +276,124 @@ async fn the_worker_has_no_privileges() {
     for set in ["CapPrm:", "CapEff:", "CapInh:", "CapAmb:"] {
         assert_eq!(field(set), ["0000000000000000"], "{set}");
     }
+}
+
+/// A web server with one file, which breaks off each answer after some bytes.
+struct Server {
+    address: std::net::SocketAddr,
+    requests: Arc<Mutex<Vec<String>>>,
+}
+
+impl Server {
+    /// `version` is the tag of the file: a later request gets the content of the last one that was set.
+    fn start(content: Arc<Mutex<(String, Vec<u8>)>>, at_most: usize) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let seen = requests.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+                let head: Vec<_> =
+                    lines.by_ref().map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
+                let field = |name: &str| {
+                    head.iter().find_map(|line| {
+                        let (key, value) = line.split_once(": ")?;
+                        key.eq_ignore_ascii_case(name).then(|| value.to_owned())
+                    })
+                };
+                let (tag, bytes) = content.lock().unwrap().clone();
+                let range = field("range").filter(|_| field("if-range").is_some_and(|asked| asked == tag));
+                seen.lock().unwrap().push(format!("{} {}", head[0], range.clone().unwrap_or_default()));
+                let from =
+                    range.and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
+                let answer = match (head[0].contains("/moved"), from) {
+                    (true, _) => "HTTP/1.1 302 Found\r\nlocation: /file\r\ncontent-length: 0\r\n".to_owned(),
+                    _ if head[0].contains("/none") => {
+                        "HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n".to_owned()
+                    }
+                    _ if head[0].contains("/circle") => {
+                        "HTTP/1.1 302 Found\r\nlocation: /circle\r\ncontent-length: 0\r\n".to_owned()
+                    }
+                    (_, None) => format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n", bytes.len()),
+                    (_, Some(from)) if from == bytes.len() => {
+                        format!("HTTP/1.1 416 No\r\ncontent-range: bytes */{from}\r\ncontent-length: 0\r\n")
+                    }
+                    (_, Some(from)) => {
+                        let (last, all) = (bytes.len() - 1, bytes.len());
+                        let left = all - from;
+                        format!(
+                            "HTTP/1.1 206 Part\r\ncontent-range: bytes {from}-{last}/{all}\r\ncontent-length: {left}\r\n"
+                        )
+                    }
+                };
+                let body = match answer.starts_with("HTTP/1.1 20") {
+                    true => &bytes[from.unwrap_or(0)..],
+                    false => &[],
+                };
+                let body = &body[..body.len().min(at_most)];
+                // A client that has gone is no concern of ours.
+                let _ = write!(stream, "{answer}etag: {tag}\r\nconnection: close\r\n\r\n");
+                let _ = stream.write_all(body);
+            }
+        });
+        Self { address, requests }
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address)
+    }
+}
+
+fn sum(bytes: &[u8]) -> Sha256Sum {
+    let mut sum = Sha256::new();
+    sum.update(bytes);
+    Sha256Sum(sum.finish())
+}
+
+#[tokio::test]
+async fn a_download_goes_on_where_it_broke_off() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n / 7) as u8).collect();
+    let content = Arc::new(Mutex::new(("\"one\"".to_owned(), bytes.clone())));
+    let server = Server::start(content.clone(), 1_000_000);
+    let download = |path: &str, file: &str| Download {
+        url: server.url(path),
+        to: dir.path().join(file),
+        limit: 1 << 30,
+        sha256: Some(sum(&bytes)),
+    };
+    let mut told = Vec::new();
+    let file = download("/moved", "file");
+    assert_eq!(file.run(|there, total| told.push((there, total))).await.unwrap(), 3_000_000);
+    assert!(fs::read(dir.path().join("file")).unwrap() == bytes);
+    let requests = server.requests.lock().unwrap().clone();
+    let ranges: Vec<_> = requests.iter().filter(|line| line.starts_with("GET /file")).cloned().collect();
+    assert_eq!(
+        ranges,
+        ["GET /file HTTP/1.1 ", "GET /file HTTP/1.1 bytes=1000000-", "GET /file HTTP/1.1 bytes=2000000-"]
+    );
+    // As after a restart: it is whole, and nothing of it comes again.
+    assert_eq!(file.run(|_, _| ()).await.unwrap(), 3_000_000);
+    assert!(server.requests.lock().unwrap().last().unwrap().ends_with("bytes=3000000-"));
+
+    // Another version in the middle is got from its start.
+    let other: Vec<u8> = bytes.iter().rev().copied().collect();
+    fs::write(dir.path().join("changed"), &bytes[..500_000]).unwrap();
+    let origin = format!(r#"{{"url":"{}","validator":"\"one\""}}"#, server.url("/file"));
+    fs::write(dir.path().join("changed.source"), origin).unwrap();
+    *content.lock().unwrap() = ("\"two\"".to_owned(), other.clone());
+    let changed = Download { sha256: None, ..download("/file", "changed") };
+    assert_eq!(changed.run(|_, _| ()).await.unwrap(), 3_000_000);
+    assert!(fs::read(dir.path().join("changed")).unwrap() == other);
+
+    // What is not what it should be is not kept.
+    let wrong = download("/file", "wrong").run(|_, _| ()).await.unwrap_err();
+    assert!(matches!(wrong, DownloadError::Sum { .. }), "{wrong}");
+    assert!(!dir.path().join("wrong").exists());
+    let none = download("/none", "none").run(|_, _| ()).await.unwrap_err();
+    assert!(matches!(none, DownloadError::Refused { .. }), "{none}");
+    let large = Download { limit: 1000, ..download("/file", "large") }.run(|_, _| ()).await.unwrap_err();
+    assert!(matches!(large, DownloadError::TooLarge(1000)), "{large}");
 }

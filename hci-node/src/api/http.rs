@@ -41,7 +41,7 @@ use super::{
 use crate::{
     control::{
         app::App,
-        import::{self, Upload},
+        import::{self, Asker, Piece, Upload},
         join::token::TokenString,
         member::Member,
     },
@@ -89,7 +89,10 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/metrics", get(metrics))
         .route("/v1/cluster", get(cluster).post(create_cluster))
         .route("/v1/cluster/join", post(join_cluster))
-        .route("/v1/images/{image}/{part}", put(upload).layer(DefaultBodyLimit::disable()))
+        .route(
+            "/v1/images/{image}/{part}",
+            put(upload).layer(DefaultBodyLimit::disable()).get(upload_offset).post(fetch_part),
+        )
         .route("/v1/vms/{vm}/console", get(console))
         .route("/v1/vms/{vm}/console/log", get(console_log))
         .fallback(other)
@@ -221,19 +224,38 @@ async fn upload(
     request: Request,
 ) -> Result<ApiResponse, Problem> {
     let member = member(&app)?;
-    let part = match part.as_str() {
-        "kernel" => ImagePart::Kernel,
-        "initramfs" => ImagePart::Initramfs,
-        "disk" => ImagePart::Disk,
-        _ => return Err(not_found("part of an image", &part)),
-    };
-    let (length, hash) = announced(request.headers())?;
+    let upload = announced(image, part_named(&part)?, request.headers())?;
     let body = request.into_body().into_data_stream();
-    import::upload(&member, Upload { image, part, length, hash }, body).await
+    import::upload(&member, upload, body).await
 }
 
-/// Length and BLAKE3 of an upload, as far as the client says.
-fn announced(headers: &HeaderMap) -> Result<(Option<u64>, Option<ContentHash>), Problem> {
+async fn upload_offset(
+    State(app): State<Arc<App>>,
+    UrlPath((image, part)): UrlPath<(String, String)>,
+) -> Result<ApiResponse, Problem> {
+    import::offset(&member(&app)?, &image, part_named(&part)?).await
+}
+
+async fn fetch_part(
+    State(app): State<Arc<App>>,
+    Extension(peer): Extension<Peer>,
+    UrlPath((image, part)): UrlPath<(String, String)>,
+    request: Request,
+) -> Result<ApiResponse, Problem> {
+    let member = member(&app)?;
+    let asker = if peer == Peer::Local { Asker::Root } else { Asker::Admin };
+    let request: api::FetchImagePart = service::parse(&body_of(request).await?)?;
+    import::fetch_part(&member, &image, part_named(&part)?, request, asker).await
+}
+
+fn part_named(name: &str) -> Result<ImagePart, Problem> {
+    let parts = [ImagePart::Kernel, ImagePart::Initramfs, ImagePart::Disk];
+    let part = parts.into_iter().find(|part| part.name() == name);
+    part.ok_or_else(|| not_found("part of an image", name))
+}
+
+/// An upload, as far as the client says what it is.
+fn announced(image: String, part: ImagePart, headers: &HeaderMap) -> Result<Upload, Problem> {
     fn read<T: std::str::FromStr>(headers: &HeaderMap, name: &str) -> Result<Option<T>, Problem> {
         let Some(value) = headers.get(name) else { return Ok(None) };
         let read = value.to_str().ok().and_then(|text| text.parse().ok());
@@ -242,7 +264,17 @@ fn announced(headers: &HeaderMap) -> Result<(Option<u64>, Option<ContentHash>), 
             Problem::new(ProblemKind::Invalid, detail, "send it as documented")
         })
     }
-    Ok((read(headers, "content-length")?, read(headers, "x-blake3")?))
+    let (length, offset) = (read(headers, "content-length")?, read(headers, "upload-offset")?);
+    let piece = match (offset, read(headers, "upload-length")?) {
+        (Some(offset), Some(total)) => Some(Piece { offset, total }),
+        (None, None) => None,
+        _ => {
+            let detail = "an upload that may be continued has both Upload-Offset and Upload-Length";
+            return Err(Problem::new(ProblemKind::Invalid, detail, "send both or neither"));
+        }
+    };
+    let (hash, sha256): (Option<ContentHash>, _) = (read(headers, "x-blake3")?, read(headers, "x-sha256")?);
+    Ok(Upload { image, part, length, piece, hash, sha256 })
 }
 
 /// The VM's id and node.

@@ -293,12 +293,34 @@ pub enum ImageState {
 pub struct ImagePart {
     /// `kernel`, `initramfs` or `disk`.
     pub part: String,
-    /// `awaiting`, `importing` or `ready`.
+    /// `awaiting`, `fetching`, `importing` or `ready`.
     pub state: String,
     /// Its size.
     pub size_bytes: Option<u64>,
     /// BLAKE3 of its content, for a kernel or initramfs.
     pub blake3: Option<String>,
+    /// Where a node fetches it from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+}
+
+/// `POST /v1/images/NAME/PART`: the node that answers fetches the part by itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FetchImagePart {
+    /// A URL, http or https; or
+    pub url: Option<String>,
+    /// a file of the node, by its absolute path. Only over the node's own socket.
+    pub file: Option<String>,
+    /// What the SHA-256 of the source must be.
+    pub sha256: Option<String>,
+}
+
+/// `GET /v1/images/NAME/PART`: how much of an upload that broke off this node has.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UploadOffset {
+    /// Where to go on.
+    pub offset: u64,
 }
 
 /// `POST /v1/images`: which parts will come. Each is then sent with `PUT /v1/images/NAME/PART`.

@@ -179,6 +179,7 @@ impl Views<'_> {
         let part = |(part, state): (&crate::state::ImagePart, &PartState)| {
             let (word, size_bytes, file) = match state {
                 PartState::Awaiting => ("awaiting", None, None),
+                PartState::Fetching { .. } => ("fetching", None, None),
                 PartState::Importing { volume, file, .. } => {
                     let size = volume.as_ref().and_then(size_of).or(file.map(|file| file.size_bytes));
                     ("importing", size, *file)
@@ -191,6 +192,10 @@ impl Views<'_> {
                 state: word.to_owned(),
                 size_bytes,
                 blake3: file.map(|file| file.hash.to_string()),
+                source: match state {
+                    PartState::Fetching { source, .. } => Some(source.location.as_str().to_owned()),
+                    _ => None,
+                },
             }
         };
         api::Image {

@@ -3,6 +3,7 @@
 //!
 //! Each request has its own connection: the command line makes few, and none can be disturbed by an earlier one.
 
+use std::io::SeekFrom;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use hyper::header::{AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOS
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncSeekExt, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_util::io::ReaderStream;
 
@@ -55,6 +56,19 @@ pub struct Credentials {
     pub token: Option<String>,
     /// `sha256:…` of the cluster's CA certificate.
     pub ca_fingerprint: Option<String>,
+}
+
+/// A file to send.
+#[derive(Debug, Clone, Copy)]
+pub struct Upload<'a> {
+    /// The file.
+    pub file: &'a Path,
+    /// Its length.
+    pub size: u64,
+    /// BLAKE3 of its content.
+    pub blake3: &'a str,
+    /// What its SHA-256 must be.
+    pub sha256: Option<&'a str>,
 }
 
 /// Talks to the API of one node.
@@ -117,27 +131,33 @@ impl Client {
             .unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&bytes).into_owned())))
     }
 
-    /// `PUT path` with a file as the body, streamed; `progress` is told of every piece that left.
+    /// `PUT path` with a file from an offset on as the body, streamed; `progress` is told of every piece that left.
     pub async fn upload(
         &self,
         path: &str,
-        file: &Path,
-        digest: &str,
+        upload: &Upload<'_>,
+        offset: u64,
         progress: impl Fn(u64) + Send + Sync + 'static,
     ) -> Result<Value, CliError> {
         let unreadable = |error: std::io::Error| {
-            CliError::new(Exit::Usage, format!("cannot read {}", file.display())).why(error)
+            CliError::new(Exit::Usage, format!("cannot read {}", upload.file.display())).why(error)
         };
-        let source = tokio::fs::File::open(file).await.map_err(unreadable)?;
-        let length = source.metadata().await.map_err(unreadable)?.len();
+        let mut source = tokio::fs::File::open(upload.file).await.map_err(unreadable)?;
+        source.seek(SeekFrom::Start(offset)).await.map_err(unreadable)?;
+        let source = source.take(upload.size.saturating_sub(offset));
         let pieces = ReaderStream::with_capacity(source, 256 << 10)
             .inspect_ok(move |piece| progress(piece.len() as u64))
             .map_ok(Frame::data);
-        let request = self
+        let mut request = self
             .request(Method::PUT, path)?
-            .header(CONTENT_LENGTH, length)
+            .header(CONTENT_LENGTH, upload.size.saturating_sub(offset))
             .header(CONTENT_TYPE, "application/octet-stream")
-            .header("x-blake3", digest);
+            .header("upload-offset", offset)
+            .header("upload-length", upload.size)
+            .header("x-blake3", upload.blake3);
+        if let Some(sha256) = upload.sha256 {
+            request = request.header("x-sha256", sha256);
+        }
         let response = self.send(build(request, BodyExt::boxed(StreamBody::new(pieces)))?).await?;
         let bytes = collect(response.into_body()).await?;
         Ok(serde_json::from_slice(&bytes).unwrap_or(Value::Null))

@@ -10,11 +10,15 @@
 //! | [`protocol`] | what the worker says, and the checks that its reader makes |
 //! | [`worker`] | the process: formats, sandbox |
 //! | [`reader`] | the parent's side: starts the worker, watches it, yields extents |
-//! | [`sha256`] | the digest of both |
+//! | [`download`] | getting a file from a web server, over broken connections and restarts |
+//! | [`room`] | room for such files on the node |
+//! | [`sha256`] | the digest of streams and sources |
 //! | [`boot_file`] | kernels and initramfs, which are only told apart by their first bytes |
 
 pub mod boot_file;
+pub mod download;
 pub mod protocol;
 pub mod reader;
+pub mod room;
 pub mod sha256;
 pub mod worker;

@@ -605,6 +605,17 @@ pub enum Op {
         /// The disk.
         disk: DiskId,
     },
+    /// A node gets a part of an image by itself.
+    FetchImagePart {
+        /// The image.
+        image: ImageId,
+        /// The part.
+        part: ImagePart,
+        /// The node.
+        node: NodeId,
+        /// From where.
+        source: ImageSource,
+    },
 }
 
 /// What a command that was accepted answers.

@@ -466,7 +466,7 @@ impl ImagePart {
     }
 }
 
-/// How far the upload of an image's part is.
+/// How far a part of an image is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PartState {
     /// Declared; nothing came yet.
@@ -486,6 +486,42 @@ pub enum PartState {
     File(BootFile),
     /// A disk that is in the pool.
     Volume(VolumeId),
+    /// A node gets it by itself.
+    Fetching {
+        /// That node.
+        node: NodeId,
+        /// From where.
+        source: ImageSource,
+        /// The task that shows its progress.
+        task: Option<TaskId>,
+    },
+}
+
+/// What a node gets a part of an image from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageSource {
+    /// Where it is.
+    pub location: SourceLocation,
+    /// What its SHA-256 must be.
+    pub sha256: Option<Sha256Sum>,
+}
+
+/// Where a source is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SourceLocation {
+    /// On a web server: http or https.
+    Url(String),
+    /// In a file of the node.
+    File(String),
+}
+
+impl SourceLocation {
+    /// As people wrote it.
+    pub fn as_str(&self) -> &str {
+        match self {
+            Self::Url(text) | Self::File(text) => text,
+        }
+    }
 }
 
 /// What VMs are made from.

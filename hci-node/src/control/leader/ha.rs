@@ -252,11 +252,13 @@ fn heal(view: &View<'_>, volume: &Volume, commands: &mut Vec<Command>) {
     }
 }
 
-/// An import ends with the node that had the upload.
+/// An import ends with the node that had the upload, or got it.
 fn imports(view: &View<'_>, commands: &mut Vec<Command>) {
     for image in view.state.images.values() {
         for (part, state) in &image.parts {
-            let PartState::Importing { node, .. } = state else { continue };
+            let (PartState::Importing { node, .. } | PartState::Fetching { node, .. }) = state else {
+                continue;
+            };
             if view.is_dead(*node) {
                 commands.push(view.command(Op::FailImagePart {
                     image: image.id,
@@ -329,7 +331,7 @@ fn settle(view: &View<'_>, task: &Task, commands: &mut Vec<Command>) {
 
 fn part_ready(view: &View<'_>, image: crate::state::ImageId, part: ImagePart) -> Verdict {
     match view.state.images.get(&image).and_then(|image| image.parts.get(&part)) {
-        Some(PartState::Importing { .. }) => Verdict::Wait,
+        Some(PartState::Importing { .. } | PartState::Fetching { .. }) => Verdict::Wait,
         Some(PartState::File(_) | PartState::Volume(_)) => Verdict::Done,
         Some(PartState::Awaiting) | None => {
             failed("the import was given up", "import it again: hci image import")

@@ -33,7 +33,10 @@ pub fn plan(view: View<'_>, actions: &mut Vec<Action>) {
                         });
                     }
                 }
-                PartState::Awaiting | PartState::Volume(_) | PartState::Importing { file: None, .. } => {}
+                PartState::Awaiting
+                | PartState::Fetching { .. }
+                | PartState::Volume(_)
+                | PartState::Importing { file: None, .. } => {}
             }
         }
     }

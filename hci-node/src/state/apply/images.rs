@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 
 use super::{Applied, check_free, check_name, conflict, invalid, not_found, storage, tasks};
 use crate::state::{
-    BootFile, ClusterState, Goal, Image, ImageId, ImagePart, NodeId, PartState, Refusal, Severity, Subject,
-    TaskError, TaskId, Timestamp, VolumeFill, VolumeOwner, command::NewVolume,
+    BootFile, ClusterState, Goal, Image, ImageId, ImagePart, ImageSource, NodeId, PartState, Refusal,
+    Severity, Subject, TaskError, TaskId, Timestamp, VolumeFill, VolumeOwner, command::NewVolume,
 };
 
 /// Longest kernel command line that x86 kernels take.
@@ -47,6 +47,44 @@ pub(super) fn create(
     Ok(done)
 }
 
+fn has_or_gets(name: &str, part: ImagePart) -> Refusal {
+    conflict(
+        format!("image {name} has its {} already, or gets it now", part.name()),
+        format!("see it: hci image get {name}"),
+    )
+}
+
+fn not_declared(name: &str, part: ImagePart) -> Refusal {
+    invalid(
+        format!("image {name} was declared without a {}", part.name()),
+        "delete the image and create it with this part",
+    )
+}
+
+pub(super) fn fetch_part(
+    state: &mut ClusterState,
+    task: Option<TaskId>,
+    id: ImageId,
+    part: ImagePart,
+    node: NodeId,
+    source: &ImageSource,
+) -> Result<Applied, Refusal> {
+    if !state.nodes.contains_key(&node) {
+        return Err(not_found("node", node));
+    }
+    let image = state.images.get_mut(&id).ok_or_else(|| not_found("image", id))?;
+    let name = image.name.clone();
+    match image.parts.get_mut(&part) {
+        None => Err(not_declared(&name, part)),
+        Some(now @ PartState::Awaiting) => {
+            *now = PartState::Fetching { node, source: source.clone(), task };
+            let done = Applied::now("image import", Subject::Image(id), &name);
+            Ok(done.until(Goal::ImagePartReady(id, part)))
+        }
+        Some(_) => Err(has_or_gets(&name, part)),
+    }
+}
+
 #[allow(clippy::too_many_arguments)] // the fields of one command
 pub(super) fn begin_part(
     state: &mut ClusterState,
@@ -62,21 +100,13 @@ pub(super) fn begin_part(
     let image = state.images.get(&id).ok_or_else(|| not_found("image", id))?;
     let name = image.name.clone();
     let done = Applied::now("image import", Subject::Image(id), &name).until(Goal::ImagePartReady(id, part));
-    match image.parts.get(&part) {
-        None => {
-            return Err(invalid(
-                format!("image {name} was declared without a {}", part.name()),
-                "delete the image and create it with this part",
-            ));
-        }
-        Some(PartState::Awaiting) => {}
-        Some(_) => {
-            return Err(conflict(
-                format!("image {name} has its {} already, or gets it now", part.name()),
-                format!("see it: hci image get {name}"),
-            ));
-        }
-    }
+    let task = match image.parts.get(&part) {
+        None => return Err(not_declared(&name, part)),
+        Some(PartState::Awaiting) => task,
+        // The task that began with the fetch goes on.
+        Some(PartState::Fetching { node: owner, task, .. }) if *owner == node => *task,
+        Some(_) => return Err(has_or_gets(&name, part)),
+    };
     let importing = match (part, volume, file) {
         (ImagePart::Disk, Some(new), None) => {
             let mut volume = storage::plan_volume(
@@ -158,11 +188,16 @@ pub(super) fn fail_part(
             tasks::settle(state, &Goal::ImagePartReady(id, part), Some(error), at);
             Ok(Applied::now("image part", Subject::Image(id), ""))
         }
+        Some(PartState::Fetching { node: owner, .. }) if *owner == node => {
+            image.parts.insert(part, PartState::Awaiting);
+            tasks::settle(state, &Goal::ImagePartReady(id, part), Some(error), at);
+            Ok(Applied::now("image part", Subject::Image(id), ""))
+        }
         _ => Err(conflict("this import is no longer wanted", "import it again")),
     }
 }
 
-pub(super) fn delete(state: &mut ClusterState, id: ImageId) -> Result<Applied, Refusal> {
+pub(super) fn delete(state: &mut ClusterState, id: ImageId, at: Timestamp) -> Result<Applied, Refusal> {
     let image = state.images.get(&id).ok_or_else(|| not_found("image", id))?;
     let name = image.name.clone();
     if let Some(vm) = state.vms.values().find(|vm| vm.image == id) {
@@ -181,5 +216,12 @@ pub(super) fn delete(state: &mut ClusterState, id: ImageId) -> Result<Applied, R
         storage::drop_volume(state, volume);
     }
     state.images.remove(&id);
+    // A fetch ends with its image.
+    let error = TaskError {
+        detail: format!("image {name} was deleted"),
+        next: format!("import it again: hci image import {name}"),
+    };
+    let is_meant = |goal: &Goal| matches!(goal, Goal::ImagePartReady(image, _) if *image == id);
+    tasks::settle_where(state, is_meant, Some(&error), at);
     Ok(Applied::now("image delete", Subject::Image(id), name))
 }

@@ -107,7 +107,10 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
         Op::FailImagePart { image, part, node, error } => {
             images::fail_part(state, *image, *part, *node, error, at)
         }
-        Op::DeleteImage(image) => images::delete(state, *image),
+        Op::FetchImagePart { image, part, node, source } => {
+            images::fetch_part(state, command.task, *image, *part, *node, source)
+        }
+        Op::DeleteImage(image) => images::delete(state, *image, at),
 
         Op::CreateNetwork { network, name, subnet, gateway, mtu, dns, domain } => {
             networks::create(state, *network, name, *subnet, *gateway, *mtu, dns, domain, at)
