@@ -1,6 +1,7 @@
-//! Measures storage and overlay beside what they run on: `bench [--storage] --hci PATH --out DIR`. Prints
+//! Measures storage and overlay beside what they run on: `bench [--storage | --volume] --hci PATH --out DIR`. Prints
 //! tables and writes `storage.json` and `network.json`. Needs root, iproute2, fio and iperf3; with `--storage`, which
-//! sets storage beside its peers, also qemu-storage-daemon and Ceph.
+//! sets storage beside its peers, also qemu-storage-daemon and Ceph. `--volume` measures our volume alone, in memory: the quick look
+//! while the data path is worked on.
 
 use std::path::{Path, PathBuf};
 
@@ -20,11 +21,16 @@ fn main() -> Result<()> {
         ["--storage", "--hci", hci, "--out", out] => {
             measure_storage(Path::new(hci), Path::new(out), Targets::WithPeers)
         }
+        ["--volume", "--hci", hci, "--out", out] => {
+            measure_storage(Path::new(hci), Path::new(out), Targets::VolumeInMemory)
+        }
         // Child processes of the measurements.
         ["tap", socket] => network::run_tap(Path::new(socket)),
         ["echo", address] => network::run_echo(address.parse()?),
         ["round-trips", address] => network::run_round_trips(address.parse()?),
-        _ => bail!("usage: bench [--storage] --hci PATH_OF_EXECUTABLE --out DIRECTORY_FOR_RESULTS"),
+        _ => {
+            bail!("usage: bench [--storage | --volume] --hci PATH_OF_EXECUTABLE --out DIRECTORY_FOR_RESULTS")
+        }
     }
 }
 

@@ -34,6 +34,8 @@ use workload::{AREA, LARGE, WORKLOADS, pattern};
 /// Which targets are measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Targets {
+    /// Our volume alone, in memory.
+    VolumeInMemory,
     /// Ours and the raw medium.
     Ours,
     /// Also what others make of the medium.
@@ -69,6 +71,9 @@ impl Medium {
 
 /// Measures on both media.
 pub fn measure(hci: &Path, targets: Targets) -> Result<Vec<Row>> {
+    if targets == Targets::VolumeInMemory {
+        return volume::measure(hci, Medium::Memory);
+    }
     let mut rows = Vec::new();
     for medium in [Medium::Memory, Medium::Disk] {
         eprintln!("storage: the raw {}", medium.name());

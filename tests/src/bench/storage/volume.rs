@@ -49,6 +49,7 @@ fn on_cluster(target: &str, cluster: &mut DataCluster) -> Result<Vec<Row>> {
     let pids = cluster.pids();
     let mut rows = Vec::new();
     for workload in WORKLOADS {
+        eprintln!("  {target}: {}", workload.name);
         rows.push(client.measure(workload, &pids)?.row(target, workload));
     }
     let in_sync = cluster.record().lock().in_sync();
