@@ -2,6 +2,11 @@
 
 use std::process::ExitCode;
 
+/// Guests' requests are made of many short-lived buffers of all sizes: the C library's allocator takes a sixth of the time that a
+/// small write takes, and gives memory back just to fault it in again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     hci_node::cli::main()
 }

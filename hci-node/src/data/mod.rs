@@ -58,7 +58,6 @@ pub const VMM_GROUP: &str = "hci-vmm";
 
 /// Runs the data process until SIGTERM.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    shard::keep_buffers();
     let node = args.complete()?;
     let options = EngineOptions {
         paths: node.paths,

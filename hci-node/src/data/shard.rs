@@ -18,24 +18,6 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// Buffers up to this size come from the heap. The C library's default sends large ones back to the system at every free, and each
-/// page of the next one is then a fault, which costs more than all else that is done with it.
-const HEAP_BUFFERS: i32 = 4 << 20;
-/// Free memory that the heap of a thread keeps.
-const HEAP_KEEPS: i32 = 16 << 20;
-
-/// Makes buffers of guests' requests cheap. To be called before threads are started.
-pub(crate) fn keep_buffers() {
-    // SAFETY: changes two parameters of the allocator, which may be done at any time.
-    let kept = unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, HEAP_BUFFERS)
-            & libc::mallopt(libc::M_TRIM_THRESHOLD, HEAP_KEEPS)
-    };
-    if kept == 0 {
-        tracing::debug!("the allocator keeps its defaults");
-    }
-}
-
 /// With fewer processors a thread that polls keeps those from running that it waits for: guests, other roles, peers.
 const LEAST_PROCESSORS: usize = 3;
 
