@@ -61,8 +61,9 @@ impl Coordinator {
         match op {
             BlockOp::Read { offset, len } => self.read(*offset, *len).await,
             BlockOp::Write { offset, data } => self.write(*offset, data.clone()).await,
+            // Rare: in a box, so that the others' futures do not have to be as large.
             BlockOp::Discard { offset, len } | BlockOp::WriteZeroes { offset, len } => {
-                self.zero(*offset, *len).await
+                Box::pin(self.zero(*offset, *len)).await
             }
             BlockOp::Flush => {
                 self.flush_replicas().await;
@@ -79,7 +80,7 @@ impl Coordinator {
             (Some(piece), None) => self.read_piece(piece).await,
             (Some(first), Some(second)) => {
                 let all = [first, second].into_iter().chain(pieces);
-                let parts = try_join_all(all.map(|piece| self.read_piece(piece))).await?;
+                let parts = Box::pin(try_join_all(all.map(|piece| self.read_piece(piece)))).await?;
                 let mut whole = BytesMut::with_capacity(len as usize);
                 parts.iter().for_each(|part| whole.extend_from_slice(part));
                 Ok(whole.freeze())
@@ -89,13 +90,21 @@ impl Coordinator {
 
     async fn write(self: &Arc<Self>, offset: u64, data: Bytes) -> Result<Bytes, BlockError> {
         geometry::check(self.size(), offset, data.len() as u64)?;
-        let mut at = 0;
-        let writes = geometry::transfers(offset, data.len() as u64).map(|piece| {
-            let part = data.slice(at..at + piece.len as usize);
-            at += piece.len as usize;
-            self.write_piece(piece, Payload::Data(part))
-        });
-        try_join_all(writes).await?;
+        let mut pieces = geometry::transfers(offset, data.len() as u64);
+        match (pieces.next(), pieces.next()) {
+            (None, _) => {}
+            (Some(piece), None) => self.write_piece(piece, Payload::Data(data)).await?,
+            (Some(first), Some(second)) => {
+                let mut at = 0;
+                let all = [first, second].into_iter().chain(pieces);
+                let writes = all.map(|piece| {
+                    let part = data.slice(at..at + piece.len as usize);
+                    at += piece.len as usize;
+                    self.write_piece(piece, Payload::Data(part))
+                });
+                Box::pin(try_join_all(writes)).await?;
+            }
+        }
         Ok(Bytes::new())
     }
 
@@ -152,7 +161,9 @@ impl Coordinator {
             for target in readers {
                 match self.read_replica(target, &self.layers.view(), segment, block, blocks).await {
                     Ok(reply) => return Ok(reply),
-                    Err(CallError::Checksum) => return self.read_damaged(segment, block, blocks).await,
+                    Err(CallError::Checksum) => {
+                        return Box::pin(self.read_damaged(segment, block, blocks)).await;
+                    }
                     Err(error) => {
                         if let CallError::Disk(text) = &error {
                             disk_error = Some(text.clone());
@@ -211,7 +222,7 @@ impl Coordinator {
         let content = match payload {
             Payload::Zeroes => WriteContent::Zeroes { blocks: piece.blocks, keep: part.keep },
             Payload::Data(data) if !piece.is_partial() => with_checksums(data),
-            Payload::Data(data) => with_checksums(self.merge(piece, &data).await?),
+            Payload::Data(data) => with_checksums(Box::pin(self.merge(piece, &data)).await?),
         };
         let write = ReplicaWrite { block: piece.block, version: self.next_version(), content };
         let mut acked: Vec<Target> = Vec::new();

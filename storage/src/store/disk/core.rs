@@ -80,10 +80,19 @@ struct InFlight {
 
 /// What to do with a write.
 pub(super) enum Admission {
-    /// It is on its way.
-    Admitted(oneshot::Receiver<Result<(), StoreError>>),
+    /// It is in the queue.
+    Admitted(Turn, oneshot::Receiver<Result<(), StoreError>>),
     /// Ask again after the next checkpoint.
     Later,
+}
+
+/// Who starts the batch that a write goes into.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Turn {
+    /// This write: none waits before it.
+    First,
+    /// The first one in the queue, or the end of the batch before.
+    Behind,
 }
 
 /// What to write to the log now.
@@ -206,6 +215,11 @@ impl Core {
         usize::try_from(self.layout.log_len / 8).unwrap_or(BATCH_BYTES).min(BATCH_BYTES)
     }
 
+    /// Bytes of a batch at most, but for one record: so few that one fits into an empty log wherever that begins in the ring.
+    fn batch_bytes(&self) -> usize {
+        usize::try_from(self.layout.log_len / 4).unwrap_or(BATCH_BYTES).min(BATCH_BYTES)
+    }
+
     /// Whether a checkpoint should be made now, whatever the time.
     pub(super) fn wants_checkpoint(&self) -> bool {
         let unapplied = self.completed - self.tail;
@@ -243,8 +257,9 @@ impl Core {
         }
         let (tell, told) = oneshot::channel();
         self.queued_bytes += data.len() as u64;
+        let turn = if self.queue.is_empty() { Turn::First } else { Turn::Behind };
         self.queue.push_back(Queued { operation, data, tell });
-        Ok(Admission::Admitted(told))
+        Ok(Admission::Admitted(turn, told))
     }
 
     /// Counts the slots that blocks will need.
@@ -284,7 +299,7 @@ impl Core {
         let mut count = 1;
         for queued in self.queue.iter().skip(1) {
             let with = size.with(&queued.operation);
-            if with.total() > BATCH_BYTES {
+            if with.total() > self.batch_bytes() {
                 break;
             }
             (size, count) = (with, count + 1);
@@ -304,8 +319,9 @@ impl Core {
     }
 
     fn start_batch(&mut self, size: BatchSize, count: usize, length: u64) -> BatchWrite {
-        let mut buf = AlignedBuf::zeroed(size.total());
         let queued: Vec<Queued> = self.queue.drain(..count).collect();
+        let data = queued.iter().map(|queued| &queued.data[..]);
+        let mut buf = AlignedBuf::assembled(size.total(), size.header(), data);
         let header = BatchHeader {
             position: self.head,
             boot: self.boot,
@@ -313,12 +329,7 @@ impl Core {
             durable: self.durable,
         };
         batch::put(&mut buf, self.stamp, &header, queued.iter().map(|queued| &queued.operation));
-        let mut at = size.header();
-        for queued in &queued {
-            buf[at..at + queued.data.len()].copy_from_slice(&queued.data);
-            at += queued.data.len();
-            self.queued_bytes -= queued.data.len() as u64;
-        }
+        self.queued_bytes -= queued.iter().map(|queued| queued.data.len() as u64).sum::<u64>();
         let buf = Arc::new(buf);
         let records = queued.into_iter().map(|queued| (queued.operation, queued.tell)).collect();
         let (position, offset) = (self.head, self.log_offset(self.head));

@@ -1,10 +1,10 @@
 //! Does for a [`Core`] what it cannot do itself: starts its I/O, and waits.
 //!
-//! Requests run on whatever thread calls: a batch is started by the write that finds none on its way, and by its end when more wait. So a
-//! write goes to the disk in the first poll of its future. The applier has a thread, which sleeps while there is nothing to apply.
+//! Requests run on whatever thread calls. The write that finds none waiting lets the caller's runtime turn once, so that what came together leaves together, and starts
+//! a batch; the end of a batch starts the next when more wait. The applier has a thread, which sleeps while there is nothing to apply.
 
 use super::apply::Applier;
-use super::core::{Admission, Core};
+use super::core::{Admission, Core, Turn};
 use super::device::{Device, Finished, Request};
 use super::format::batch::Operation;
 use crate::store::StoreError;
@@ -82,6 +82,15 @@ impl Drop for Engine {
     }
 }
 
+/// Starts batches when dropped.
+struct Starts<'a>(&'a Arc<Shared>);
+
+impl Drop for Starts<'_> {
+    fn drop(&mut self) {
+        self.0.pump();
+    }
+}
+
 impl Shared {
     pub(super) fn new(device: Arc<dyn Device>, core: Arc<Mutex<Core>>) -> Arc<Self> {
         Arc::new(Self {
@@ -96,20 +105,24 @@ impl Shared {
 
     /// Logs a record. Returns when it is in the log.
     pub(super) async fn log(self: &Arc<Self>, operation: Operation, data: Bytes) -> Result<(), StoreError> {
-        let told = loop {
+        let (turn, told) = loop {
             // Before asking, so that no room made in between goes unnoticed.
             let mut room = std::pin::pin!(self.room.notified());
             room.as_mut().enable();
             let admission = self.core.lock().admit(operation.clone(), data.clone())?;
             match admission {
-                Admission::Admitted(told) => break told,
+                Admission::Admitted(turn, told) => break (turn, told),
                 Admission::Later => {
                     self.look_for_work();
                     room.await;
                 }
             }
         };
-        self.pump();
+        if turn == Turn::First {
+            // Also when the caller gives up meanwhile: others rely on it.
+            let _starts = Starts(self);
+            tokio::task::yield_now().await;
+        }
         told.await.unwrap_or_else(|_| Err(StoreError::Io("the disk was closed".to_owned())))
     }
 

@@ -21,11 +21,27 @@ impl AlignedBuf {
         Self { memory, start, len }
     }
 
+    /// So many zeroes, then these parts, and zeroes up to the length.
+    pub(in crate::store) fn assembled<'a>(
+        len: usize,
+        zeroes: usize,
+        parts: impl IntoIterator<Item = &'a [u8]>,
+    ) -> Self {
+        let mut memory: Vec<u8> = Vec::with_capacity(len + ALIGN);
+        let start = memory.as_ptr().align_offset(ALIGN).min(ALIGN);
+        memory.resize(start + zeroes, 0);
+        for part in parts {
+            let room = (start + len).saturating_sub(memory.len());
+            debug_assert!(part.len() <= room, "the parts are longer than the whole");
+            memory.extend_from_slice(&part[..part.len().min(room)]);
+        }
+        memory.resize(start + len, 0);
+        Self { memory, start, len }
+    }
+
     /// A copy.
     pub(in crate::store) fn copy_of(bytes: &[u8]) -> Self {
-        let mut buf = Self::zeroed(bytes.len());
-        buf.copy_from_slice(bytes);
-        buf
+        Self::assembled(bytes.len(), 0, [bytes])
     }
 }
 
@@ -66,5 +82,7 @@ mod tests {
             assert_eq!((buf.len(), buf.as_ptr() as usize % ALIGN), (len, 0));
         }
         assert_eq!(&AlignedBuf::copy_of(b"abc")[..], b"abc");
+        let assembled = AlignedBuf::assembled(8, 2, [&b"abc"[..], b"d"]);
+        assert_eq!((&assembled[..], assembled.as_ptr() as usize % ALIGN), (&b"\0\0abcd\0\0"[..], 0));
     }
 }
