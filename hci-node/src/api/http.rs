@@ -8,7 +8,9 @@ use std::{io, os::unix::fs::PermissionsExt, path::PathBuf, sync::Arc, time::Dura
 use axum::{
     Router,
     body::Body,
-    extract::{DefaultBodyLimit, Extension, Path as UrlPath, Request, State},
+    extract::{
+        DefaultBodyLimit, Extension, Path as UrlPath, Query, Request, State, rejection::QueryRejection,
+    },
     http::{HeaderMap, Method, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
@@ -41,6 +43,7 @@ use super::{
 use crate::{
     control::{
         app::App,
+        export,
         import::{self, Asker, Piece, Upload},
         join::token::TokenString,
         member::Member,
@@ -93,6 +96,8 @@ pub fn router(app: Arc<App>) -> Router {
             "/v1/images/{image}/{part}",
             put(upload).layer(DefaultBodyLimit::disable()).get(upload_offset).post(fetch_part),
         )
+        .route("/v1/images/{image}/export", get(export_image))
+        .route("/v1/volumes/{volume}/export", get(export_volume))
         .route("/v1/vms/{vm}/console", get(console))
         .route("/v1/vms/{vm}/console/log", get(console_log))
         .fallback(other)
@@ -246,6 +251,37 @@ async fn fetch_part(
     let asker = if peer == Peer::Local { Asker::Root } else { Asker::Admin };
     let request: api::FetchImagePart = service::parse(&body_of(request).await?)?;
     import::fetch_part(&member, &image, part_named(&part)?, request, asker).await
+}
+
+type ExportQuery = Result<Query<api::ExportQuery>, QueryRejection>;
+
+async fn export_image(
+    State(app): State<Arc<App>>,
+    UrlPath(image): UrlPath<String>,
+    query: ExportQuery,
+) -> Result<Response, Problem> {
+    exported(&app, "image", &image, query).await
+}
+
+async fn export_volume(
+    State(app): State<Arc<App>>,
+    UrlPath(volume): UrlPath<String>,
+    query: ExportQuery,
+) -> Result<Response, Problem> {
+    exported(&app, "volume", &volume, query).await
+}
+
+async fn exported(app: &App, noun: &str, name: &str, query: ExportQuery) -> Result<Response, Problem> {
+    let Query(query) = query.map_err(|error| {
+        Problem::new(ProblemKind::Invalid, error.body_text(), "ask with ?from=OFFSET&snapshot=NAME")
+    })?;
+    let member = member(app)?;
+    let volume = export::find(&member, noun, name)?;
+    let request = export::Request { volume, snapshot: query.snapshot, from: query.from };
+    let (frames, reading) = export::export(&member, request).await?;
+    app.tasks().spawn(reading);
+    let media = [(header::CONTENT_TYPE, "application/vnd.hci.disk")];
+    Ok((media, Body::from_stream(frames)).into_response())
 }
 
 fn part_named(name: &str) -> Result<ImagePart, Problem> {

@@ -323,6 +323,17 @@ pub struct UploadOffset {
     pub offset: u64,
 }
 
+/// `GET /v1/volumes/NAME/export`, `GET /v1/images/NAME/export`: the query.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExportQuery {
+    /// A snapshot of the volume, by name or id.
+    pub snapshot: Option<String>,
+    /// Where to start, in bytes; a multiple of 4096.
+    #[serde(default)]
+    pub from: u64,
+}
+
 /// `POST /v1/images`: which parts will come. Each is then sent with `PUT /v1/images/NAME/PART`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

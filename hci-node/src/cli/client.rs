@@ -163,6 +163,15 @@ impl Client {
         Ok(serde_json::from_slice(&bytes).unwrap_or(Value::Null))
     }
 
+    /// `GET path`, answered with a stream.
+    pub async fn stream(&self, path: &str) -> Result<Response<Incoming>, CliError> {
+        let request = self.request(Method::GET, path)?;
+        let request = build(request, Full::default().map_err(|never| match never {}).boxed())?;
+        tokio::time::timeout(ANSWER_LIMIT, self.send(request)).await.unwrap_or_else(|_| {
+            Err(CliError::new(Exit::Unreachable, format!("no answer to {path}")).next("hci status"))
+        })
+    }
+
     /// `GET path` as a switch to a raw stream of bytes in both directions.
     pub async fn upgrade(&self, path: &str) -> Result<hyper::upgrade::Upgraded, CliError> {
         let request =

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     data::{
         client::QUICK,
-        protocol::{DiskUsage, ListDisks, LocalDisk, Metrics, VolumeFlush, VolumeWrite},
+        protocol::{DiskUsage, ListDisks, LocalDisk, Metrics, VolumeFlush, VolumeRead, VolumeWrite},
     },
     paths::NodePaths,
     reconcile::{
@@ -137,6 +137,17 @@ impl LocalNode for Local {
         let client = self.0.data().clone();
         let volume = volume.into();
         async move { client.write(VolumeWrite { volume, offset }, data).await }.boxed()
+    }
+
+    fn read_volume(
+        &self,
+        volume: VolumeId,
+        offset: u64,
+        length: u32,
+    ) -> BoxFuture<'static, Result<Bytes, CallError>> {
+        let client = self.0.data().clone();
+        let volume = volume.into();
+        async move { client.read(VolumeRead { volume, offset, length }).await }.boxed()
     }
 
     fn flush_volume(&self, volume: VolumeId) -> BoxFuture<'static, Result<(), CallError>> {

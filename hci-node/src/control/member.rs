@@ -8,6 +8,7 @@ use netfabric::rpc::{CallError, Request, codec};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
+    export,
     leader::Leader,
     replicated::Replicated,
     rpc::{self, ApiAnswer, ApiCall},
@@ -48,6 +49,13 @@ pub trait LocalNode: Send + Sync + 'static {
         offset: u64,
         data: Bytes,
     ) -> BoxFuture<'static, Result<(), CallError>>;
+    /// Reads from a volume that is open here for internal use.
+    fn read_volume(
+        &self,
+        volume: VolumeId,
+        offset: u64,
+        length: u32,
+    ) -> BoxFuture<'static, Result<Bytes, CallError>>;
     /// Makes all earlier writes durable.
     fn flush_volume(&self, volume: VolumeId) -> BoxFuture<'static, Result<(), CallError>>;
     /// Metrics of the data process as text.
@@ -89,6 +97,8 @@ pub struct Member {
     pub local: Arc<dyn LocalNode>,
     /// Where its control mesh is.
     pub control: SocketAddr,
+    /// The volumes that this process reads out.
+    pub exports: export::Running,
 }
 
 impl Member {

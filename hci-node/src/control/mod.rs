@@ -18,6 +18,7 @@
 //! was doing is found again in the replicated state.
 
 pub mod app;
+pub mod export;
 pub mod import;
 pub mod join;
 pub mod leader;

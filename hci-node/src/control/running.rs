@@ -15,7 +15,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     app::App,
-    import,
+    export, import,
     leader::Leader,
     local::Local,
     member::{Member, Peers, from_bulk},
@@ -170,6 +170,7 @@ impl Running {
             peers,
             local: local.clone(),
             control: options.listen_control,
+            exports: Default::default(),
         });
         *service.member.write() = Some((member.clone(), local.peer_handler()));
 
@@ -177,6 +178,7 @@ impl Running {
         tasks.spawn(member.leader.clone().admit_members(shutdown.clone()));
         tasks.spawn(renew::run(member.clone(), lease_tx, shutdown.clone()));
         tasks.spawn(import::run(member.clone(), shutdown.clone()));
+        tasks.spawn(export::run(member.clone(), shutdown.clone()));
         tasks.spawn(keep_addresses(app.clone(), member.clone(), shutdown.clone()));
         let https = http::serve_https(http::router(app.clone()), listener, identity, shutdown.clone());
         tasks.spawn(async move {

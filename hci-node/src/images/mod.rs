@@ -10,6 +10,7 @@
 //! | [`protocol`] | what the worker says, and the checks that its reader makes |
 //! | [`worker`] | the process: formats, sandbox |
 //! | [`reader`] | the parent's side: starts the worker, watches it, yields extents |
+//! | [`writer`] | writing an exported disk down, raw or qcow2 |
 //! | [`download`] | getting a file from a web server, over broken connections and restarts |
 //! | [`room`] | room for such files on the node |
 //! | [`sha256`] | the digest of streams and sources |
@@ -22,3 +23,4 @@ pub mod reader;
 pub mod room;
 pub mod sha256;
 pub mod worker;
+pub mod writer;

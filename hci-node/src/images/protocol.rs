@@ -1,4 +1,4 @@
-//! What the image worker says through its pipe.
+//! What the image worker says through its pipe, and what an export says over the network.
 //!
 //! A stream of frames, each with a head of 17 bytes (kind, two numbers, little endian) and a payload whose length the
 //! head gives. First a [`Header`], then [`Extent`]s that follow each other without gap from the start to the end of the
@@ -19,6 +19,8 @@ use crate::state::BLOCK_BYTES;
 const VERSION: u8 = 1;
 /// Kind and two numbers.
 const HEAD: usize = 17;
+/// Zeroes are left out in pieces of this size: what the store allocates at a time.
+const GRAIN: usize = 64 << 10;
 /// The most data in one frame.
 pub const MAX_DATA: u32 = 1 << 20;
 /// The longest reason.
@@ -234,23 +236,50 @@ impl<W: io::Write> Encoder<W> {
         self.put(&head(ZERO, offset, length))
     }
 
+    /// A piece without what is zero in it.
+    pub fn sparse(&mut self, offset: u64, piece: &[u8]) -> io::Result<()> {
+        let is_zero = |grain: &[u8]| grain.iter().all(|byte| *byte == 0);
+        let mut grains = piece.chunks(GRAIN).peekable();
+        let mut at = 0;
+        while let Some(grain) = grains.next() {
+            let (zero, start) = (is_zero(grain), at);
+            at += grain.len();
+            while let Some(next) = grains.next_if(|next| is_zero(next) == zero) {
+                at += next.len();
+            }
+            if zero {
+                self.zero(offset + start as u64, (at - start) as u64)?;
+            } else {
+                self.data(offset + start as u64, &piece[start..at])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the frames go.
+    pub fn writer(&mut self) -> &mut W {
+        &mut self.to
+    }
+
     /// All was sent.
-    pub fn end(mut self) -> io::Result<()> {
+    pub fn end(mut self) -> io::Result<W> {
         let sum = self.hash.finish();
         self.to.write_all(&head(END, self.extents, sum.len() as u64))?;
         self.to.write_all(&sum)?;
-        self.to.flush()
+        self.to.flush()?;
+        Ok(self.to)
     }
 
     /// Gives up.
-    pub fn refuse(mut self, reason: &str) -> io::Result<()> {
+    pub fn refuse(mut self, reason: &str) -> io::Result<W> {
         let mut end = reason.len().min(MAX_REASON);
         while !reason.is_char_boundary(end) {
             end -= 1;
         }
         self.to.write_all(&head(REFUSED, 0, end as u64))?;
         self.to.write_all(&reason.as_bytes()[..end])?;
-        self.to.flush()
+        self.to.flush()?;
+        Ok(self.to)
     }
 }
 
@@ -512,5 +541,37 @@ mod tests {
         let events = decode(Mode::Read, &bytes, 100).unwrap();
         let [Event::Refused(reason)] = &events[..] else { panic!("{events:?}") };
         assert!(reason.starts_with("no [2J ä") && reason.len() <= MAX_REASON);
+    }
+
+    #[test]
+    fn zeroes_within_data_are_left_out() {
+        let mut piece = vec![0; 4 * GRAIN + 4096];
+        piece[2 * GRAIN] = 1;
+        piece[4 * GRAIN + 1] = 2;
+        let mut sent = Vec::new();
+        let mut encoder = Encoder::new(&mut sent);
+        let format = Format::Raw;
+        encoder.header(&Header { format, size_bytes: piece.len() as u64, start: 0 }).unwrap();
+        encoder.sparse(0, &piece).unwrap();
+        encoder.end().unwrap();
+        let mut decoder = Decoder::new(Mode::Read);
+        decoder.buffer().extend_from_slice(&sent);
+        let mut extents = Vec::new();
+        while let Some(event) = decoder.decode().unwrap() {
+            if let Event::Extent(extent) = event {
+                extents.push(extent);
+            }
+        }
+        let grain = GRAIN as u64;
+        let data = |from: usize, to: usize| Bytes::copy_from_slice(&piece[from..to]);
+        assert_eq!(
+            extents,
+            [
+                Extent::Zero { offset: 0, length: 2 * grain },
+                Extent::Data { offset: 2 * grain, data: data(2 * GRAIN, 3 * GRAIN) },
+                Extent::Zero { offset: 3 * grain, length: grain },
+                Extent::Data { offset: 4 * grain, data: data(4 * GRAIN, piece.len()) },
+            ]
+        );
     }
 }

@@ -13,6 +13,7 @@ use super::{
     ids::*,
     layers::{FreezeStep, LayerRef},
     model::*,
+    transfers::ImageSource,
 };
 
 /// One entry of the replicated log.
@@ -616,6 +617,21 @@ pub enum Op {
         /// From where.
         source: ImageSource,
     },
+
+    // exports
+    /// A node is to read out a volume that nobody uses, or a snapshot of any volume.
+    BeginExport {
+        /// Its id.
+        export: ExportId,
+        /// The volume.
+        volume: VolumeId,
+        /// The snapshot, and the id of the clone to be made of it for the export.
+        snapshot: Option<(SnapshotId, VolumeId)>,
+        /// The node.
+        node: NodeId,
+    },
+    /// It has been read, or will not be.
+    EndExport(ExportId),
 }
 
 /// What a command that was accepted answers.

@@ -47,6 +47,10 @@ typed_id!(
     FreezeId
 );
 typed_id!(
+    /// A volume that is being read out.
+    ExportId
+);
+typed_id!(
     /// A cluster.
     ClusterId
 );

@@ -52,6 +52,9 @@ fn volumes(state: &ClusterState, found: &mut Vec<String>) {
             VolumeOwner::Vm(vm) => state.vms.get(&vm).is_some_and(|vm| vm.disks.contains(&volume.id)),
             VolumeOwner::Image(image) => state.images.contains_key(&image),
         };
+        if state.exports.values().any(|export| export.volume == volume.id && !export.is_of(volume)) {
+            found.push(format!("{name} is exported and would be dropped with its export"));
+        }
         if !owned {
             found.push(format!("the owner of {name} is gone"));
         }

@@ -10,6 +10,7 @@
 //! | [`command`] | what can be done to it, and how a command is refused |
 //! | `apply/` | the rules, one file for each kind of thing |
 //! | [`layers`] | what volumes are made of: snapshots, clones |
+//! | [`transfers`] | what images come from, what is exported |
 //! | [`placement`] | on which disks the copies of a segment go |
 //! | [`invariants`] | what holds after every command; checked by the property tests |
 
@@ -25,6 +26,7 @@ pub mod report;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+pub mod transfers;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -34,6 +36,7 @@ pub use ids::*;
 pub use layers::{DeadLayer, Freeze, FreezeStage, FreezeStep, LayerRef, Layers, PendingFreeze, Snapshot};
 pub use model::*;
 use serde::{Deserialize, Serialize};
+pub use transfers::{AfterExport, Export, ImageSource, SourceLocation};
 
 /// Finished tasks that are kept.
 const KEEP_TASKS: usize = 500;
@@ -83,6 +86,8 @@ pub struct ClusterState {
     pub freezes: BTreeMap<FreezeId, Freeze>,
     /// Layers that nothing refers to any more, still to be removed.
     pub dead_layers: BTreeMap<LayerRef, DeadLayer>,
+    /// Volumes that are being read out.
+    pub exports: BTreeMap<ExportId, Export>,
 }
 
 impl ClusterState {
@@ -225,10 +230,29 @@ impl ClusterState {
         }
         let is_source =
             |other: &Volume| other.coordinator == Some(node) && other.fill == VolumeFill::CopyOf(volume.id);
-        if !volume.is_filled() || self.volumes.values().any(is_source) || self.needs_healing(volume) {
+        let is_exported =
+            self.exports.values().any(|export| export.volume == volume.id && export.node == node)
+                && !self.is_wanted(volume);
+        if !volume.is_filled()
+            || self.volumes.values().any(is_source)
+            || is_exported
+            || self.needs_healing(volume)
+        {
             return VolumeUse::Internal;
         }
         VolumeUse::Nothing
+    }
+
+    /// Whether a VM is meant to run on a volume, or a copy is to be made of it. Whatever else has it open yields.
+    pub fn is_wanted(&self, volume: &Volume) -> bool {
+        let by_vm = match volume.owner {
+            VolumeOwner::Vm(vm) => self
+                .vms
+                .get(&vm)
+                .is_some_and(|vm| vm.desired == DesiredRun::Running || vm.assignment.is_some()),
+            VolumeOwner::Image(_) | VolumeOwner::None => false,
+        };
+        by_vm || self.volumes.values().any(|other| other.fill == VolumeFill::CopyOf(volume.id))
     }
 
     /// The segments of all volumes that have a copy on a disk.
@@ -247,14 +271,6 @@ impl ClusterState {
     /// Whether a volume that nobody uses is to be open only so that its copies are completed or its layers merged. It yields to whoever
     /// wants the volume: a VM that is meant to run, or a copy that is to be made of it.
     pub fn needs_healing(&self, volume: &Volume) -> bool {
-        let wanted_by_vm = match volume.owner {
-            VolumeOwner::Vm(vm) => self
-                .vms
-                .get(&vm)
-                .is_some_and(|vm| vm.desired == DesiredRun::Running || vm.assignment.is_some()),
-            VolumeOwner::Image(_) | VolumeOwner::None => false,
-        };
-        let is_copied = || self.volumes.values().any(|other| other.fill == VolumeFill::CopyOf(volume.id));
         let in_reach = |replica: &Replica| {
             replica.state == ReplicaState::OutOfSync
                 && self
@@ -268,7 +284,7 @@ impl ClusterState {
         };
         let curable = || volume.segments.iter().flat_map(|segment| &segment.replicas).any(in_reach);
         let has_work = || curable() || volume.layers.merge.is_some();
-        volume.is_filled() && !wanted_by_vm && !is_copied() && has_work()
+        volume.is_filled() && !self.is_wanted(volume) && has_work()
     }
 
     /// The NICs of a network, on any node: what forwarding is made from.

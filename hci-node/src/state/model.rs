@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     ids::*,
     layers::{LayerRef, Layers},
+    transfers::ImageSource,
 };
 
 /// Size of a segment: the unit of placement.
@@ -495,33 +496,6 @@ pub enum PartState {
         /// The task that shows its progress.
         task: Option<TaskId>,
     },
-}
-
-/// What a node gets a part of an image from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ImageSource {
-    /// Where it is.
-    pub location: SourceLocation,
-    /// What its SHA-256 must be.
-    pub sha256: Option<Sha256Sum>,
-}
-
-/// Where a source is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum SourceLocation {
-    /// On a web server: http or https.
-    Url(String),
-    /// In a file of the node.
-    File(String),
-}
-
-impl SourceLocation {
-    /// As people wrote it.
-    pub fn as_str(&self) -> &str {
-        match self {
-            Self::Url(text) | Self::File(text) => text,
-        }
-    }
 }
 
 /// What VMs are made from.

@@ -8,6 +8,7 @@ use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
+use super::export::{self, ExportArgs};
 use super::{Context, object_path, say};
 use crate::cli::client::Upload;
 use crate::cli::completion::names;
@@ -59,6 +60,18 @@ pub enum Verb {
         #[arg(long, default_value = "console=ttyS0")]
         cmdline: String,
     },
+    /// Write an image's disk into a file of this machine.
+    #[command(
+        after_help = "Examples:\n  hci image export debian12 debian12.qcow2\n  hci image export debian12 debian12.img --format raw\nAPI: GET /v1/images/NAME/export"
+    )]
+    Export {
+        /// The image's name or id.
+        #[arg(add = names("/v1/images"))]
+        name: String,
+        /// Where to.
+        #[command(flatten)]
+        to: ExportArgs,
+    },
     /// Delete an image; VMs made from it keep their volumes.
     #[command(
         after_help = "Examples:\n  hci image delete debian12\n  hci image delete debian12 --yes\nAPI: DELETE /v1/images/NAME"
@@ -93,6 +106,7 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
                 .collect();
             import(context, &name, &cmdline, &parts).await
         }
+        Verb::Export { name, to } => export::export(context, "/v1/images", &name, None, &to).await,
         Verb::Delete { name } => context.delete("/v1/images", &name, &format!("deletes image {name}")).await,
     }
 }
@@ -257,7 +271,8 @@ async fn measure(file: &Path) -> Result<(u64, String), CliError> {
     }
 }
 
-fn progress_bar(size: u64, part: &str) -> ProgressBar {
+/// A bar of bytes.
+pub(super) fn progress_bar(size: u64, part: &str) -> ProgressBar {
     let bar = ProgressBar::new(size);
     if let Ok(style) =
         ProgressStyle::with_template("  {msg:10} {bar:24} {bytes}/{total_bytes} {bytes_per_sec}")

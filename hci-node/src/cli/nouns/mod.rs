@@ -3,6 +3,7 @@
 pub mod cluster;
 pub mod disk;
 pub mod event;
+pub mod export;
 pub mod image;
 pub mod network;
 pub mod node;

@@ -4,6 +4,7 @@ use clap::Subcommand;
 use hyper::Method;
 use serde_json::{Value, json};
 
+use super::export::{self, ExportArgs};
 use super::{Context, object_path, snapshot};
 use crate::cli::client::segment;
 use crate::cli::completion::names;
@@ -100,6 +101,21 @@ pub enum Verb {
         #[command(subcommand)]
         verb: snapshot::VolumeVerb,
     },
+    /// Write a volume that nobody uses, or a snapshot of any volume, into a file of this machine.
+    #[command(
+        after_help = "Examples:\n  hci volume export data1 data1.qcow2\n  hci volume export data1 data1.img --format raw --snapshot before-upgrade\nAPI: GET /v1/volumes/NAME/export"
+    )]
+    Export {
+        /// The volume's name or id.
+        #[arg(add = names("/v1/volumes"))]
+        name: String,
+        /// A snapshot of it, by name or id.
+        #[arg(long)]
+        snapshot: Option<String>,
+        /// Where to.
+        #[command(flatten)]
+        to: ExportArgs,
+    },
     /// Delete a volume and its data; refused while something uses it.
     #[command(
         after_help = "Examples:\n  hci volume delete data1\n  hci volume delete data1 --yes\nAPI: DELETE /v1/volumes/NAME"
@@ -136,6 +152,9 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
     match verb {
         Verb::List => context.list("/v1/volumes", COLUMNS).await,
         Verb::Get { name } => context.show("/v1/volumes", &name).await,
+        Verb::Export { name, snapshot, to } => {
+            export::export(context, "/v1/volumes", &name, snapshot.as_deref(), &to).await
+        }
         Verb::Set { name, replicas, min_in_sync, durability, iops, bandwidth } => {
             let body = json!({
                 "replicas": replicas, "min_in_sync": min_in_sync, "durability": durability,

@@ -87,6 +87,7 @@ impl Ha {
             heal(&view, volume, &mut commands);
         }
         imports(&view, &mut commands);
+        exports(&view, &mut commands);
         freezes(&view, &mut commands);
         let pool_view = pool::View { state, live: &view.live, at };
         commands.extend(self.pool.decide(pool_view, now).into_iter().map(|op| view.command(op)));
@@ -274,6 +275,15 @@ fn imports(view: &View<'_>, commands: &mut Vec<Command>) {
                     },
                 }));
             }
+        }
+    }
+}
+
+/// An export ends with its node.
+fn exports(view: &View<'_>, commands: &mut Vec<Command>) {
+    for (id, export) in &view.state.exports {
+        if view.is_dead(export.node) || !view.state.nodes.contains_key(&export.node) {
+            commands.push(view.command(Op::EndExport(*id)));
         }
     }
 }

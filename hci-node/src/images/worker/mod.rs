@@ -23,8 +23,6 @@ use super::protocol::{Encoder, Header, MAX_DATA, Mode};
 use crate::state::BLOCK_BYTES;
 use source::{Content, ImageError, Source};
 
-/// Zeroes are left out in pieces of this size: what the store allocates at a time.
-const GRAIN: usize = 64 << 10;
 /// The parent hears something at least this often.
 const STEP: u64 = 1 << 30;
 
@@ -58,8 +56,8 @@ fn serve(args: &Args) -> io::Result<()> {
     sandbox::enter(image.metadata()?.len())?;
     let mut encoder = Encoder::new(BufWriter::with_capacity(2 * MAX_DATA as usize, pipe));
     match describe(image, args, &mut encoder) {
-        Ok(()) => encoder.end(),
-        Err(Stop::Image(error)) => encoder.refuse(&error.to_string()),
+        Ok(()) => encoder.end().map(drop),
+        Err(Stop::Image(error)) => encoder.refuse(&error.to_string()).map(drop),
         Err(Stop::Pipe(error)) => Err(error),
     }
 }
@@ -112,7 +110,7 @@ fn describe<W: Write>(image: File, args: &Args, encoder: &mut Encoder<W>) -> Res
                 let take = whole.clamp(BLOCK_BYTES, u64::from(MAX_DATA));
                 let piece = &mut buffer[..usize::try_from(take).unwrap_or(0)];
                 read(source.as_mut(), piece, offset)?;
-                send(encoder, offset, piece)?;
+                encoder.sparse(offset, piece)?;
                 offset += take;
             }
         }
@@ -126,64 +124,4 @@ fn read(source: &mut dyn Source, piece: &mut [u8], offset: u64) -> Result<(), Im
     let present = usize::try_from(left).unwrap_or(usize::MAX).min(piece.len());
     piece[present..].fill(0);
     source.read(&mut piece[..present], offset)
-}
-
-/// Sends a piece without what is zero in it.
-fn send<W: Write>(encoder: &mut Encoder<W>, offset: u64, piece: &[u8]) -> io::Result<()> {
-    let is_zero = |grain: &[u8]| grain.iter().all(|byte| *byte == 0);
-    let mut grains = piece.chunks(GRAIN).peekable();
-    let mut at = 0;
-    while let Some(grain) = grains.next() {
-        let (zero, start) = (is_zero(grain), at);
-        at += grain.len();
-        while let Some(next) = grains.next_if(|next| is_zero(next) == zero) {
-            at += next.len();
-        }
-        if zero {
-            encoder.zero(offset + start as u64, (at - start) as u64)?;
-        } else {
-            encoder.data(offset + start as u64, &piece[start..at])?;
-        }
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use bytes::Bytes;
-
-    use super::*;
-    use crate::images::protocol::{Decoder, Event, Extent};
-
-    #[test]
-    fn zeroes_within_data_are_left_out() {
-        let mut piece = vec![0; 4 * GRAIN + 4096];
-        piece[2 * GRAIN] = 1;
-        piece[4 * GRAIN + 1] = 2;
-        let mut sent = Vec::new();
-        let mut encoder = Encoder::new(&mut sent);
-        let format = crate::images::protocol::Format::Raw;
-        encoder.header(&Header { format, size_bytes: piece.len() as u64, start: 0 }).unwrap();
-        send(&mut encoder, 0, &piece).unwrap();
-        encoder.end().unwrap();
-        let mut decoder = Decoder::new(Mode::Read);
-        decoder.buffer().extend_from_slice(&sent);
-        let mut extents = Vec::new();
-        while let Some(event) = decoder.decode().unwrap() {
-            if let Event::Extent(extent) = event {
-                extents.push(extent);
-            }
-        }
-        let grain = GRAIN as u64;
-        let data = |from: usize, to: usize| Bytes::copy_from_slice(&piece[from..to]);
-        assert_eq!(
-            extents,
-            [
-                Extent::Zero { offset: 0, length: 2 * grain },
-                Extent::Data { offset: 2 * grain, data: data(2 * GRAIN, 3 * GRAIN) },
-                Extent::Zero { offset: 3 * grain, length: grain },
-                Extent::Data { offset: 4 * grain, data: data(4 * GRAIN, piece.len()) },
-            ]
-        );
-    }
 }

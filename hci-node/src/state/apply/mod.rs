@@ -4,6 +4,7 @@
 
 mod cluster;
 mod disks;
+mod exports;
 mod images;
 mod networks;
 mod replicas;
@@ -110,6 +111,10 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
         Op::FetchImagePart { image, part, node, source } => {
             images::fetch_part(state, command.task, *image, *part, *node, source)
         }
+        Op::BeginExport { export, volume, snapshot, node } => {
+            exports::begin(state, *export, *volume, *snapshot, *node, at)
+        }
+        Op::EndExport(export) => exports::end(state, *export),
         Op::DeleteImage(image) => images::delete(state, *image, at),
 
         Op::CreateNetwork { network, name, subnet, gateway, mtu, dns, domain } => {
