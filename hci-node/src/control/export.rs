@@ -8,7 +8,8 @@
 use std::{collections::BTreeSet, io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures_util::{Stream, StreamExt, stream};
+use futures_util::{FutureExt, Stream, StreamExt, stream};
+use netfabric::rpc::CallError;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -166,49 +167,98 @@ fn is_open(member: &Member, volume: &Volume) -> bool {
 /// Reads from `from` to the end and sends the frames; in the middle the client is told in words if that fails.
 async fn read(member: &Arc<Member>, volume: &Volume, from: u64, to: &mpsc::Sender<Bytes>) {
     let mut encoder = Encoder::new(Vec::new());
-    let size_bytes = volume.size_bytes;
-    let start = from.min(size_bytes);
-    let header = encoder.header(&Header { format: Format::Raw, size_bytes, start });
-    let (local, id) = (member.local.clone(), volume.id);
-    let mut pieces = stream::iter((start..size_bytes).step_by(MAX_DATA as usize))
-        .map(|offset| {
-            let length = u32::try_from(size_bytes - offset).unwrap_or(MAX_DATA).min(MAX_DATA);
-            let piece = local.read_volume(id, offset, length);
-            async move { (offset, piece.await) }
-        })
-        .buffered(READS);
-    let mut outcome = header.map_err(|error| error.to_string());
-    while outcome.is_ok()
-        && let Some((offset, piece)) = pieces.next().await
-    {
-        let is_ours = member.state().volumes.get(&id).map(|now| now.generation) == Some(volume.generation);
-        outcome = match piece {
-            Ok(piece) if is_ours => encoder.sparse(offset, &piece).map_err(|error| error.to_string()),
-            Ok(_) => Err("the volume was taken for something else".to_owned()),
-            Err(error) => Err(format!("the volume cannot be read: {error}")),
-        };
-        if outcome.is_ok() && send(to, std::mem::take(encoder.writer())).await.is_err() {
-            return;
-        }
-    }
+    let start = from.min(volume.size_bytes);
+    let header = Header { format: Format::Raw, size_bytes: volume.size_bytes, start };
+    let outcome = match encoder.header(&header) {
+        Ok(()) => read_all(member, volume, start, &mut encoder, to).await,
+        Err(error) => Err(Stop::Failed(error.to_string())),
+    };
     let last = match outcome {
         Ok(()) => encoder.end(),
-        Err(reason) => {
+        Err(Stop::Failed(reason)) => {
             tracing::warn!(volume = volume.name, reason, "an export ended early");
             encoder.refuse(&reason)
         }
+        Err(Stop::Gone) => return,
     };
     // Into memory, which does not fail. A client that has gone needs no end.
     let _ = send(to, last.unwrap_or_default()).await;
 }
 
-/// The client has gone, or takes nothing.
-struct Gone;
+/// Why an export ended early.
+enum Stop {
+    /// The client has gone, or takes nothing.
+    Gone,
+    /// For this reason.
+    Failed(String),
+}
 
-async fn send(to: &mpsc::Sender<Bytes>, frames: Vec<u8>) -> Result<(), Gone> {
+/// Reads on, also when the volume was closed and opened again in between: by a reconciler that had not heard of the
+/// export yet, or by a data process that was restarted.
+async fn read_all(
+    member: &Arc<Member>,
+    volume: &Volume,
+    start: u64,
+    encoder: &mut Encoder<Vec<u8>>,
+    to: &mpsc::Sender<Bytes>,
+) -> Result<(), Stop> {
+    let (mut at, mut generation, mut last) = (start, volume.generation, tokio::time::Instant::now());
+    'opened: loop {
+        let mut pieces = pieces(member, volume, at);
+        while let Some((offset, piece)) = pieces.next().await {
+            match piece {
+                Ok(piece) => {
+                    let encoded = encoder.sparse(offset, &piece);
+                    encoded.map_err(|error| Stop::Failed(error.to_string()))?;
+                    send(to, std::mem::take(encoder.writer())).await?;
+                    (at, last) = (offset + piece.len() as u64, tokio::time::Instant::now());
+                }
+                Err(error) if last.elapsed() > OPEN => {
+                    return Err(Stop::Failed(format!("the volume cannot be read: {error}")));
+                }
+                Err(_) => {
+                    tokio::time::sleep(LOOK).await;
+                    let again = open(member, volume.id).await;
+                    let again = again.map_err(|problem| Stop::Failed(problem.to_string()))?.generation;
+                    if again.0 > generation.0 + 1 {
+                        return Err(Stop::Failed(
+                            "the volume was used by somebody else meanwhile".to_owned(),
+                        ));
+                    }
+                    generation = again;
+                    continue 'opened;
+                }
+            }
+        }
+        // Nobody can have written to it since it was opened, unless it was opened once more.
+        let now = member.state().volumes.get(&volume.id).map(|now| now.generation);
+        return match now == Some(generation) {
+            true => Ok(()),
+            false => Err(Stop::Failed("the volume was used by somebody else meanwhile".to_owned())),
+        };
+    }
+}
+
+/// The content of a volume, read ahead.
+fn pieces(
+    member: &Arc<Member>,
+    volume: &Volume,
+    from: u64,
+) -> impl Stream<Item = (u64, Result<Bytes, CallError>)> + Unpin + use<> {
+    let (local, id, size) = (member.local.clone(), volume.id, volume.size_bytes);
+    stream::iter((from..size).step_by(MAX_DATA as usize))
+        .map(move |offset| {
+            let length = u32::try_from(size - offset).unwrap_or(MAX_DATA).min(MAX_DATA);
+            let piece = local.read_volume(id, offset, length);
+            async move { (offset, piece.await) }.boxed()
+        })
+        .buffered(READS)
+}
+
+async fn send(to: &mpsc::Sender<Bytes>, frames: Vec<u8>) -> Result<(), Stop> {
     match tokio::time::timeout(SILENCE, to.send(frames.into())).await {
         Ok(Ok(())) => Ok(()),
-        Ok(Err(_)) | Err(_) => Err(Gone),
+        Ok(Err(_)) | Err(_) => Err(Stop::Gone),
     }
 }
 

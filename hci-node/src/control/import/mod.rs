@@ -43,7 +43,7 @@ const MAX_DISK: u64 = 2 << 40;
 /// How often the state is looked at when nothing changes.
 const TICK: Duration = Duration::from_millis(500);
 /// How often the spool is swept.
-const SWEEP_EVERY: Duration = Duration::from_secs(60);
+const SWEEP_EVERY: Duration = Duration::from_secs(10);
 /// Parts that are taken in at a time; the others wait.
 const AT_A_TIME: usize = 4;
 
@@ -99,7 +99,12 @@ async fn take(member: &Arc<Member>, image: &Image, taken: Taken) -> Result<ApiRe
         ));
     }
     let op = Op::BeginImagePart { image: image.id, part, node: member.id, volume, file, unreachable };
-    service::ask(member, op).await
+    let asked = service::ask(member, op).await;
+    if asked.is_ok() && part != ImagePart::Disk && member.paths.boot_file(hash).exists() {
+        // It was on the node already, for another image: nobody will come for this copy.
+        spool.clear(image.id, part);
+    }
+    asked
 }
 
 /// Whether a change that was asked for may still be made.
@@ -223,22 +228,22 @@ async fn fail(member: &Member, image: &Image, part: ImagePart, detail: String) {
     }
 }
 
-/// Moves a boot file to its place; the reconcilers do the rest.
+/// Moves a boot file to its place, if it is not there already for another image; the reconcilers do the rest.
 fn boot_file(member: &Member, image: ImageId, part: ImagePart, file: &BootFile) -> Result<(), StepError> {
-    let paths = &member.paths;
+    let (paths, spool) = (&member.paths, Spool::new(&member.paths));
     let to = paths.boot_file(file.hash);
-    if to.exists() {
-        return Ok(());
+    if !to.exists() {
+        let moved =
+            fs::create_dir_all(paths.boot_files()).and_then(|()| fs::rename(spool.part(image, part), &to));
+        moved.map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => {
+                StepError::Final("the node lost the file before it was in".to_owned())
+            }
+            _ => StepError::Later(error.to_string()),
+        })?;
     }
-    let from = Spool::new(paths).part(image, part);
-    let moved = fs::create_dir_all(paths.boot_files()).and_then(|()| fs::rename(&from, &to));
-    match moved {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            Err(StepError::Final("the node lost the file before it was in".to_owned()))
-        }
-        Err(error) => Err(StepError::Later(error.to_string())),
-    }
+    spool.clear(image, part);
+    Ok(())
 }
 
 async fn commit(member: &Member, op: Op) -> Result<(), StepError> {

@@ -127,11 +127,13 @@ impl Spool {
                 Some(PartState::Importing { node, .. } | PartState::Fetching { node, .. }) if *node == me => {
                     return false;
                 }
+                // It is in; a boot file that was on the node already is in at once.
+                Some(PartState::File(_) | PartState::Volume(_)) => Duration::ZERO,
                 Some(PartState::Awaiting) if name.ends_with(".upload") => CONTINUABLE,
                 _ if name.starts_with("upload-") => CONTINUABLE,
                 _ => UNWANTED,
             };
-            age > patience
+            age >= patience
         });
     }
 

@@ -31,8 +31,8 @@ use seccompiler::{
 const USER: u32 = 64_720;
 /// Heap and stack: tables, one cluster, one grain.
 const MEMORY: u64 = 512 << 20;
-/// All mappings: the executable too, which has symbols in a debug build.
-const ADDRESS_SPACE: u64 = 2 << 30;
+/// All mappings: the executable too, and what the allocator only reserves.
+const ADDRESS_SPACE: u64 = 8 << 30;
 /// CPU seconds for any image.
 const CPU_BASE: u64 = 600;
 /// And one more for so many bytes of the file.
