@@ -41,6 +41,8 @@ const READ_AT_ONCE: u64 = 1 << 20;
 enum Piece {
     /// Data, at this position of the log.
     Data { version: Version, crc: u32, position: u64 },
+    /// Data that are in the position's new slot.
+    Placed { version: Version, crc: u32 },
     /// Zeroes.
     Zero(Version),
 }
@@ -48,10 +50,20 @@ enum Piece {
 /// A position of a segment.
 type At = (EntryNumber, u32);
 
+/// What becomes of a position.
+#[derive(Clone, Default)]
+struct Pieces {
+    /// Its new slot, which has its data.
+    slot: Option<SlotNumber>,
+    blocks: [Option<Piece>; SLOT_BLOCKS as usize],
+}
+
 /// What the batches of a checkpoint come to: the last word on each block.
 #[derive(Default)]
 struct Outcome {
-    pieces: BTreeMap<At, [Option<Piece>; SLOT_BLOCKS as usize]>,
+    pieces: BTreeMap<At, Pieces>,
+    /// Slots with data that were overwritten or deleted before they were any position's.
+    unplaced: Vec<SlotNumber>,
     generations: BTreeSet<VolumeId>,
     gone_generations: Vec<EntryNumber>,
     deleted: Vec<EntryNumber>,
@@ -76,6 +88,8 @@ struct Changes {
     assigned: Vec<Assigned>,
     /// Data slots that hold no data any more.
     emptied: Vec<(At, SlotNumber)>,
+    /// Slots whose position has another one now, or never came to have them.
+    replaced: Vec<SlotNumber>,
     pages: HashMap<InfoId, InfoPage>,
 }
 
@@ -158,17 +172,29 @@ impl Applier {
                 for (block, (i, crc)) in (*block..).zip((0..).zip(crcs)) {
                     let position = position + i * BLOCK_SIZE;
                     let pieces = outcome.pieces.entry((*entry, block / SLOT_BLOCKS)).or_default();
-                    pieces[(block % SLOT_BLOCKS) as usize] =
+                    pieces.blocks[(block % SLOT_BLOCKS) as usize] =
                         Some(Piece::Data { version: *version, crc: *crc, position });
                 }
             }
+            LoggedWhat::Placed { entry, position, version, crcs, slots } => {
+                let crcs = crcs.chunks(SLOT_BLOCKS as usize);
+                for ((position, slot), crcs) in (*position..).zip(slots).zip(crcs) {
+                    let mut pieces = Pieces { slot: Some(*slot), ..Pieces::default() };
+                    for (piece, crc) in pieces.blocks.iter_mut().zip(crcs) {
+                        *piece = Some(Piece::Placed { version: *version, crc: *crc });
+                    }
+                    let before = outcome.pieces.insert((*entry, position), pieces);
+                    outcome.unplaced.extend(before.and_then(|before| before.slot));
+                }
+            }
+            LoggedWhat::Unplaced(slots) => outcome.unplaced.extend(slots),
             LoggedWhat::Zeroes { entry, blocks, version } => {
                 let core = self.core.lock();
                 let Some(segment) = core.index.segments.get(entry) else { return };
                 for (position, part) in by_slot(blocks.clone()) {
                     if segment.keeps_zeroes(position) || outcome.pieces.contains_key(&(*entry, position)) {
                         let pieces = outcome.pieces.entry((*entry, position)).or_default();
-                        part.for_each(|index| pieces[index as usize] = Some(Piece::Zero(*version)));
+                        part.for_each(|index| pieces.blocks[index as usize] = Some(Piece::Zero(*version)));
                     }
                 }
             }
@@ -179,9 +205,10 @@ impl Applier {
                 for entry in entries {
                     let positions: Vec<At> =
                         outcome.pieces.range((*entry, 0)..=(*entry, u32::MAX)).map(|(at, _)| *at).collect();
-                    positions.iter().for_each(|at| {
-                        outcome.pieces.remove(at);
-                    });
+                    for at in &positions {
+                        let gone = outcome.pieces.remove(at);
+                        outcome.unplaced.extend(gone.and_then(|gone| gone.slot));
+                    }
                     outcome.deleted.push(*entry);
                 }
             }
@@ -287,9 +314,12 @@ impl Applier {
             let Some(page) = changes.pages.get_mut(&(assigned.info.1, place.page)) else { continue };
             let bytes = Arc::make_mut(page);
             let Some(mut record) = info::get(bytes, place.record) else { continue };
-            for (i, piece) in pieces.iter().enumerate() {
+            for (i, piece) in pieces.blocks.iter().enumerate() {
                 match piece {
                     None => {}
+                    Some(Piece::Placed { version, crc }) => {
+                        record.blocks[i] = BlockInfo::Data(*version, *crc)
+                    }
                     Some(Piece::Zero(version)) => record.blocks[i] = BlockInfo::Zero(*version),
                     Some(Piece::Data { version, crc, position }) => {
                         record.blocks[i] = BlockInfo::Data(*version, *crc);
@@ -493,7 +523,7 @@ impl Applier {
 
     /// All is durable: readers find it in its slots from now on.
     fn install(&self, outcome: Outcome, changes: Changes) {
-        let Changes { new_info, assigned, emptied, pages, .. } = changes;
+        let Changes { new_info, assigned, emptied, replaced, pages, .. } = changes;
         let emptied: HashMap<At, SlotNumber> = emptied.into_iter().collect();
         let mut core = self.core.lock();
         core.installed += 1;
@@ -519,7 +549,10 @@ impl Applier {
             }
         }
         let mut core = self.core.lock();
-        let mut freed: Vec<SlotNumber> = emptied.into_values().collect();
+        // In an opening, a slot may be both its position's and one that a later write replaced.
+        let mut freed: BTreeSet<SlotNumber> = emptied.into_values().collect();
+        freed.extend(replaced);
+        freed.extend(outcome.unplaced);
         for entry in &outcome.deleted {
             let Some(segment) = core.index.segments.remove(entry) else { continue };
             freed.extend(segment.slots());
@@ -537,19 +570,18 @@ impl Applier {
 }
 
 /// Finds the slots of one position.
-fn assign(
-    core: &mut Core,
-    changes: &mut Changes,
-    at: At,
-    pieces: &[Option<Piece>; SLOT_BLOCKS as usize],
-) -> io::Result<()> {
+fn assign(core: &mut Core, changes: &mut Changes, at: At, pieces: &Pieces) -> io::Result<()> {
     let no_room = || io::Error::other("applying the log found no free slot");
     let (entry, position) = at;
     let index = &mut core.index;
-    let Some(segment) = index.segments.get_mut(&entry) else { return Ok(()) };
+    let Some(segment) = index.segments.get_mut(&entry) else {
+        changes.replaced.extend(pieces.slot);
+        return Ok(());
+    };
     let key = segment.key;
     let hidden = index.names.get(&key) != Some(&entry);
-    let has_data = pieces.iter().any(|piece| matches!(piece, Some(Piece::Data { .. })));
+    let has_data =
+        pieces.slot.is_some() || pieces.blocks.iter().any(|piece| matches!(piece, Some(Piece::Data { .. })));
     let info_index = info::place(position).slot;
     let mut data = segment.data(position);
     let mut info = segment
@@ -566,12 +598,23 @@ fn assign(
         let slot = match index.slots.take() {
             Some(slot) => slot,
             // Its removal is in the log already.
-            None if hidden => return Ok(()),
+            None if hidden => {
+                changes.replaced.extend(pieces.slot);
+                return Ok(());
+            }
             None => return Err(no_room()),
         };
         changes.owners.insert(slot, Owner::Info(entry, info_index));
         changes.new_info.insert((entry, info_index), (slot, key));
         info = Some(slot);
+    }
+    if let Some(slot) = pieces.slot {
+        if let Some(before) = data.filter(|before| *before != slot) {
+            changes.owners.insert(before, Owner::Free);
+            changes.replaced.push(before);
+        }
+        changes.owners.insert(slot, Owner::Data(entry, position as u16));
+        data = Some(slot);
     }
     if data.is_none() && has_data {
         let slot = match index.slots.take() {

@@ -6,6 +6,7 @@
 //! Invariants:
 //! - Batches complete in the order of the log: what is acknowledged is a prefix of it.
 //! - Every slot that applying the log will need is counted as wanted when the write is admitted: applying never finds the disk full.
+//! - A slot that data are written to before they are logged is nobody's until a checkpoint gives it to its position; what was there before stays until then.
 //! - Log space is used again only after the checkpoint that applied it is durable ([`super::apply`]).
 
 use super::cache::{InfoCache, LogCache};
@@ -15,7 +16,7 @@ use super::flaws::Flaw;
 use super::format::batch::{self, BatchHeader, BatchSize, Operation};
 use super::format::directory::EntryNumber;
 use super::format::info::PER_SLOT;
-use super::format::layout::{LOG_OFFSET, Layout, SLOT_BLOCKS};
+use super::format::layout::{LOG_OFFSET, Layout, SLOT_BLOCKS, SlotNumber};
 use super::index::{Index, Overlaid, Place, RecordNumber, StoredGeneration};
 use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT, SegmentKey, Version};
 use crate::store::{Keep, StoreError, WriteContent};
@@ -31,6 +32,12 @@ const BATCH_BYTES: usize = 1 << 20;
 const APPLY_BYTES: u64 = 32 << 20;
 /// Bytes of log that are not applied yet, at most: a restart has to apply them before it serves.
 const UNAPPLIED_AT_MOST: u64 = 128 << 20;
+/// Slots that are written to and not the position's yet, that make a checkpoint worth while.
+const APPLY_PLACED: u32 = if cfg!(test) { 16 } else { 1024 };
+/// The same at most: a restart may have to verify them before it serves.
+const PLACED_AT_MOST: u32 = if cfg!(test) { 32 } else { 4096 };
+/// One of so many slots is never taken in advance: small writes come before.
+const NOT_PLACED: u32 = 64;
 /// Slots that data never get: deletes and zeroes need none, but a disk must not be full to the last one.
 const RESERVED_SLOTS: u32 = 4;
 
@@ -56,12 +63,26 @@ pub(super) struct Logged {
 pub(super) enum LoggedWhat {
     /// Data of a segment; the first block is at this position of the log.
     Data { entry: EntryNumber, block: u32, version: Version, crcs: Vec<u32>, position: u64 },
+    /// Data of whole positions, in slots of their own.
+    Placed { entry: EntryNumber, position: u32, version: Version, crcs: Vec<u32>, slots: Vec<SlotNumber> },
+    /// Slots with data of a segment that has no place in the directory.
+    Unplaced(Vec<SlotNumber>),
     /// Zeroes.
     Zeroes { entry: EntryNumber, blocks: Range<u32>, version: Version },
     /// A generation that is still to be written to the directory.
     Generation(crate::ids::VolumeId),
     /// These segments are gone.
     Deleted(Vec<EntryNumber>),
+}
+
+impl LoggedWhat {
+    /// The slots that data were written to before it was logged.
+    fn slots(&self) -> &[SlotNumber] {
+        match self {
+            Self::Placed { slots, .. } | Self::Unplaced(slots) => slots,
+            _ => &[],
+        }
+    }
 }
 
 /// A batch that is in the log.
@@ -95,6 +116,16 @@ pub(super) enum Turn {
     Behind,
 }
 
+/// Where the data of whole positions go.
+pub(super) enum Placing {
+    /// To these slots.
+    Slots(Vec<SlotNumber>),
+    /// Ask again after the next checkpoint.
+    Later,
+    /// There is too little room to keep what was there until they are applied.
+    ThroughTheLog,
+}
+
 /// What to write to the log now.
 pub(super) struct BatchWrite {
     /// Where on the disk.
@@ -125,6 +156,8 @@ pub(super) struct Core {
     batches: VecDeque<Arc<LoggedBatch>>,
     /// Records not applied yet that will give slots back.
     giving: u32,
+    /// Slots taken for data that no checkpoint has given to a position yet.
+    placed: u32,
     /// A checkpoint is under way.
     applying: bool,
     /// A batch or a write waits for room in the log.
@@ -171,6 +204,7 @@ impl Core {
             next_record: RecordNumber(1),
             batches: VecDeque::new(),
             giving: 0,
+            placed: 0,
             applying: false,
             starved: false,
             full: false,
@@ -223,7 +257,8 @@ impl Core {
     /// Whether a checkpoint should be made now, whatever the time.
     pub(super) fn wants_checkpoint(&self) -> bool {
         let unapplied = self.completed - self.tail;
-        unapplied > 0 && (self.starved || unapplied >= APPLY_BYTES.min(self.layout.log_len / 4))
+        let worth = unapplied >= APPLY_BYTES.min(self.layout.log_len / 4) || self.placed >= APPLY_PLACED;
+        unapplied > 0 && (self.starved || worth)
     }
 
     /// Whether there is anything to apply.
@@ -260,6 +295,37 @@ impl Core {
         let turn = if self.queue.is_empty() { Turn::First } else { Turn::Behind };
         self.queue.push_back(Queued { operation, data, tell });
         Ok(Admission::Admitted(turn, told))
+    }
+
+    /// Takes free slots for the data of whole positions.
+    pub(super) fn place(&mut self, at: SegmentKey, positions: Range<u32>) -> Result<Placing, StoreError> {
+        self.check_failed()?;
+        let count = positions.len() as u32;
+        if self.placed + count > PLACED_AT_MOST || self.head - self.tail > self.unapplied_at_most() {
+            self.starved = true;
+            return Ok(Placing::Later);
+        }
+        let infos = positions.len() as u32 / PER_SLOT + 2;
+        let spare = RESERVED_SLOTS + infos + self.layout.slots / NOT_PLACED;
+        if self.index.slots.count() < self.index.wanted + count + spare {
+            return Ok(Placing::ThroughTheLog);
+        }
+        let blocks = positions.start * SLOT_BLOCKS..positions.end * SLOT_BLOCKS;
+        if self.want(at, blocks, Needs::Info).is_err() {
+            return Ok(Placing::ThroughTheLog);
+        }
+        let slots: Vec<SlotNumber> = positions.map_while(|_| self.index.slots.take()).collect();
+        self.placed += count;
+        Ok(Placing::Slots(slots))
+    }
+
+    /// Takes in the record of data that are in their slots.
+    pub(super) fn admit_placed(&mut self, operation: Operation, tell: Tell) {
+        match &self.failed {
+            // Who has gone needs no answer.
+            Some(error) => drop(tell.send(Err(StoreError::Io(error.clone())))),
+            None => self.queue.push_back(Queued { operation, data: Bytes::new(), tell }),
+        }
     }
 
     /// Counts the slots that blocks will need.
@@ -389,6 +455,23 @@ impl Core {
                 }
                 Some(LoggedWhat::Data { entry, block, version, crcs, position })
             }
+            Operation::Placed { at, block, version, crcs, slots } => {
+                let Some(entry) = self.index.get_or_create(at) else {
+                    return Some(LoggedWhat::Unplaced(slots));
+                };
+                let position = block / SLOT_BLOCKS;
+                if let Some(segment) = self.index.segments.get_mut(&entry) {
+                    let crcs = crcs.chunks(SLOT_BLOCKS as usize);
+                    for ((position, slot), crcs) in (position..).zip(&slots).zip(crcs) {
+                        let overlay = segment.overlay.entry(position).or_default();
+                        for (index, crc) in (0..).zip(crcs) {
+                            let place = Place::Slot { slot: *slot, crc: *crc };
+                            overlay.set(index, Overlaid { record: number, version, place });
+                        }
+                    }
+                }
+                Some(LoggedWhat::Placed { entry, position, version, crcs, slots })
+            }
             Operation::Zeroes { at, block, blocks, version, keep: _ } => {
                 let entry = *self.index.names.get(&at)?;
                 let segment = self.index.segments.get_mut(&entry)?;
@@ -453,6 +536,14 @@ impl Core {
         (batches, if all { std::mem::take(&mut self.index.gone_generations) } else { Vec::new() })
     }
 
+    /// Recovery: slots that the log says data are in. False when one is somebody else's.
+    pub(super) fn place_again(&mut self, at: SegmentKey, position: u32, slot: SlotNumber) -> bool {
+        let own = self.index.get(at).and_then(|segment| segment.data(position)) == Some(slot);
+        let taken = own || self.index.slots.take_this(slot) || self.index.take_from_hidden(position, slot);
+        self.placed += u32::from(taken);
+        taken
+    }
+
     /// A checkpoint has applied everything before `position`, durably.
     pub(super) fn release(&mut self, position: u64) {
         while let Some(batch) = self.batches.front()
@@ -461,6 +552,7 @@ impl Core {
             let gave =
                 |record: &&Logged| matches!(record.what, LoggedWhat::Zeroes { .. } | LoggedWhat::Deleted(_));
             self.giving -= batch.records.iter().filter(gave).count() as u32;
+            self.placed -= batch.records.iter().map(|record| record.what.slots().len() as u32).sum::<u32>();
             self.batches.pop_front();
         }
         self.tail = position;
@@ -483,6 +575,9 @@ fn needs(operation: &Operation) -> Option<(SegmentKey, Range<u32>, Needs)> {
     match operation {
         Operation::Data { at, block, crcs, .. } => {
             Some((*at, *block..*block + crcs.len() as u32, Needs::DataAndInfo))
+        }
+        Operation::Placed { at, block, crcs, .. } => {
+            Some((*at, *block..*block + crcs.len() as u32, Needs::Info))
         }
         Operation::Zeroes { at, block, blocks, keep: Keep::Always, .. } => {
             Some((*at, *block..*block + *blocks, Needs::Info))

@@ -44,7 +44,7 @@ pub(super) struct Shared {
     pub(super) core: Arc<Mutex<Core>>,
     syncs: Mutex<Syncs>,
     /// Told when a checkpoint has made room.
-    room: Notify,
+    pub(super) room: Notify,
     work: Mutex<Work>,
     wake: Condvar,
 }
@@ -237,7 +237,7 @@ impl Shared {
     }
 
     /// Wakes the applier when it has something to do.
-    fn look_for_work(&self) {
+    pub(super) fn look_for_work(&self) {
         let (any, now) = {
             let core = self.core.lock();
             (core.has_unapplied(), core.wants_checkpoint())

@@ -15,14 +15,17 @@ pub(super) enum Flaw {
     StaleBatch,
     /// A slot is given out again before the checkpoint that freed it is durable.
     EarlyReuse,
+    /// What was written before its record, and no sync covered, is believed to be there.
+    TrustedPlaces,
 }
 
 /// All of them.
-pub(super) const FLAWS: [Flaw; 6] = [
+pub(super) const FLAWS: [Flaw; 7] = [
     Flaw::EarlyAcknowledgement,
     Flaw::DroppedFlush,
     Flaw::EarlyApply,
     Flaw::ForgottenPage,
     Flaw::StaleBatch,
     Flaw::EarlyReuse,
+    Flaw::TrustedPlaces,
 ];

@@ -18,6 +18,8 @@ pub(super) struct RecordNumber(pub(super) u64);
 pub(super) enum Place {
     /// Data, at this position of the log.
     Log { position: u64, crc: u32 },
+    /// Data, in a slot that is the position's from the next checkpoint on.
+    Slot { slot: SlotNumber, crc: u32 },
     /// Zeroes.
     Zero,
 }
@@ -221,9 +223,18 @@ impl FreeSlots {
     }
 
     /// Whether a slot is free.
-    #[cfg(test)]
     pub(super) fn is_free(&self, slot: SlotNumber) -> bool {
-        self.words[slot.0 as usize / 64] >> (slot.0 % 64) & 1 == 1
+        self.words.get(slot.0 as usize / 64).is_some_and(|word| word >> (slot.0 % 64) & 1 == 1)
+    }
+
+    /// Takes a certain one, if it is free.
+    pub(super) fn take_this(&mut self, slot: SlotNumber) -> bool {
+        let Some(word) = self.words.get_mut(slot.0 as usize / 64) else { return false };
+        let bit = 1 << (slot.0 % 64);
+        let free = *word & bit != 0;
+        *word &= !bit;
+        self.free -= u32::from(free);
+        free
     }
 
     pub(super) fn take(&mut self) -> Option<SlotNumber> {
@@ -294,6 +305,18 @@ impl Index {
         self.names.insert(at, entry);
         self.segments.insert(entry, Segment::new(at));
         Some(entry)
+    }
+
+    /// Recovery: takes a slot from a segment that is being removed. The log has the removal and then a write that made the segment anew; a checkpoint that was cut short had
+    /// given the slot to it already.
+    pub(super) fn take_from_hidden(&mut self, position: u32, slot: SlotNumber) -> bool {
+        let Self { names, segments, .. } = self;
+        let hidden = segments.iter_mut().filter(|(entry, segment)| names.get(&segment.key) != Some(entry));
+        let mut owner = hidden.map(|(_, segment)| segment).find(|s| s.data(position) == Some(slot));
+        if let Some(segment) = owner.as_mut() {
+            segment.set_data(position, None);
+        }
+        owner.is_some()
     }
 
     /// Takes segments out of sight. They keep their slots until a checkpoint has freed them.

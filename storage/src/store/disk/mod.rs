@@ -4,6 +4,7 @@
 //!  write ─► batch ─► log (ring) ──► overlay in memory          read ─► overlay? ─► log
 //!             │          ▲                                         └─► block info ─► slot
 //!  flush ─────┴─ sync ───┘
+//!  large write ─► fresh slots, then a record of where they are ─► log
 //!                        checkpoint: log ─► slots, block info, owners ─► sync ─► log is free again
 //! ```
 //!
@@ -16,8 +17,10 @@
 //! | [`format`] | what is on the disk (pure) |
 //! | [`index`], [`cache`] | what is in memory |
 //! | [`core`] | admission, batches, the overlay: a state machine without I/O |
+//! | [`write`] | small writes through the log, large ones straight to fresh slots |
 //! | [`apply`] | checkpoints |
 //! | [`recover`] | formatting and opening |
+//! | [`placed`] | opening: what of the large writes at the end of the log is there |
 //! | [`read`] | reading and verifying |
 //! | [`scrub`] | verifying what is stored, at rest |
 //! | [`offline`] | looking at a disk that nobody has open |
@@ -38,6 +41,7 @@ mod flaws;
 mod format;
 mod index;
 pub mod offline;
+mod placed;
 mod read;
 mod recover;
 mod scrub;
@@ -45,22 +49,20 @@ mod scrub;
 mod sim;
 #[cfg(test)]
 mod tests;
+mod write;
 
 pub use recover::OpenError;
 
-use self::core::operation;
 use self::device::file::{self, Sharing};
 use self::engine::Engine;
 use self::format::batch::Operation;
 use self::format::layout::SLOT;
 use self::format::superblock::Superblock;
-use super::{
-    BlockVersion, DiskStore, ReadReply, ReplicaWrite, ScrubCursor, ScrubStep, StoreError, WriteContent,
-};
-use crate::ids::{BLOCK_SIZE, ByteSize, DiskId, Generation, SegmentKey, VolumeId};
+use super::{BlockVersion, DiskStore, ReadReply, ReplicaWrite, ScrubCursor, ScrubStep, StoreError};
+use crate::ids::{ByteSize, DiskId, Generation, SegmentKey, VolumeId};
 use crate::status::{DiskHealth, DiskUsage};
 use bytes::Bytes;
-use futures_util::future::{BoxFuture, try_join_all};
+use futures_util::future::BoxFuture;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
@@ -113,30 +115,6 @@ impl LogStore {
         Ok(Self { engine })
     }
 
-    async fn write_parts(&self, at: SegmentKey, write: ReplicaWrite) -> Result<(), StoreError> {
-        let shared = &self.engine.shared;
-        let most = shared.core.lock().record_bytes();
-        let ReplicaWrite { block, version, content } = write;
-        let WriteContent::Data { data, crcs } = &content else {
-            let (operation, data) = operation(at, ReplicaWrite { block, version, content })?;
-            return shared.log(operation, data).await;
-        };
-        if data.len() <= most || data.len() as u64 != crcs.len() as u64 * BLOCK_SIZE {
-            let (operation, data) = operation(at, ReplicaWrite { block, version, content })?;
-            return shared.log(operation, data).await;
-        }
-        let step = most / BLOCK_SIZE as usize;
-        let parts = crcs.chunks(step).enumerate().map(|(i, crcs)| {
-            let start = i * step * BLOCK_SIZE as usize;
-            let data = data.slice(start..start + crcs.len() * BLOCK_SIZE as usize);
-            let content = WriteContent::Data { data, crcs: crcs.to_vec() };
-            operation(at, ReplicaWrite { block: block.saturating_add((i * step) as u32), version, content })
-        });
-        let parts = parts.collect::<Result<Vec<_>, _>>()?;
-        try_join_all(parts.into_iter().map(|(operation, data)| shared.log(operation, data))).await?;
-        Ok(())
-    }
-
     async fn log_durably(&self, operation: Operation) -> Result<(), StoreError> {
         self.engine.shared.log(operation, Bytes::new()).await?;
         self.engine.shared.sync().await
@@ -145,7 +123,7 @@ impl LogStore {
 
 impl DiskStore for LogStore {
     fn write(&self, at: SegmentKey, write: ReplicaWrite) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(self.write_parts(at, write))
+        Box::pin(self.engine.shared.write(at, write))
     }
 
     fn read(&self, at: SegmentKey, block: u32, blocks: u32) -> BoxFuture<'_, Result<ReadReply, StoreError>> {

@@ -91,7 +91,9 @@ pub fn verify(path: &Path, mut progress: impl FnMut(usize, usize)) -> Result<Ver
     let mut logged: HashSet<(SegmentKey, u32)> = HashSet::new();
     recover::replay(device.as_ref(), &superblock, Boots::Ascending, |batch| {
         for operation in &batch.operations {
-            if let Operation::Data { at, block, crcs, .. } = operation {
+            if let Operation::Data { at, block, crcs, .. } | Operation::Placed { at, block, crcs, .. } =
+                operation
+            {
                 logged.extend((*block..*block + crcs.len() as u32).map(|block| (*at, block)));
             }
         }

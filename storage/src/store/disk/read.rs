@@ -106,6 +106,9 @@ impl Core {
                         Origin::Log { position, crc }
                     }
                     Place::Log { position, crc } => Origin::Disk { offset: self.log_offset(position), crc },
+                    Place::Slot { slot, crc } => {
+                        Origin::Disk { offset: self.layout.slot(slot) + u64::from(index) * BLOCK_SIZE, crc }
+                    }
                 });
                 continue;
             }
@@ -158,7 +161,7 @@ impl Core {
                 let (version, crc) = match overlay.and_then(|overlay| overlay.get(index)) {
                     Some(overlaid) => match overlaid.place {
                         Place::Zero => (overlaid.version, *ZERO_CRC),
-                        Place::Log { crc, .. } => (overlaid.version, crc),
+                        Place::Log { crc, .. } | Place::Slot { crc, .. } => (overlaid.version, crc),
                     },
                     None => match record.blocks[index as usize] {
                         BlockInfo::Absent => continue,

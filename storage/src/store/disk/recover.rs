@@ -15,9 +15,10 @@ use super::format::owner::{self, Owner};
 use super::format::page::{self, HEADER, PAGE, PageId, PageKind, Pair};
 use super::format::superblock::{NoSuperblock, Superblock};
 use super::index::{FreeEntries, FreeSlots, Index, Segment, StoredGeneration};
+use super::placed;
 use crate::ids::{BLOCK_SIZE, DiskId};
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 use thiserror::Error;
@@ -329,6 +330,23 @@ pub(super) enum Boots {
     Any,
 }
 
+/// Whether data that were written before their record are looked at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Placed {
+    /// As they must be, when no sync is known to have covered them.
+    Verified,
+    /// A planted bug.
+    #[cfg_attr(not(test), allow(dead_code, reason = "a planted bug of the tests"))]
+    Trusted,
+}
+
+/// What an opening looks at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Rules {
+    pub(super) boots: Boots,
+    pub(super) placed: Placed,
+}
+
 /// Calls `with` for all batches of the log. Returns where it ends.
 pub(super) fn replay(
     device: &dyn Device,
@@ -361,16 +379,17 @@ pub(super) fn replay(
 
 /// Opens a store: what is in the log is applied on return.
 pub(super) fn open(device: Arc<dyn Device>, disk: DiskId) -> Result<Applier, OpenError> {
-    open_as(device, disk, Boots::Ascending)
+    open_as(device, disk, Rules { boots: Boots::Ascending, placed: Placed::Verified })
 }
 
 /// [`open`], with a planted bug perhaps.
-pub(super) fn open_as(device: Arc<dyn Device>, disk: DiskId, boots: Boots) -> Result<Applier, OpenError> {
+pub(super) fn open_as(device: Arc<dyn Device>, disk: DiskId, rules: Rules) -> Result<Applier, OpenError> {
     let mut superblock = superblock(device.as_ref())?;
     if superblock.disk != disk {
         return Err(OpenError::OtherDisk { found: superblock.disk });
     }
     let Found { mut index, stray_slots, stray_entries } = index(device.as_ref(), &superblock)?;
+    let owned: HashSet<SlotNumber> = stray_slots.iter().copied().collect();
     let on_disk = superblock;
     superblock.boot += 1;
     superblock.checkpoint += CHECKPOINTS_PER_BOOT;
@@ -398,18 +417,25 @@ pub(super) fn open_as(device: Arc<dyn Device>, disk: DiskId, boots: Boots) -> Re
         core.index.entries = entries;
         stray_slots.into_iter().for_each(|slot| core.index.slots.give(slot));
     }
-    let mut batches = 0;
-    let end = replay(device.as_ref(), &on_disk, boots, |batch| {
-        batches += 1;
-        core.lock().logged(
-            batch.header.position,
-            u64::from(batch.header.length),
-            batch.header_len,
-            batch.operations,
-        );
-    })?;
+    let mut read = Vec::new();
+    let end = replay(device.as_ref(), &on_disk, rules.boots, |batch| read.push(batch))?;
+    let batches = read.len();
+    let mut dropped = Vec::new();
+    if rules.placed == Placed::Verified {
+        let mut core = core.lock();
+        dropped =
+            placed::drop_missing(device.as_ref(), &core, &owned, &mut read).map_err(io_error(failed))?;
+        dropped.retain(|slot| core.index.slots.take_this(*slot));
+    }
+    for batch in read {
+        let mut core = core.lock();
+        placed::take_slots(&mut core, &batch.operations)?;
+        let length = u64::from(batch.header.length);
+        core.logged(batch.header.position, length, batch.header_len, batch.operations);
+    }
     while applier.checkpoint().map_err(io_error("applying the log"))? {}
     applier.write_superblock(end, applier.superblock.boot).map_err(io_error(failed))?;
+    dropped.into_iter().for_each(|slot| core.lock().index.slots.give(slot));
     tracing::info!(%disk, boot = applier.superblock.boot, batches, "a disk is open");
     Ok(applier)
 }

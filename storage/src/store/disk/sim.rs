@@ -10,7 +10,7 @@ use super::device::{Device, Done, Request};
 use super::engine::Shared;
 use super::flaws::Flaw;
 use super::format::layout::Layout;
-use super::recover::{self, Boots, OpenError};
+use super::recover::{self, Boots, OpenError, Placed, Rules};
 use crate::ids::DiskId;
 use crate::sim::dice::Dice;
 use parking_lot::Mutex;
@@ -187,7 +187,8 @@ impl Sim {
     pub(super) fn open(&self, flaw: Option<Flaw>) -> Result<SimStore, OpenError> {
         let device: Arc<dyn Device> = Arc::new(self.device());
         let boots = if flaw == Some(Flaw::StaleBatch) { Boots::Any } else { Boots::Ascending };
-        let applier = recover::open_as(device.clone(), self.disk, boots)?;
+        let placed = if flaw == Some(Flaw::TrustedPlaces) { Placed::Trusted } else { Placed::Verified };
+        let applier = recover::open_as(device.clone(), self.disk, Rules { boots, placed })?;
         applier.core.lock().flaw = flaw;
         Ok(SimStore::start(applier, self))
     }

@@ -144,6 +144,30 @@ impl World {
         self.start(Doing::Write { blocks, value }, operation, data);
     }
 
+    /// A write with whole positions in it, which go to slots of their own.
+    fn write_large(&mut self) {
+        let (at, blocks) = self.pick();
+        let blocks = blocks.start..blocks.start + 32 + self.dice.below(40) as u32;
+        if self.busy(at, &blocks) {
+            return;
+        }
+        self.clock += 1;
+        let version = Version { generation: 1, sequence: self.clock };
+        let data: Vec<u8> = blocks.clone().flat_map(|block| content(self.clock, block)).collect();
+        let crcs = data.chunks(BLOCK_SIZE as usize).map(crc32c::crc32c).collect();
+        let write = ReplicaWrite {
+            block: blocks.start,
+            version,
+            content: WriteContent::Data { data: Bytes::from(data), crcs },
+        };
+        let value = Value::Data(self.clock);
+        self.log.push(format!("write {at:?} {blocks:?} {value:?}, large"));
+        let blocks = blocks.map(|block| (at, block)).collect();
+        let shared = self.store().shared.clone();
+        let run = Box::pin(async move { shared.write(at, write).await });
+        self.doing.push((Doing::Write { blocks, value }, run));
+    }
+
     fn start(&mut self, doing: Doing, operation: Operation, data: Bytes) {
         let shared = self.store().shared.clone();
         self.doing.push((doing, Box::pin(async move { shared.log(operation, data).await })));
@@ -359,7 +383,8 @@ impl World {
 
     fn step(&mut self) -> Result<(), String> {
         match self.dice.below(100) {
-            0..30 => self.write(),
+            0..24 => self.write(),
+            24..30 => self.write_large(),
             30..36 => self.flush(),
             36..38 => self.delete(),
             38..40 => self.raise(),
@@ -453,7 +478,8 @@ fn a_flipped_bit_is_never_read_as_data() {
         for _ in 0..150 {
             // A write that waits for room lets others pass.
             match world.dice.below(100) {
-                0..60 => world.write(),
+                0..50 => world.write(),
+                50..60 => world.write_large(),
                 60..80 => {
                     world.sim.carry_out_one();
                 }

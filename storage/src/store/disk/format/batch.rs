@@ -8,6 +8,7 @@
 //! written before a crash behind the end that was found then, is taken for the next one.
 
 use super::bytes::{Reader, Writer};
+use super::layout::{SLOT_BLOCKS, SlotNumber};
 use super::page::PAGE;
 use crate::ids::{
     BLOCK_SIZE, BLOCKS_PER_SEGMENT, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId,
@@ -36,6 +37,16 @@ pub(in crate::store::disk) enum Operation {
         /// One for each block.
         crcs: Vec<u32>,
     },
+    /// Whole positions whose data are in slots of their own already, from this block on.
+    Placed {
+        at: SegmentKey,
+        block: u32,
+        version: Version,
+        /// One for each block.
+        crcs: Vec<u32>,
+        /// One for each position.
+        slots: Vec<SlotNumber>,
+    },
     /// Blocks that are zeroes now.
     Zeroes { at: SegmentKey, block: u32, blocks: u32, version: Version, keep: Keep },
     /// The generation of a volume.
@@ -56,7 +67,11 @@ impl Operation {
     }
 
     fn encoded_len(&self) -> usize {
-        RECORD + 4 * self.data_blocks()
+        let numbers = match self {
+            Self::Placed { crcs, slots, .. } => crcs.len() + slots.len(),
+            _ => self.data_blocks(),
+        };
+        RECORD + 4 * numbers
     }
 
     fn put(&self, writer: &mut Writer<'_>) {
@@ -68,6 +83,7 @@ impl Operation {
         let of_volume = |volume: &VolumeId| SegmentKey { volume: *volume, ..nowhere };
         let (kind, at, block, count, version) = match self {
             Self::Data { at, block, version, crcs } => (1, *at, *block, crcs.len() as u32, *version),
+            Self::Placed { at, block, version, crcs, .. } => (7, *at, *block, crcs.len() as u32, *version),
             Self::Zeroes { at, block, blocks, version, keep } => {
                 let kind = match keep {
                     Keep::WhereStored => 2,
@@ -83,9 +99,14 @@ impl Operation {
         };
         writer.u8(kind).skip(3).u32(block).u32(count).u32(at.segment.0).u32(at.layer.0).skip(4);
         writer.bytes(at.volume.0.as_bytes()).u64(version.generation).u64(version.sequence);
-        if let Self::Data { crcs, .. } = self {
+        if let Self::Data { crcs, .. } | Self::Placed { crcs, .. } = self {
             crcs.iter().for_each(|crc| {
                 writer.u32(*crc);
+            });
+        }
+        if let Self::Placed { slots, .. } = self {
+            slots.iter().for_each(|slot| {
+                writer.u32(slot.0);
             });
         }
     }
@@ -108,6 +129,11 @@ impl Operation {
             2 | 6 if in_segment => {
                 let keep = if kind == 2 { Keep::WhereStored } else { Keep::Always };
                 Some(Self::Zeroes { at, block, blocks: count, version, keep })
+            }
+            7 if in_segment && block.is_multiple_of(SLOT_BLOCKS) && count.is_multiple_of(SLOT_BLOCKS) => {
+                let crcs = (0..count).map(|_| reader.u32()).collect::<Option<_>>()?;
+                let slots = (0..count / SLOT_BLOCKS).map(|_| reader.u32().map(SlotNumber));
+                Some(Self::Placed { at, block, version, crcs, slots: slots.collect::<Option<_>>()? })
             }
             3 => Some(Self::Generation(volume, Generation(version.generation))),
             4 => Some(Self::DeleteVolume(volume)),

@@ -48,6 +48,13 @@ fn operations() -> Vec<Operation> {
         Operation::Generation(key().volume, Generation(77)),
         Operation::DeleteVolume(key().volume),
         Operation::DeleteSegment(key()),
+        Operation::Placed {
+            at: key(),
+            block: 48,
+            version: version(),
+            crcs: (0..32).collect(),
+            slots: vec![SlotNumber(5), SlotNumber(900)],
+        },
     ]
 }
 
@@ -85,7 +92,7 @@ fn the_superblock_is_these_bytes() {
     let encoded = superblock().encode();
     assert_eq!(
         hex(&encoded[..96]),
-        "4843494449534b0001000000fecaad0ba1a2a3a4a5a6a7a8a9aaabacadaeafb00500000000000000060000000000000007000000000000000080000000000000090000000000000000000004000000000300000021000000803e00004f4e9903"
+        "4843494449534b0002000000fecaad0ba1a2a3a4a5a6a7a8a9aaabacadaeafb00500000000000000060000000000000007000000000000000080000000000000090000000000000000000004000000000300000021000000803e00008a205e27"
     );
     assert_eq!(Superblock::decode(&encoded), Ok(superblock()));
 }
@@ -93,9 +100,9 @@ fn the_superblock_is_these_bytes() {
 #[test]
 fn a_batch_is_these_bytes() {
     let bytes = batch_of(&operations());
-    let first = "484c4f47fecaad0b0000100000000000030000000000000000000800000000000020000000100000060000000000000000000000000000000000\
-                 00009fc02d97";
-    assert_eq!(golden(&bytes, 64), (3_382_183_054, first.to_owned()));
+    let first = "484c4f47fecaad0b0000100000000000030000000000000000000800000000000020000000100000070000000000000000000000000000000000\
+                 000018e362f1";
+    assert_eq!(golden(&bytes, 64), (31_803_887, first.to_owned()));
     let (header, read) = batch::get(&bytes, 0x0bad_cafe).unwrap();
     assert_eq!((header.position, header.boot, header.durable), (1 << 20, 3, 1 << 19));
     assert_eq!(read, operations());
