@@ -8,7 +8,7 @@ use std::sync::Arc;
 /// Pages in each half of the cache.
 const HALF: usize = if cfg!(test) { 12 } else { 3072 };
 /// Bytes of the log that are kept.
-const LOG_BYTES: usize = if cfg!(test) { 64 << 10 } else { 16 << 20 };
+const LOG_BYTES: usize = if cfg!(test) { 64 << 10 } else { 8 << 20 };
 
 /// Names a page of block info: its slot, and the page within that.
 pub(super) type InfoId = (SlotNumber, u32);

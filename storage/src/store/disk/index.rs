@@ -200,7 +200,7 @@ pub(super) struct FreeSlots {
     /// A bit for each slot; set: free.
     words: Vec<u64>,
     free: u32,
-    /// Where to look next: neighbours are written together.
+    /// No word before has a free one. The lowest is taken: neighbours are written together, and of a thin device no more is used than must be.
     next: usize,
 }
 
@@ -220,6 +220,7 @@ impl FreeSlots {
         debug_assert_eq!(*word & bit, 0, "given twice");
         *word |= bit;
         self.free += 1;
+        self.next = self.next.min(slot.0 as usize / 64);
     }
 
     /// Whether a slot is free.
@@ -238,9 +239,7 @@ impl FreeSlots {
     }
 
     pub(super) fn take(&mut self) -> Option<SlotNumber> {
-        let (before, after) = self.words.split_at(self.next);
-        let found = after.iter().position(|word| *word != 0).map(|i| self.next + i);
-        let at = found.or_else(|| before.iter().position(|word| *word != 0))?;
+        let at = self.next + self.words.get(self.next..)?.iter().position(|word| *word != 0)?;
         let bit = self.words[at].trailing_zeros();
         self.words[at] &= !(1 << bit);
         self.free -= 1;
