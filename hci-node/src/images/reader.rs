@@ -73,6 +73,8 @@ impl Worker {
         let mut child = Command::new(&self.program)
             .args(["image-worker", mode.name(), "--from", &from.to_string()])
             .env_clear()
+            // An arena that is only reserved does not count as used: the worker's limit of memory is a real one.
+            .env("MIMALLOC_ARENA_EAGER_COMMIT", "0")
             .current_dir("/")
             .stdin(Stdio::from(image))
             .stdout(Stdio::piped())
@@ -178,16 +180,18 @@ impl Reading {
             // Without them the status has to do.
             let _ = timeout(GONE, stderr.take(LAST_WORDS).read_to_end(&mut words)).await;
         }
+        let words = printable(&words);
         let end = match status.signal() {
+            // How Rust says it, before it does what the sandbox does not let it do.
+            Some(libc::SIGSYS) if words.contains("memory allocation") => {
+                return "it needed more memory than it may have".to_owned();
+            }
             Some(libc::SIGSYS) => "it was ended for a forbidden system call".to_owned(),
             Some(libc::SIGXCPU) => "it used too much CPU time".to_owned(),
             Some(libc::SIGKILL) => "it was killed (CPU time, memory, or by hand)".to_owned(),
             Some(signal) => format!("signal {signal}"),
             None => format!("exit code {}", status.code().unwrap_or_default()),
         };
-        match printable(&words) {
-            words if words.is_empty() => end,
-            words => format!("{end}: {words}"),
-        }
+        if words.is_empty() { end } else { format!("{end}: {words}") }
     }
 }

@@ -29,7 +29,7 @@ use seccompiler::{
 
 /// The worker's user. It owns nothing and has no entry in the user database.
 const USER: u32 = 64_720;
-/// Heap and stack: tables, one cluster, one grain.
+/// What it may use beside what it has from its start: tables, one cluster, one grain.
 const MEMORY: u64 = 512 << 20;
 /// All mappings: the executable too, and what the allocator only reserves.
 const ADDRESS_SPACE: u64 = 8 << 30;
@@ -94,11 +94,15 @@ pub(super) fn enter(length: u64) -> io::Result<()> {
     }
     prctl::set_no_new_privs()?;
     prctl::set_dumpable(false)?;
+    // The allocator has reserved its arena by now, which the limit counts.
+    let present = present_data()?;
     no_files()?;
+    let seconds = CPU_BASE + length / CPU_BYTES;
+    // The signal of the soft limit says what the end was for.
+    setrlimit(Resource::RLIMIT_CPU, seconds, seconds + 1)?;
     for (resource, limit) in [
-        (Resource::RLIMIT_DATA, MEMORY),
+        (Resource::RLIMIT_DATA, present + MEMORY),
         (Resource::RLIMIT_AS, ADDRESS_SPACE),
-        (Resource::RLIMIT_CPU, CPU_BASE + length / CPU_BYTES),
         (Resource::RLIMIT_FSIZE, 0),
         (Resource::RLIMIT_CORE, 0),
         (Resource::RLIMIT_NPROC, 0),
@@ -107,6 +111,16 @@ pub(super) fn enter(length: u64) -> io::Result<()> {
         setrlimit(resource, limit, limit)?;
     }
     seccompiler::apply_filter(&filter().map_err(io::Error::other)?).map_err(io::Error::other)
+}
+
+/// Bytes of data and stack that are mapped now.
+fn present_data() -> io::Result<u64> {
+    let text = fs::read_to_string("/proc/self/statm")?;
+    let pages = text.split_whitespace().nth(5).and_then(|field| field.parse::<u64>().ok());
+    let pages = pages.ok_or_else(|| io::Error::other("/proc/self/statm cannot be read"))?;
+    let page =
+        nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)?.and_then(|page| page.try_into().ok());
+    Ok(pages * page.unwrap_or(4096))
 }
 
 fn become_nobody() -> io::Result<()> {
