@@ -26,12 +26,13 @@ impl Coordinator {
         }
     }
 
-    /// While opening, a replica that was not reached yet is given time.
+    /// While opening, a replica that was not reached yet is given time, but for one that may be out already.
     fn to_take_out(&self) -> Vec<(DiskId, String)> {
-        if self.phase.get() == Phase::Opening && !self.give_up.get() {
-            return Vec::new();
-        }
-        self.table.lock().to_take_out()
+        let is_patient = self.phase.get() == Phase::Opening && !self.give_up.get();
+        let table = self.table.lock();
+        let mut out = table.to_take_out();
+        out.retain(|(disk, _)| !is_patient || table.awaits_answer(*disk));
+        out
     }
 
     /// Fails when it is to be tried again.
@@ -51,8 +52,14 @@ impl Coordinator {
                 self.fence();
                 Ok(())
             }
-            Err(error) => {
+            Err(error @ CommitError::Unavailable(_)) => {
                 tracing::debug!(volume = %self.id, %disk, %error, "replica not taken out yet");
+                self.table.lock().not_answered(disk);
+                Err(())
+            }
+            Err(error @ CommitError::Refused(_)) => {
+                tracing::debug!(volume = %self.id, %disk, %error, "replica not taken out");
+                self.change(|table| table.stays_in(disk));
                 Err(())
             }
         }

@@ -6,13 +6,15 @@
 //! - A replica that missed something is no longer equal, whatever Raft holds; nothing completes until either Raft has taken it
 //!   out or a resync has made it equal again.
 //! - A replica counts as "may be in sync" from the moment the commit that puts it in is *begun*.
+//! - A commit that takes a replica out and was not answered may have been made. It is asked for until it is answered, whatever
+//!   the replica does meanwhile: else one that came back would be in sync here and out of the set in Raft for ever.
 
 use crate::config::{ReplicaConfig, ReplicaState, SegmentConfig, VolumeConfig};
 use crate::ids::{DiskId, SegmentIndex};
 use crate::replica::protocol::Session;
 use crate::status::{MemberState, ReplicaStatus, ResyncProgress};
 use netfabric::NodeId;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What this coordinator knows of one replica of a segment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,6 +69,8 @@ pub(crate) struct Target {
 #[derive(Debug)]
 pub(crate) struct MemberTable {
     members: BTreeMap<DiskId, Member>,
+    /// Those that were asked to be taken out without an answer.
+    unanswered: BTreeSet<DiskId>,
     segments: u32,
     min_in_sync: usize,
     size: u64,
@@ -91,7 +95,8 @@ pub(crate) enum Patience {
 
 impl MemberTable {
     pub(crate) fn new(config: &VolumeConfig) -> Self {
-        let mut table = Self { members: BTreeMap::new(), segments: 0, min_in_sync: 1, size: 0, growth: None };
+        let (members, unanswered) = (BTreeMap::new(), BTreeSet::new());
+        let mut table = Self { members, unanswered, segments: 0, min_in_sync: 1, size: 0, growth: None };
         table.segments = config.segments.len() as u32;
         table.configure(config);
         table
@@ -127,6 +132,7 @@ impl MemberTable {
             member.slots.retain(|segment, _| kept.is_some_and(|s| s.contains(segment)));
             kept.is_some()
         });
+        self.unanswered.retain(|disk| self.members.contains_key(disk));
         if new.is_empty() {
             self.size = self.size.max(config.size.0);
             self.growth = None;
@@ -393,15 +399,34 @@ impl MemberTable {
             .collect()
     }
 
-    /// A member that Raft may hold as in sync and that is not equal: to be taken out by a commit.
+    /// Nobody knows whether the commit that takes a member out was made.
+    pub(crate) fn not_answered(&mut self, disk: DiskId) {
+        if self.members.contains_key(&disk) {
+            self.unanswered.insert(disk);
+        }
+    }
+
+    /// The commit that takes a member out was not made, nor was an earlier one.
+    pub(crate) fn stays_in(&mut self, disk: DiskId) {
+        self.unanswered.remove(&disk);
+    }
+
+    /// Whether nobody knows what became of the commit that takes a member out.
+    pub(crate) fn awaits_answer(&self, disk: DiskId) -> bool {
+        self.unanswered.contains(&disk)
+    }
+
+    /// Members that Raft may hold as in sync and that are not equal, and those of which it is not known whether they were taken out
+    /// already: to be taken out by a commit.
     pub(crate) fn to_take_out(&self) -> Vec<(DiskId, String)> {
         self.members
             .iter()
-            .filter(|(_, m)| {
-                m.slots.values().any(|s| {
-                    s.committed == ReplicaState::InSync
-                        && matches!(s.sync, SlotState::Stale | SlotState::Copying)
-                })
+            .filter(|(disk, m)| {
+                self.awaits_answer(**disk)
+                    || m.slots.values().any(|s| {
+                        s.committed == ReplicaState::InSync
+                            && matches!(s.sync, SlotState::Stale | SlotState::Copying)
+                    })
             })
             .map(|(d, m)| {
                 let reason = match &m.link {
@@ -415,6 +440,7 @@ impl MemberTable {
 
     /// A commit took a member out: takes over its states from the volume as it stands now.
     pub(crate) fn taken_out(&mut self, disk: DiskId, config: &VolumeConfig) {
+        self.unanswered.remove(&disk);
         let Some(member) = self.members.get_mut(&disk) else { return };
         for (index, slot) in &mut member.slots {
             let state = config
@@ -637,6 +663,25 @@ mod tests {
         assert!(table.begin_join(&all[2], SEGMENT));
         assert!(table.to_take_out().is_empty());
         assert!(table.write_complete(SEGMENT, &all));
+    }
+
+    #[test]
+    fn a_commit_that_was_not_answered_is_asked_for_again_though_the_member_came_back() {
+        use ReplicaState::{InSync, OutOfSync};
+        let mut table = MemberTable::new(&config(1, [InSync; 3]));
+        table.attached(disk(1), session(1), true);
+        table.attached(disk(2), session(2), true);
+        table.not_answered(disk(3));
+        table.attached(disk(3), session(3), true);
+        assert!(table.ready_to_open());
+        table.opened();
+        assert_eq!(table.to_take_out().len(), 1, "Raft may hold it as out of sync");
+        table.taken_out(disk(3), &config(1, [InSync, InSync, OutOfSync]));
+        assert!(table.to_take_out().is_empty());
+        assert_eq!(table.to_copy().len(), 1, "it comes back by a resync");
+        table.not_answered(disk(2));
+        table.stays_in(disk(2));
+        assert!(table.to_take_out().is_empty());
     }
 
     #[test]

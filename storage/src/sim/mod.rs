@@ -2,7 +2,8 @@
 //! disks and control plane, while nodes crash, lose power, are cut off and come back.
 //!
 //! Everything random comes from one seed; time is tokio's paused clock on one thread. So a seed is a run: a failure prints the seed, and
-//! `STORAGE_SIM_SEED=<seed> cargo test -p storage sim::` plays it again. `STORAGE_SIM_SEEDS=<count>` changes how many are run.
+//! `STORAGE_SIM_SEED=<seed> cargo test -p storage sim::invariants` plays it again, and with `RUST_LOG=debug` tells what happened.
+//! `STORAGE_SIM_SEEDS=<count>` changes how many are run, `STORAGE_SIM_FROM=<seed>` from which on.
 //!
 //! | module | it is |
 //! |---|---|
@@ -40,6 +41,9 @@ use tokio::time::Instant;
 
 /// Seeds of a normal run.
 const SEEDS: u64 = 100;
+/// Runs that found something once, whatever the count. 5686: a commit that took a replica out was not answered, the replica came back,
+/// and stayed out of the set for ever.
+const ONCE_FAILED: [u64; 1] = [5686];
 /// Seeds within which a planted bug must be found.
 const FLAW_SEEDS: u64 = 60;
 /// How long faults go on, in simulated time.
@@ -126,7 +130,9 @@ async fn run_with(seed: u64, flaw: Option<Flaw>) -> Result<Tally, Vec<String>> {
     cluster.run_until(Duration::from_secs(7), |_| false).await;
     if !cluster.run_until(RECOVERY, Cluster::is_healthy).await {
         let status = cluster.coordinator().map(|(_, c)| c.status());
-        return Err(vec![format!("not healthy again: {status:?}, in sync {:?}", cluster.raft.in_sync())]);
+        let layers = cluster.raft.record.lock().volume.layers.clone();
+        let in_sync = cluster.raft.in_sync();
+        return Err(vec![format!("not healthy again: {status:?}, in sync {in_sync:?}, {layers:?}")]);
     }
     workers.abort_all();
     while workers.join_next().await.is_some() {}
@@ -221,12 +227,16 @@ fn fault(cluster: &mut Cluster) {
 fn invariants_hold_under_random_faults() {
     let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
     if let Some(seed) = number("STORAGE_SIM_SEED") {
+        let filter = tracing_subscriber::EnvFilter::from_default_env();
+        let told = tracing_subscriber::fmt().with_env_filter(filter).with_timer(SimulatedTime).finish();
+        let _told = tracing::subscriber::set_default(told);
         let result = simulate(run(seed));
         panic_on_violations(seed, &result);
         println!("seed {seed}: {result:?}");
         return;
     }
     let count = number("STORAGE_SIM_SEEDS").unwrap_or(SEEDS);
+    let from = number("STORAGE_SIM_FROM").unwrap_or(0);
     // A different set each day would make failures hard to attribute; a fixed one is what CI runs.
     let threads = std::thread::available_parallelism().map_or(2, |n| n.get() as u64);
     let tallies: Vec<Tally> = std::thread::scope(|scope| {
@@ -234,7 +244,7 @@ fn invariants_hold_under_random_faults() {
             .map(|t| {
                 scope.spawn(move || {
                     let mut tallies = Vec::new();
-                    for seed in (t..count).step_by(threads as usize) {
+                    for seed in (from + t..from + count).step_by(threads as usize) {
                         let result = simulate(run(seed));
                         panic_on_violations(seed, &result);
                         tallies.extend(result);
@@ -261,6 +271,16 @@ fn invariants_hold_under_random_faults() {
     assert!(sum(|t| t.writes) > count * 100, "the runs do too little to prove anything");
 }
 
+/// Times of the log of a run.
+struct SimulatedTime;
+
+impl tracing_subscriber::fmt::time::FormatTime for SimulatedTime {
+    fn format_time(&self, to: &mut tracing_subscriber::fmt::format::Writer<'_>) -> std::fmt::Result {
+        // The clock starts anywhere; within a run its differences mean something.
+        write!(to, "{:?}", Instant::now())
+    }
+}
+
 fn panic_on_violations(seed: u64, result: &Result<Tally, Vec<String>>) {
     if let Err(violations) = result {
         let shown = violations.iter().take(5).cloned().collect::<Vec<_>>().join("\n  ");
@@ -268,6 +288,13 @@ fn panic_on_violations(seed: u64, result: &Result<Tally, Vec<String>>) {
             "seed {seed}, {} violations:\n  {shown}\nplay again: STORAGE_SIM_SEED={seed}",
             violations.len()
         );
+    }
+}
+
+#[test]
+fn what_failed_once_does_not_again() {
+    for seed in ONCE_FAILED {
+        panic_on_violations(seed, &simulate(run(seed)));
     }
 }
 
