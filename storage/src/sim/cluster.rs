@@ -1,8 +1,8 @@
 //! A simulated cluster of three nodes with a disk each and one volume, and what can happen to it.
 
 use super::dice::Dice;
-use super::disk::SimDisk;
 use super::history::History;
+use super::media::{Disk, Kind};
 use super::net::{Network, NodeTransport};
 use super::raft::{NodeControl, Raft};
 use super::snapshots;
@@ -45,7 +45,7 @@ struct Process {
 pub(super) struct Node {
     pub(super) id: NodeId,
     pub(super) disk_id: DiskId,
-    pub(super) disk: Arc<SimDisk>,
+    pub(super) disk: Disk,
     boots: u64,
     process: Option<Process>,
 }
@@ -69,6 +69,7 @@ pub(super) struct Cluster {
 pub(super) struct Setup {
     pub(super) min_in_sync: u8,
     pub(super) durability: Durability,
+    pub(super) disks: Kind,
 }
 
 impl Cluster {
@@ -78,7 +79,7 @@ impl Cluster {
             .map(|n| Node {
                 id: NodeId::new(id(n)),
                 disk_id: DiskId(id(n + 100)),
-                disk: SimDisk::new(dice.clone()),
+                disk: Disk::new(setup.disks, DiskId(id(n + 100)), dice.clone()),
                 boots: 0,
                 process: None,
             })
@@ -135,7 +136,14 @@ impl Cluster {
         node.boots += 1;
         let boot = BootEpoch(node.boots);
         let server = Arc::new(ReplicaServer::new(node.id, boot, self.metrics.clone()));
-        let served = server.add_disk(node.disk_id, node.disk.open());
+        let store = match node.disk.open() {
+            Ok(store) => store,
+            Err(error) => {
+                let violation = format!("disk {} cannot be opened: {error}", node.disk_id);
+                return self.history.lock().violation(violation);
+            }
+        };
+        let served = server.add_disk(node.disk_id, store);
         let scrubber = Scrubber::start(node.disk_id, served, ScrubPolicy::default(), None);
         let alive = CancellationToken::new();
         self.network.up(node.id, server.clone(), alive.clone());

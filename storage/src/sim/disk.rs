@@ -16,13 +16,21 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-type Key = (SegmentKey, u32);
+/// A block of a segment.
+pub(super) type Key = (SegmentKey, u32);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Stored {
     pub(super) version: Version,
     pub(super) data: Bytes,
     crc: u32,
+}
+
+impl Stored {
+    pub(super) fn new(version: Version, data: Bytes) -> Self {
+        let crc = crc32c::crc32c(&data);
+        Self { version, data, crc }
+    }
 }
 
 #[derive(Default)]

@@ -1,6 +1,8 @@
 //! The replication protocol in a simulated cluster: coordinators and replica servers run unmodified over a simulated network, clock,
 //! disks and control plane, while nodes crash, lose power, are cut off and come back.
 //!
+//! Replicas are stored by a model of a disk, or by the real store on a simulated medium (see `media`).
+//!
 //! Everything random comes from one seed; time is tokio's paused clock on one thread. So a seed is a run: a failure prints the seed, and
 //! `STORAGE_SIM_SEED=<seed> cargo test -p storage sim::invariants` plays it again, and with `RUST_LOG=debug` tells what happened.
 //! `STORAGE_SIM_SEEDS=<count>` changes how many are run, `STORAGE_SIM_FROM=<seed>` from which on.
@@ -8,7 +10,8 @@
 //! | module | it is |
 //! |---|---|
 //! | `dice` | seeded randomness |
-//! | `disk` | disks with a volatile cache |
+//! | `media` | what replicas are stored on: the model below or the real store |
+//! | `disk` | a model of a disk with a volatile cache |
 //! | `net` | the network |
 //! | `flaws` | planted bugs, which the checker must find |
 //! | `raft` | the control plane |
@@ -24,23 +27,27 @@ pub(crate) mod dice;
 mod disk;
 mod flaws;
 mod history;
+mod media;
 mod net;
 mod raft;
 mod scripted;
 mod snapshots;
 
 use crate::config::Durability;
-use crate::ids::{DiskId, SegmentKey};
+use crate::ids::{DiskId, LayerRef, SegmentKey};
 use cluster::{Cluster, NODES, Setup};
 use dice::Dice;
 use flaws::{FLAWS, Flaw};
-use std::collections::BTreeSet;
+use media::Kind;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 /// Seeds of a normal run.
 const SEEDS: u64 = 100;
+/// The same with the real store, which takes longer.
+const SEEDS_ON_STORES: u64 = 30;
 /// Runs that found something once, whatever the count. 5686: a commit that took a replica out was not answered, the replica came back,
 /// and stayed out of the set for ever.
 const ONCE_FAILED: [u64; 1] = [5686];
@@ -75,15 +82,16 @@ struct Tally {
 }
 
 /// One random run. Returns what went wrong.
-async fn run(seed: u64) -> Result<Tally, Vec<String>> {
-    run_with(seed, None).await
+async fn run(seed: u64, disks: Kind) -> Result<Tally, Vec<String>> {
+    run_with(seed, disks, None).await
 }
 
-async fn run_with(seed: u64, flaw: Option<Flaw>) -> Result<Tally, Vec<String>> {
+async fn run_with(seed: u64, disks: Kind, flaw: Option<Flaw>) -> Result<Tally, Vec<String>> {
     let dice = Dice::new(seed);
     let setup = Setup {
         min_in_sync: 1 + dice.below(2) as u8,
         durability: if dice.percent(20) { Durability::WriteThrough } else { Durability::WriteBack },
+        disks,
     };
     let mut cluster = Cluster::new(dice.clone(), setup);
     if let Some(flaw) = flaw {
@@ -158,16 +166,16 @@ async fn finish(cluster: &mut Cluster) -> Result<Tally, Vec<String>> {
     snapshots::check(cluster);
     let in_sync = cluster.raft.in_sync();
     let nodes = cluster.nodes.iter().filter(|n| in_sync.contains(&n.disk_id));
-    let mut disks: Vec<(DiskId, _)> = nodes.map(|n| (n.disk_id, n.disk.contents())).collect();
     // What is late may write to a layer that is gone; nobody reads it. At the bottom zeroes may be stored or not.
     let layers = cluster.raft.record.lock().volume.layers.clone();
-    let is_there =
-        |key: &SegmentKey| layers.chain.iter().chain(&layers.kept).any(|l| l.key(key.segment) == *key);
+    let there: Vec<LayerRef> = layers.chain.iter().chain(&layers.kept).copied().collect();
     let is_bottom = |key: &SegmentKey| layers.chain.last().is_some_and(|l| l.key(key.segment) == *key);
-    for (_, contents) in &mut disks {
-        contents.retain(|(key, _), stored| {
-            is_there(key) && !(is_bottom(key) && stored.data.iter().all(|byte| *byte == 0))
-        });
+    let mut disks: Vec<(DiskId, BTreeMap<_, _>)> = Vec::new();
+    for node in nodes {
+        let mut contents =
+            node.disk.contents(&there).map_err(|error| vec![format!("disk {}: {error}", node.disk_id)])?;
+        contents.retain(|(key, _), stored| !(is_bottom(key) && stored.data.iter().all(|byte| *byte == 0)));
+        disks.push((node.disk_id, contents));
     }
     let mut history = cluster.history.lock();
     for (disk, contents) in &disks[1..] {
@@ -225,17 +233,27 @@ fn fault(cluster: &mut Cluster) {
 
 #[test]
 fn invariants_hold_under_random_faults() {
+    run_seeds(Kind::Model, SEEDS);
+}
+
+#[test]
+fn invariants_hold_on_the_real_store() {
+    run_seeds(Kind::Store, SEEDS_ON_STORES);
+}
+
+/// Runs the seeds that are asked for, or so many from the first on.
+fn run_seeds(disks: Kind, usual: u64) {
     let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
     if let Some(seed) = number("STORAGE_SIM_SEED") {
         let filter = tracing_subscriber::EnvFilter::from_default_env();
         let told = tracing_subscriber::fmt().with_env_filter(filter).with_timer(SimulatedTime).finish();
         let _told = tracing::subscriber::set_default(told);
-        let result = simulate(run(seed));
+        let result = simulate(run(seed, disks));
         panic_on_violations(seed, &result);
         println!("seed {seed}: {result:?}");
         return;
     }
-    let count = number("STORAGE_SIM_SEEDS").unwrap_or(SEEDS);
+    let count = number("STORAGE_SIM_SEEDS").unwrap_or(usual);
     let from = number("STORAGE_SIM_FROM").unwrap_or(0);
     // A different set each day would make failures hard to attribute; a fixed one is what CI runs.
     let threads = std::thread::available_parallelism().map_or(2, |n| n.get() as u64);
@@ -245,7 +263,7 @@ fn invariants_hold_under_random_faults() {
                 scope.spawn(move || {
                     let mut tallies = Vec::new();
                     for seed in (from + t..from + count).step_by(threads as usize) {
-                        let result = simulate(run(seed));
+                        let result = simulate(run(seed, disks));
                         panic_on_violations(seed, &result);
                         tallies.extend(result);
                     }
@@ -294,14 +312,16 @@ fn panic_on_violations(seed: u64, result: &Result<Tally, Vec<String>>) {
 #[test]
 fn what_failed_once_does_not_again() {
     for seed in ONCE_FAILED {
-        panic_on_violations(seed, &simulate(run(seed)));
+        panic_on_violations(seed, &simulate(run(seed, Kind::Model)));
     }
 }
 
 #[test]
 fn a_seed_is_a_run() {
-    let twice: Vec<String> = (0..2).map(|_| format!("{:?}", simulate(run(7)))).collect();
-    assert_eq!(twice[0], twice[1]);
+    for disks in [Kind::Model, Kind::Store] {
+        let twice: Vec<String> = (0..2).map(|_| format!("{:?}", simulate(run(7, disks)))).collect();
+        assert_eq!(twice[0], twice[1]);
+    }
 }
 
 /// The self-test of the checker: each planted bug is found within a few runs, by what was read or by what the disks hold at the end.
@@ -311,7 +331,7 @@ fn planted_bugs_are_found() {
         for flaw in FLAWS {
             scope.spawn(move || {
                 let found = (0..FLAW_SEEDS).find(|seed| {
-                    let result = simulate(run_with(*seed, Some(flaw)));
+                    let result = simulate(run_with(*seed, Kind::Model, Some(flaw)));
                     result.is_err_and(|violations| !violations[0].starts_with("not healthy"))
                 });
                 match found {

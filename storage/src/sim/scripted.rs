@@ -3,6 +3,7 @@
 use super::client::{fill, request};
 use super::cluster::{Cluster, Setup};
 use super::dice::Dice;
+use super::media::Kind;
 use super::simulate;
 use crate::config::Durability;
 use crate::coordinator::VolumeDevice;
@@ -16,7 +17,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 /// A healthy volume and the number of the node that coordinates it.
 async fn healthy(seed: u64, min_in_sync: u8) -> (Cluster, VolumeDevice, usize) {
-    let setup = Setup { min_in_sync, durability: Durability::WriteBack };
+    let setup = Setup { min_in_sync, durability: Durability::WriteBack, disks: Kind::Model };
     let mut cluster = Cluster::new(Dice::new(seed), setup);
     cluster.lease = Duration::from_secs(3600);
     assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await);
@@ -75,11 +76,11 @@ fn resync_copies_only_what_changed() {
         for block in [3, 4, 30] {
             timed_write(&mut cluster, &device, block, 2).await;
         }
-        let before = cluster.nodes[away].disk.blocks_written();
+        let before = cluster.nodes[away].disk.model().blocks_written();
         cluster.start(away);
         let disk = cluster.nodes[away].disk_id;
         assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await);
-        assert_eq!(cluster.nodes[away].disk.blocks_written() - before, 3);
+        assert_eq!(cluster.nodes[away].disk.model().blocks_written() - before, 3);
         let status = cluster.coordinator().unwrap().1.status();
         let replica = status.replicas.iter().find(|r| r.disk == disk).unwrap();
         assert_eq!(replica.state, MemberState::InSync);
@@ -100,7 +101,7 @@ fn a_replica_that_is_in_sync_again_has_flushed_writes_durably() {
         cluster.start(away);
         assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await);
         cluster.power_cut(&[away]);
-        assert_eq!(cluster.nodes[away].disk.contents().len(), 20);
+        assert_eq!(cluster.nodes[away].disk.model().contents().len(), 20);
     });
 }
 
@@ -110,12 +111,12 @@ fn a_damaged_block_is_read_elsewhere_and_repaired() {
         let (cluster, device, n) = healthy(3, 1).await;
         write(&device, 5, 42).await;
         let at = SegmentKey { volume: cluster.volume, segment: SegmentIndex(0), layer: LayerId(0) };
-        cluster.nodes[n].disk.corrupt(at, 5);
+        cluster.nodes[n].disk.model().corrupt(at, 5);
         assert_eq!(read(&device, 5).await, Ok(42));
         tokio::time::sleep(Duration::from_secs(1)).await;
-        assert!(cluster.nodes[n].disk.is_intact(at, 5), "not repaired");
+        assert!(cluster.nodes[n].disk.model().is_intact(at, 5), "not repaired");
         for node in &cluster.nodes {
-            node.disk.corrupt(at, 5);
+            node.disk.model().corrupt(at, 5);
         }
         assert!(matches!(read(&device, 5).await, Err(BlockError::Io(_))), "no copy is left");
         assert_eq!(read(&device, 6).await, Ok(0), "the volume goes on");
@@ -133,12 +134,12 @@ fn a_scrub_finds_what_is_damaged_at_rest_and_it_is_repaired_unread() {
         let damaged = [0, 7, 8, 300, 599];
         let away = (n + 1) % 3;
         for block in damaged {
-            cluster.nodes[away].disk.corrupt(at, block);
+            cluster.nodes[away].disk.model().corrupt(at, block);
         }
         cluster.scrubber(away).ask(1);
         let repaired = |cluster: &Cluster| cluster.scrubber(away).status().repaired == damaged.len() as u64;
         assert!(cluster.run_until(LIMIT * 2, repaired).await, "{:?}", cluster.scrubber(away).status());
-        assert!(damaged.iter().all(|block| cluster.nodes[away].disk.is_intact(at, *block)));
+        assert!(damaged.iter().all(|block| cluster.nodes[away].disk.model().is_intact(at, *block)));
         let status = cluster.scrubber(away).status();
         assert_eq!((status.state, status.found, status.damaged), (ScrubState::Idle, damaged.len() as u64, 0));
         assert_eq!(status.checked.0, 600 * BLOCK_SIZE);
@@ -159,13 +160,13 @@ fn damage_without_an_intact_copy_stays_known_and_hides_no_other() {
         let at = SegmentKey { volume: cluster.volume, segment: SegmentIndex(0), layer: LayerId(0) };
         let away = (n + 2) % 3;
         for node in &cluster.nodes {
-            (0..600).for_each(|block| node.disk.corrupt(at, block));
+            (0..600).for_each(|block| node.disk.model().corrupt(at, block));
         }
-        cluster.nodes[away].disk.corrupt(at, 699);
+        cluster.nodes[away].disk.model().corrupt(at, 699);
         cluster.scrubber(away).ask(1);
         let repaired = |cluster: &Cluster| cluster.scrubber(away).status().repaired == 1;
         assert!(cluster.run_until(LIMIT * 4, repaired).await, "{:?}", cluster.scrubber(away).status());
-        assert!(cluster.nodes[away].disk.is_intact(at, 699));
+        assert!(cluster.nodes[away].disk.model().is_intact(at, 699));
         assert_eq!(cluster.scrubber(away).status().damaged, 600);
         // The guest writes them anew: they are well again, which the next question finds out.
         for block in 0..600 {
@@ -224,7 +225,7 @@ fn when_all_disks_are_full_writes_wait_for_room() {
     simulate(async {
         let (mut cluster, device, _) = healthy(6, 2).await;
         write(&device, 1, 1).await;
-        cluster.nodes.iter().for_each(|n| n.disk.set_full(true));
+        cluster.nodes.iter().for_each(|n| n.disk.model().set_full(true));
         let waiting = tokio::spawn({
             let device = device.clone();
             async move { write(&device, 2, 2).await }
@@ -232,7 +233,7 @@ fn when_all_disks_are_full_writes_wait_for_room() {
         assert!(!cluster.run_until(Duration::from_secs(5), |_| waiting.is_finished()).await);
         assert_eq!(read(&device, 1).await, Ok(1), "reads go on");
         assert_eq!(cluster.raft.in_sync().len(), 3, "a full disk is no reason to distrust equal replicas");
-        cluster.nodes.iter().for_each(|n| n.disk.set_full(false));
+        cluster.nodes.iter().for_each(|n| n.disk.model().set_full(false));
         assert!(cluster.run_until(LIMIT, |_| waiting.is_finished()).await);
         assert_eq!(read(&device, 2).await, Ok(2));
     });
@@ -292,7 +293,7 @@ fn a_replica_leaves_its_data_are_removed_and_a_new_one_is_filled() {
         let (disk, node) = (cluster.nodes[leaving].disk_id, cluster.nodes[leaving].id);
         let volume = cluster.volume;
         let held = |cluster: &Cluster, segment| {
-            let contents = cluster.nodes[leaving].disk.contents();
+            let contents = cluster.nodes[leaving].disk.model().contents();
             contents.keys().filter(|(key, _)| key.segment == segment).count()
         };
         cluster.change_set(LAST, |replicas| replicas.retain(|replica| replica.disk != disk));
@@ -381,7 +382,9 @@ fn a_volume_goes_back_to_a_snapshot_and_a_replica_that_was_away_has_all_layers()
         // Only the replica that was away is left.
         cluster.coordinator().unwrap().1.close().await;
         cluster.raft.record.lock().restore(0);
-        (0..3).filter(|other| *other != away).for_each(|other| cluster.nodes[other].disk.corrupt_all());
+        (0..3)
+            .filter(|other| *other != away)
+            .for_each(|other| cluster.nodes[other].disk.model().corrupt_all());
         assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await);
         let device = VolumeDevice(cluster.coordinator().unwrap().1);
         for (at, value) in [(block, 2), (block + 1, 1), (block + 2, 1)] {
@@ -438,7 +441,7 @@ fn layers_without_a_snapshot_are_merged_and_nothing_changes() {
             assert_eq!(read(&device, 10 + block).await, Ok(5));
         }
         cluster.run_until(Duration::from_secs(4), |_| false).await;
-        let held = cluster.nodes[0].disk.contents();
+        let held = cluster.nodes[0].disk.model().contents();
         assert_eq!(held.len(), 5, "one copy of each block is left: {:?}", held.keys());
     });
 }

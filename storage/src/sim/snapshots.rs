@@ -263,7 +263,14 @@ pub(super) fn check(cluster: &Cluster) {
                     continue;
                 }
                 let chain: Vec<_> = snapshot.layers.iter().map(|layer| layer.key(segment)).collect();
-                let data = node.disk.look(&chain, (block % u64::from(BLOCKS_PER_SEGMENT)) as u32);
+                let data = match node.disk.look(&chain, (block % u64::from(BLOCKS_PER_SEGMENT)) as u32) {
+                    Some(Ok(data)) => data,
+                    Some(Err(error)) => {
+                        history.violation(format!("snapshot {number} cannot be read: {error}"));
+                        continue;
+                    }
+                    None => continue,
+                };
                 for (sector, bytes) in (block * SECTORS..).zip(data.chunks_exact(SECTOR_SIZE as usize)) {
                     let Some(value) = value_of(bytes) else {
                         history.violation(format!("sector {sector} of snapshot {number} is torn"));

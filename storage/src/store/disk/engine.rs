@@ -67,6 +67,14 @@ impl Engine {
     }
 }
 
+#[cfg(test)]
+impl Engine {
+    /// Without a thread: whoever has the applier lets it run.
+    pub(super) fn driven(shared: Arc<Shared>) -> Self {
+        Self { shared, applier: None }
+    }
+}
+
 impl Drop for Engine {
     fn drop(&mut self) {
         self.shared.work.lock().stop = true;

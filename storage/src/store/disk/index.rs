@@ -320,7 +320,9 @@ impl Index {
 
     /// Takes segments out of sight. They keep their slots until a checkpoint has freed them.
     pub(super) fn hide(&mut self, which: impl Fn(&SegmentKey) -> bool) -> Vec<EntryNumber> {
-        let keys: Vec<SegmentKey> = self.names.keys().filter(|key| which(key)).copied().collect();
+        let mut keys: Vec<SegmentKey> = self.names.keys().filter(|key| which(key)).copied().collect();
+        // The same entries become free in the same order wherever this history is played again.
+        keys.sort_unstable();
         let hidden = keys.iter().filter_map(|key| self.names.remove(key)).collect::<Vec<_>>();
         for entry in &hidden {
             if let Some(segment) = self.segments.get_mut(entry) {

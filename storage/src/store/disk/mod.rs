@@ -46,7 +46,7 @@ mod read;
 mod recover;
 mod scrub;
 #[cfg(test)]
-mod sim;
+pub(crate) mod sim;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -113,6 +113,12 @@ impl LogStore {
         let engine = Engine::start(applier)
             .map_err(|source| OpenError::Io { doing: "starting the applier of the store", source })?;
         Ok(Self { engine })
+    }
+
+    /// A store whose applier the simulation lets run.
+    #[cfg(test)]
+    fn driven(shared: std::sync::Arc<engine::Shared>) -> Self {
+        Self { engine: Engine::driven(shared) }
     }
 
     async fn log_durably(&self, operation: Operation) -> Result<(), StoreError> {

@@ -5,9 +5,9 @@
 
 use super::flaws::{FLAWS, Flaw};
 use super::format::batch::Operation;
-use super::sim::{Sim, SimStore};
+use super::sim::{SMALL, Sim, SimStore};
 use super::{core::operation, read::ZERO_CRC};
-use crate::ids::{BLOCK_SIZE, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
+use crate::ids::{BLOCK_SIZE, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
 use crate::sim::dice::Dice;
 use crate::store::{Keep, ReadReply, ReplicaWrite, StoreError, WriteContent};
 use bytes::Bytes;
@@ -84,7 +84,7 @@ fn keys() -> Vec<SegmentKey> {
 impl World {
     fn new(seed: u64, flaw: Option<Flaw>) -> Self {
         let dice = Dice::new(seed);
-        let sim = Sim::new(dice.clone());
+        let sim = Sim::new(dice.clone(), DiskId(uuid::Uuid::from_u128(5)), SMALL);
         let store = sim.open(flaw).unwrap();
         Self {
             dice,

@@ -1,0 +1,229 @@
+//! A simulated medium, and a store on it whose every step is chosen by a seed.
+//!
+//! Writes go to a volatile cache; a power cut keeps or loses each sector of what was not synced, by seed. Requests that were started are carried out in
+//! any order. The applier runs on a thread that takes one step when it is told to, so that everything else may happen between any two of its I/Os; only one
+//! thread runs at a time, and a seed means the same run every time.
+
+pub(crate) mod driven;
+mod medium;
+
+use super::apply::Applier;
+use super::device::{Device, Done, Request};
+use super::engine::Shared;
+use super::flaws::Flaw;
+use super::format::layout::Layout;
+use super::recover::{self, Boots, OpenError, Placed, Rules};
+use crate::ids::DiskId;
+use crate::sim::dice::Dice;
+use medium::{BLOCK, Medium, SimDevice};
+use parking_lot::Mutex;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use tokio::sync::Notify;
+
+const STAMP: u32 = 77;
+
+/// What the applier's thread tells.
+enum Step {
+    /// It is before an I/O.
+    Waits,
+    /// A checkpoint ended.
+    Ended(io::Result<bool>),
+}
+
+/// Lets the applier's thread go step by step.
+struct Turnstile {
+    arrived: SyncSender<Step>,
+    go: Mutex<Receiver<()>>,
+}
+
+impl Turnstile {
+    fn pass(&self) {
+        // When the other side is gone everything may go on.
+        if self.arrived.send(Step::Waits).is_ok() {
+            let _ = self.go.lock().recv();
+        }
+    }
+}
+
+/// How large a medium is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Size {
+    bytes: u64,
+    log: u64,
+}
+
+/// So small that the log goes around and slots are used again.
+pub(super) const SMALL: Size = Size { bytes: 8 << 20, log: 256 << 10 };
+
+/// The medium, and the process that uses it.
+pub(super) struct Sim {
+    medium: Arc<Mutex<Medium>>,
+    size: Size,
+    dice: Dice,
+    pub(super) disk: DiskId,
+}
+
+impl Sim {
+    /// A formatted medium.
+    pub(super) fn new(dice: Dice, disk: DiskId, size: Size) -> Self {
+        let sim = Self { medium: Arc::default(), size, dice, disk };
+        let layout = Layout::with_log(size.bytes, size.log).unwrap();
+        recover::format_as(&sim.device(), sim.disk, STAMP, layout).unwrap();
+        sim
+    }
+
+    fn device(&self) -> SimDevice {
+        SimDevice::new(&self.medium, self.size.bytes, None)
+    }
+
+    /// Opens the store.
+    pub(super) fn open(&self, flaw: Option<Flaw>) -> Result<SimStore, OpenError> {
+        let device: Arc<dyn Device> = Arc::new(self.device());
+        let boots = if flaw == Some(Flaw::StaleBatch) { Boots::Any } else { Boots::Ascending };
+        let placed = if flaw == Some(Flaw::TrustedPlaces) { Placed::Trusted } else { Placed::Verified };
+        let applier = recover::open_as(device.clone(), self.disk, Rules { boots, placed })?;
+        applier.core.lock().flaw = flaw;
+        Ok(SimStore::start(applier, self))
+    }
+
+    /// Carries out one of the requests that were started, if there is one.
+    pub(super) fn carry_out_one(&self) -> bool {
+        let (done, finished) = {
+            let mut medium = self.medium.lock();
+            if medium.started.is_empty() {
+                return false;
+            }
+            let which = self.dice.below(medium.started.len() as u64) as usize;
+            let (request, done, written) = medium.started.swap_remove(which);
+            (done, Ok(medium.carry_out(request, written)))
+        };
+        done(finished);
+        true
+    }
+
+    /// Carries out all reads that were started, and nothing else.
+    pub(super) fn carry_out_reads(&self) {
+        let ended: Vec<_> = {
+            let mut medium = self.medium.lock();
+            let is_read = |(request, _, _): &(Request, Done, usize)| matches!(request, Request::Read(..));
+            let (reads, others) = std::mem::take(&mut medium.started).into_iter().partition(is_read);
+            medium.started = others;
+            let reads: Vec<(Request, Done, usize)> = reads;
+            reads.into_iter().map(|(read, done, written)| (done, medium.carry_out(read, written))).collect()
+        };
+        ended.into_iter().for_each(|(done, buf)| done(Ok(buf)));
+    }
+
+    /// Whether something was started and not carried out yet.
+    pub(super) fn is_busy(&self) -> bool {
+        !self.medium.lock().started.is_empty()
+    }
+
+    /// Ends the process: what it started is carried out or not, and nobody is told.
+    pub(super) fn kill(&self, mut store: SimStore) {
+        self.end_process(&mut store);
+    }
+
+    fn end_process(&self, store: &mut SimStore) {
+        self.medium.lock().end_process(&self.dice);
+        store.end();
+    }
+
+    /// Tells when something was started.
+    fn news(&self) -> Arc<Notify> {
+        self.medium.lock().news.clone()
+    }
+
+    /// Cuts the power while no process uses it: of what was not synced each sector is kept or lost.
+    pub(super) fn lose_unsynced(&self) {
+        self.medium.lock().lose_unsynced(&self.dice);
+    }
+
+    /// Ends the process by cutting the power.
+    pub(super) fn cut_power(&self, store: SimStore) {
+        self.kill(store);
+        self.lose_unsynced();
+    }
+
+    /// Flips a bit somewhere in what was ever written.
+    pub(super) fn flip_bit(&self) -> u64 {
+        let mut medium = self.medium.lock();
+        let blocks: Vec<u64> = medium.cached.keys().copied().collect();
+        let block = self.dice.pick(&blocks).copied().unwrap_or_default();
+        let (byte, bit) = (self.dice.below(BLOCK as u64) as usize, self.dice.below(8));
+        let Medium { cached, durable, .. } = &mut *medium;
+        for blocks in [cached, durable] {
+            if let Some(content) = blocks.get_mut(&block) {
+                content[byte] ^= 1 << bit;
+            }
+        }
+        block * BLOCK as u64 + byte as u64
+    }
+}
+
+/// A store at work on the simulated medium.
+pub(super) struct SimStore {
+    pub(super) shared: Arc<Shared>,
+    steps: Receiver<Step>,
+    go: Option<SyncSender<()>>,
+    thread: Option<JoinHandle<()>>,
+    /// The applier waits for its next I/O, or for its next checkpoint.
+    pub(super) in_checkpoint: bool,
+}
+
+impl SimStore {
+    fn start(mut applier: Applier, sim: &Sim) -> Self {
+        let shared = Shared::new(applier.device.clone(), applier.core.clone());
+        let (arrived, steps) = sync_channel(0);
+        let (go, gone) = sync_channel(0);
+        let turnstile = Arc::new(Turnstile { arrived, go: Mutex::new(gone) });
+        applier.device = Arc::new(SimDevice::new(&sim.medium, sim.size.bytes, Some(turnstile.clone())));
+        let thread = std::thread::spawn(move || {
+            loop {
+                if turnstile.go.lock().recv().is_err() {
+                    return;
+                }
+                let ended = applier.checkpoint();
+                if turnstile.arrived.send(Step::Ended(ended)).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { shared, steps, go: Some(go), thread: Some(thread), in_checkpoint: false }
+    }
+
+    /// Lets the applier do one I/O, or begin a checkpoint.
+    pub(super) fn step_applier(&mut self) {
+        let Some(go) = &self.go else { return };
+        if go.send(()).is_err() {
+            return;
+        }
+        match self.steps.recv() {
+            Ok(Step::Waits) => self.in_checkpoint = true,
+            Ok(Step::Ended(result)) => {
+                self.in_checkpoint = false;
+                self.shared.checkpoint_ended(result);
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// Lets the applier come to the end of everything.
+    pub(super) fn apply_all(&mut self) {
+        while self.in_checkpoint || self.shared.core.lock().has_unapplied() {
+            self.step_applier();
+        }
+    }
+
+    fn end(&mut self) {
+        self.go = None;
+        // Its I/O fails from now on.
+        while self.steps.recv().is_ok() {}
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
