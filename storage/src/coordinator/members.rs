@@ -6,8 +6,9 @@
 //! - A replica that missed something is no longer equal, whatever Raft holds; nothing completes until either Raft has taken it
 //!   out or a resync has made it equal again.
 //! - A replica counts as "may be in sync" from the moment the commit that puts it in is *begun*.
-//! - A commit that takes a replica out and was not answered may have been made. It is asked for until it is answered, whatever
-//!   the replica does meanwhile: else one that came back would be in sync here and out of the set in Raft for ever.
+//! - Of a commit that was not answered nobody knows whether it was made. A replica that it was to take out, or that was lost while it was
+//!   to be put in, is taken out by a commit that is answered, whatever it does meanwhile: else one that came back while the volume was
+//!   opened would be in sync here and out of the set in Raft for ever.
 
 use crate::config::{ReplicaConfig, ReplicaState, SegmentConfig, VolumeConfig};
 use crate::ids::{DiskId, SegmentIndex};
@@ -69,7 +70,7 @@ pub(crate) struct Target {
 #[derive(Debug)]
 pub(crate) struct MemberTable {
     members: BTreeMap<DiskId, Member>,
-    /// Those that were asked to be taken out without an answer.
+    /// Those of which nobody knows whether Raft has them in the set.
     unanswered: BTreeSet<DiskId>,
     segments: u32,
     min_in_sync: usize,
@@ -235,24 +236,32 @@ impl MemberTable {
 
     /// A request of this session failed. False when that session is over already.
     pub(crate) fn lose(&mut self, disk: DiskId, session: Session, reason: &str) -> bool {
-        let Some(member) = self.members.get_mut(&disk) else { return false };
+        let Some(member) = self.members.get(&disk) else { return false };
         match member.link {
-            Link::Attached(current) if current == session => member.detach(reason),
+            Link::Attached(current) if current == session => self.detach(disk, reason),
             _ => return false,
         }
         true
     }
 
+    fn detach(&mut self, disk: DiskId, reason: &str) {
+        let Some(member) = self.members.get_mut(&disk) else { return };
+        if member.slots.values().any(|s| s.sync == SlotState::Joining) {
+            self.unanswered.insert(disk);
+        }
+        member.link = Link::Detached(reason.to_owned());
+        member.slots.values_mut().for_each(|s| s.sync = SlotState::Stale);
+    }
+
     /// A member could not be attached.
     pub(crate) fn unreachable(&mut self, disk: DiskId, reason: &str) {
-        if let Some(member) = self.members.get_mut(&disk) {
-            member.detach(reason);
-        }
+        self.detach(disk, reason);
     }
 
     /// Ends all sessions, for opening again.
     pub(crate) fn detach_all(&mut self, reason: &str) {
-        self.members.values_mut().for_each(|m| m.detach(reason));
+        let disks: Vec<DiskId> = self.members.keys().copied().collect();
+        disks.into_iter().for_each(|disk| self.detach(disk, reason));
     }
 
     /// Sessions of replicas to be made equal while opening; none as long as one that is needed is missing.
@@ -411,7 +420,7 @@ impl MemberTable {
         self.unanswered.remove(&disk);
     }
 
-    /// Whether nobody knows what became of the commit that takes a member out.
+    /// Whether nobody knows if Raft has a member in the set.
     pub(crate) fn awaits_answer(&self, disk: DiskId) -> bool {
         self.unanswered.contains(&disk)
     }
@@ -570,11 +579,6 @@ impl Member {
             Link::Detached(_) => None,
         }
     }
-
-    fn detach(&mut self, reason: &str) {
-        self.link = Link::Detached(reason.to_owned());
-        self.slots.values_mut().for_each(|s| s.sync = SlotState::Stale);
-    }
 }
 
 #[cfg(test)]
@@ -682,6 +686,24 @@ mod tests {
         table.not_answered(disk(2));
         table.stays_in(disk(2));
         assert!(table.to_take_out().is_empty());
+    }
+
+    #[test]
+    fn a_member_lost_while_it_is_put_in_is_taken_out_though_the_volume_opens_again_with_it() {
+        use ReplicaState::{InSync, OutOfSync};
+        let mut table = MemberTable::new(&config(1, [InSync, InSync, OutOfSync]));
+        table.attached(disk(1), session(1), true);
+        table.attached(disk(2), session(2), true);
+        table.opened();
+        table.attached(disk(3), session(3), false);
+        let third = table.to_copy()[0].0;
+        assert!(table.begin_join(&third, SEGMENT));
+        table.detach_all("opening again");
+        for n in 1..4 {
+            table.attached(disk(n), session(10 + n as u64), true);
+        }
+        table.opened();
+        assert_eq!(table.to_take_out().iter().map(|(d, _)| *d).collect::<Vec<_>>(), [disk(3)]);
     }
 
     #[test]
