@@ -1,6 +1,7 @@
 //! Tests of the rules: first those that carry data safety one by one, then random histories.
 
 mod layers;
+mod transfers;
 
 use proptest::prelude::*;
 
@@ -707,14 +708,14 @@ fn check_redundancy(op: &Op, before: &ClusterState, after: &ClusterState) -> Res
 proptest! {
     #[test]
     fn random_histories_keep_the_invariants(
-        ops in proptest::collection::vec(prop_oneof![4 => any_op(), 4 => any_change(), 3 => layers::any_op()], 1..80)
+        ops in proptest::collection::vec(prop_oneof![4 => any_op(), 4 => any_change(), 3 => layers::any_op(), 1 => transfers::any_op()], 1..80)
     ) {
         let mut state = eight_disks();
         let mut twin = state.clone();
         let mut held = layers::Held::default();
         for (step, op) in ops.into_iter().enumerate() {
             let before = state.clone();
-            let op = layers::aim(op, step, &state);
+            let op = transfers::aim(layers::aim(op, step, &state), step, &state);
             let asked = Command {
                 at: Timestamp(step as i64),
                 task: Some(TaskId(id(10_000 + step as u128))),
@@ -748,73 +749,4 @@ proptest! {
             prop_assert_eq!(&postcard::from_bytes::<ClusterState>(&bytes).unwrap(), &state);
         }
     }
-}
-
-#[test]
-fn an_export_yields_to_a_vm_and_takes_its_clone_along() {
-    let (mut state, vm, _) = with_vm(3, 3);
-    let disk = state.vms[&vm].disks[0];
-    let begin = |number, volume, snapshot| Op::BeginExport {
-        export: ExportId(id(number)),
-        volume,
-        snapshot,
-        node: node_id(1),
-    };
-    assert_eq!(refused(&mut state, begin(601, disk, None)), RefusalKind::Conflict, "the VM runs on it");
-    let none = Some((SnapshotId(id(1)), VolumeId(id(602))));
-    assert_eq!(refused(&mut state, begin(603, disk, none)), RefusalKind::NotFound);
-
-    run(&mut state, Op::CreateVolume { volume: new_volume(9, 3), near: None, unreachable: vec![] }).unwrap();
-    let volume = new_volume(9, 3).id;
-    run(&mut state, begin(604, volume, None)).unwrap();
-    run(
-        &mut state,
-        Op::OpenVolume { volume, node: node_id(1), expected: Generation(0), unreachable: vec![] },
-    )
-    .unwrap();
-    assert_eq!(state.volume_use(&state.volumes[&volume]), VolumeUse::Internal);
-    assert_eq!(refused(&mut state, Op::DeleteVolume(volume)), RefusalKind::Conflict, "it is being read");
-    run(&mut state, Op::EndExport(ExportId(id(604)))).unwrap();
-    run(&mut state, Op::EndExport(ExportId(id(604)))).unwrap();
-    assert_eq!(state.volume_use(&state.volumes[&volume]), VolumeUse::Nothing);
-    assert!(state.volumes.contains_key(&volume));
-}
-
-#[test]
-fn a_fetch_keeps_its_task_until_the_part_is_in() {
-    let mut state = cluster(3);
-    let image = ImageId(id(201));
-    let parts = vec![ImagePart::Kernel];
-    run(&mut state, Op::CreateImage { image, name: "web".into(), cmdline: String::new(), parts }).unwrap();
-    let location = SourceLocation::Url("https://example.org/vmlinuz".into());
-    let source = ImageSource { location, sha256: None };
-    let fetch = Op::FetchImagePart { image, part: ImagePart::Kernel, node: node_id(1), source };
-    let task = TaskId(id(9));
-    state.apply(&Command { at: Timestamp(1), task: Some(task), op: fetch.clone() }).unwrap();
-    assert_eq!(refused(&mut state, fetch.clone()), RefusalKind::Conflict);
-    let begin = |node| Op::BeginImagePart {
-        image,
-        part: ImagePart::Kernel,
-        node,
-        volume: None,
-        file: Some(BootFile { hash: ContentHash([1; 32]), size_bytes: 5 }),
-        unreachable: vec![],
-    };
-    assert_eq!(refused(&mut state, begin(node_id(2))), RefusalKind::Conflict, "another node fetches it");
-    run(&mut state, begin(node_id(1))).unwrap();
-    assert_eq!(state.tasks[&task].state, TaskState::Running);
-    run(&mut state, Op::CompleteImagePart { image, part: ImagePart::Kernel, node: node_id(1) }).unwrap();
-    assert_eq!(state.tasks[&task].state, TaskState::Done);
-
-    let second = TaskId(id(10));
-    let image = ImageId(id(202));
-    let parts = vec![ImagePart::Kernel];
-    run(&mut state, Op::CreateImage { image, name: "gone".into(), cmdline: String::new(), parts }).unwrap();
-    let fetch = match fetch {
-        Op::FetchImagePart { part, node, source, .. } => Op::FetchImagePart { image, part, node, source },
-        other => other,
-    };
-    state.apply(&Command { at: Timestamp(1), task: Some(second), op: fetch }).unwrap();
-    run(&mut state, Op::DeleteImage(image)).unwrap();
-    assert!(matches!(state.tasks[&second].state, TaskState::Failed(_)), "a fetch ends with its image");
 }

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{StepError, Taken, commit, invalid, limit, may_still_be, spool::Spool, take, upload::awaited};
+use super::{StepError, Taken, commit, invalid, limit, spool::Spool, take, told, upload::awaited};
 use crate::{
     api::{
         problem::{Problem, ProblemKind},
@@ -21,7 +21,9 @@ use crate::{
     control::member::Member,
     files,
     images::download::{self, Download, DownloadError},
-    state::{ContentHash, Image, ImageId, ImagePart, ImageSource, Op, SourceLocation, TaskId},
+    state::{
+        Command, ContentHash, Image, ImageId, ImagePart, ImageSource, Op, RefusalKind, SourceLocation, TaskId,
+    },
 };
 
 /// Progress reaches the state not more often than this.
@@ -102,14 +104,21 @@ pub(super) async fn step(
         if kept.exists() { kept } else { fetched(member, image.id, part, source, task, &spool).await? };
     let length = fs::metadata(&path).map_err(|error| StepError::Later(error.to_string()))?.len();
     let hash = digest(&path, part).await?;
-    match take(member, image, Taken { part, path, length, hash }).await {
-        Ok(_) => Ok(()),
-        // After a conflict the state says what this part is now.
-        Err(problem) if may_still_be(&problem) || problem.is(ProblemKind::Conflict) => {
-            Err(StepError::Later(problem.to_string()))
-        }
+    let outcome = match take(member, image, Taken { part, path, length, hash }).await {
+        // The task of the fetch goes on: no other one is made.
+        Ok(op) => match member.replicated.propose(Command::now(op)).await {
+            Ok(Ok(_)) => Ok(()),
+            // The state says what this part is now.
+            Ok(Err(refusal)) if refusal.kind == RefusalKind::Conflict => {
+                Err(StepError::Later(refusal.to_string()))
+            }
+            Ok(Err(refusal)) => Err(StepError::Final(refusal.to_string())),
+            Err(error) => Err(StepError::Later(error.to_string())),
+        },
+        Err(problem) if problem.is(ProblemKind::Conflict) => Err(StepError::Later(problem.to_string())),
         Err(problem) => Err(StepError::Final(problem.to_string())),
-    }
+    };
+    outcome.map(|()| told(member, image.id, part, hash))
 }
 
 /// Gets a part into the spool; answers where.

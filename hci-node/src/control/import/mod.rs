@@ -21,7 +21,6 @@ use crate::{
     api::{
         problem::{Problem, ProblemKind},
         requests::Context,
-        service::{self, ApiResponse},
     },
     images::{
         boot_file,
@@ -76,8 +75,8 @@ struct Taken {
     hash: ContentHash,
 }
 
-/// Verifies a part that has come, keeps it unless it is kept already, and tells the cluster of it.
-async fn take(member: &Arc<Member>, image: &Image, taken: Taken) -> Result<ApiResponse, Problem> {
+/// Verifies a part that has come and keeps it, unless it is kept already; answers what the cluster is to be told.
+async fn take(member: &Member, image: &Image, taken: Taken) -> Result<Op, Problem> {
     let Taken { part, ref path, length, hash } = taken;
     let content_bytes = check(&taken).await?;
     let state = member.state();
@@ -98,13 +97,14 @@ async fn take(member: &Arc<Member>, image: &Image, taken: Taken) -> Result<ApiRe
             format!("see it: hci image get {}", image.name),
         ));
     }
-    let op = Op::BeginImagePart { image: image.id, part, node: member.id, volume, file, unreachable };
-    let asked = service::ask(member, op).await;
-    if asked.is_ok() && part != ImagePart::Disk && member.paths.boot_file(hash).exists() {
-        // It was on the node already, for another image: nobody will come for this copy.
-        spool.clear(image.id, part);
+    Ok(Op::BeginImagePart { image: image.id, part, node: member.id, volume, file, unreachable })
+}
+
+/// The cluster knows of a part now. One that was on the node already, for another image, is not needed twice.
+fn told(member: &Member, image: ImageId, part: ImagePart, hash: ContentHash) {
+    if part != ImagePart::Disk && member.paths.boot_file(hash).exists() {
+        Spool::new(&member.paths).clear(image, part);
     }
-    asked
 }
 
 /// Whether a change that was asked for may still be made.

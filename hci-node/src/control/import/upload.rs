@@ -17,12 +17,12 @@ use futures_util::{Stream, StreamExt};
 use nix::fcntl::{Flock, FlockArg};
 use tokio::io::AsyncWriteExt;
 
-use super::{Taken, invalid, limit, local, may_still_be, spool::Spool, take};
+use super::{Taken, invalid, limit, local, may_still_be, spool::Spool, take, told};
 use crate::{
     api::{
         problem::{Problem, ProblemKind},
         requests::not_found,
-        service::ApiResponse,
+        service::{self, ApiResponse},
         types::UploadOffset,
     },
     control::member::Member,
@@ -127,13 +127,13 @@ where
         return Err(invalid("the upload is empty", "import a file with content"));
     }
     let taken = Taken { part: upload.part, path: target.path.clone(), length, hash };
-    let asked = take(member, &image, taken).await;
-    if let Err(problem) = &asked
-        && !problem.is(ProblemKind::Conflict)
-        && !may_still_be(problem)
-    {
+    let op = take(member, &image, taken).await?;
+    let asked = service::ask(member, op).await;
+    match &asked {
+        Ok(_) => told(member, image.id, upload.part, hash),
+        Err(problem) if problem.is(ProblemKind::Conflict) || may_still_be(problem) => {}
         // Refused for certain: nobody will come back for it.
-        spool.clear(image.id, upload.part);
+        Err(_) => spool.clear(image.id, upload.part),
     }
     asked
 }

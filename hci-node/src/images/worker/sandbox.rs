@@ -43,7 +43,7 @@ const DESCRIPTORS: u64 = 5;
 const LANDLOCK: ABI = ABI::V6;
 
 /// What reading an image needs.
-const CALLS: [i64; 22] = [
+const CALLS: [i64; 23] = [
     libc::SYS_read,
     libc::SYS_pread64,
     libc::SYS_preadv,
@@ -65,6 +65,7 @@ const CALLS: [i64; 22] = [
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigreturn,
     libc::SYS_sigaltstack,
+    libc::SYS_exit,
     libc::SYS_exit_group,
 ];
 
@@ -110,7 +111,8 @@ pub(super) fn enter(length: u64) -> io::Result<()> {
     ] {
         setrlimit(resource, limit, limit)?;
     }
-    seccompiler::apply_filter(&filter().map_err(io::Error::other)?).map_err(io::Error::other)
+    let filter = filter(SeccompAction::KillProcess).map_err(io::Error::other)?;
+    seccompiler::apply_filter(&filter).map_err(io::Error::other)
 }
 
 /// Bytes of data and stack that are mapped now.
@@ -147,7 +149,8 @@ fn no_files() -> io::Result<()> {
     closed().map(|_| ()).map_err(io::Error::other)
 }
 
-fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
+/// Allows what reading an image needs; `otherwise` happens for the rest.
+fn filter(otherwise: SeccompAction) -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = CALLS.iter().map(|call| (*call, vec![])).collect();
     // The protection is the third argument of both: never executable.
     let data_only = SeccompCondition::new(
@@ -160,15 +163,71 @@ fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
         rules.insert(call, vec![SeccompRule::new(vec![data_only.clone()])?]);
     }
     let target = std::env::consts::ARCH.try_into()?;
-    SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, target)?.try_into()
+    SeccompFilter::new(rules, otherwise, SeccompAction::Allow, target)?.try_into()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{fs::File, net::UdpSocket, num::NonZeroUsize, process::Command};
+
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+
     use super::*;
 
+    /// Both layers hold for a thread, and what it starts; the rest of the test goes on as before.
+    fn in_thread<T: Send + 'static>(inside: impl FnOnce() -> T + Send + 'static) -> T {
+        std::thread::spawn(inside).join().unwrap()
+    }
+
+    fn denied<T>(outcome: io::Result<T>) -> bool {
+        outcome.err().is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+    }
+
     #[test]
-    fn the_filter_can_be_built() {
-        assert!(filter().unwrap().len() > CALLS.len());
+    fn only_reading_and_memory_are_left() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        io::Write::write_all(&mut file, b"image").unwrap();
+        let (image, path) = (file.reopen().unwrap(), file.path().to_owned());
+        let result = in_thread(move || {
+            prctl::set_no_new_privs().unwrap();
+            let map = |protection| {
+                // SAFETY: a new mapping, of which nothing else knows and which is never used.
+                let mapped =
+                    unsafe { mmap_anonymous(None, NonZeroUsize::MIN, protection, MapFlags::MAP_PRIVATE) };
+                mapped.map_err(io::Error::from).map(|_| ())
+            };
+            // The test has to live on: what would end the worker is refused here.
+            let filter = filter(SeccompAction::Errno(libc::EPERM as u32)).unwrap();
+            seccompiler::apply_filter(&filter).unwrap();
+            let mut read = [0; 5];
+            std::os::unix::fs::FileExt::read_exact_at(&image, &mut read, 0).unwrap();
+            assert_eq!(&read, b"image");
+            (
+                map(ProtFlags::PROT_READ | ProtFlags::PROT_WRITE).is_ok(),
+                denied(map(ProtFlags::PROT_READ | ProtFlags::PROT_EXEC)),
+                denied(File::open(&path)),
+                denied(UdpSocket::bind("127.0.0.1:0")),
+                denied(nix::sys::signal::kill(nix::unistd::Pid::this(), None).map_err(io::Error::from)),
+                denied(setuid(Uid::effective()).map_err(io::Error::from)),
+            )
+        });
+        assert_eq!(result, (true, true, true, true, true, true));
+    }
+
+    #[test]
+    fn landlock_closes_files_by_itself() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (path, dir) = (file.path().to_owned(), file.path().with_file_name("never"));
+        let result = in_thread(move || {
+            no_files().unwrap();
+            (
+                denied(File::open(&path)),
+                denied(fs::create_dir(&dir)),
+                denied(fs::remove_file(&path)),
+                denied(Command::new("/bin/true").status()),
+            )
+        });
+        assert_eq!(result, (true, true, true, true));
+        assert!(file.path().exists());
     }
 }

@@ -26,6 +26,9 @@ pub(super) fn begin(
         return Ok(done);
     }
     let (volume, after) = match snapshot {
+        Some((_, clone)) if state.volumes.contains_key(&clone) => {
+            return Err(conflict("the clone's id is taken", "ask with a new id"));
+        }
         Some((snapshot, clone)) => {
             snapshots::clone(state, clone, &format!("export-{id}"), volume, snapshot, at)?;
             (clone, AfterExport::Drop)
