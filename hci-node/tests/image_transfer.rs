@@ -12,7 +12,10 @@ use std::{
     fs::{self, File},
     io::{Read, Write},
     net::Ipv4Addr,
-    os::unix::{fs::MetadataExt, net::UnixStream},
+    os::unix::{
+        fs::{FileExt, MetadataExt},
+        net::UnixStream,
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::{Arc, Mutex},
@@ -154,7 +157,8 @@ fn eventually<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
             return found;
         }
         assert!(begun.elapsed() < PATIENCE, "waited too long: {what}");
-        std::thread::sleep(Duration::from_millis(100));
+        // What is to be caught in the middle takes a second or so.
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
@@ -326,6 +330,83 @@ fn an_upload_goes_on_where_it_broke_off() {
     let out = node.path("out.qcow2");
     node.ok(&["image", "export", "up", out.to_str().unwrap()]);
     qemu_img(&["compare", out.to_str().unwrap(), raw.to_str().unwrap()]);
+}
+
+/// A disk with a megabyte of data in every four; its content tells where it is.
+fn large_disk(dir: &Path) -> PathBuf {
+    let path = dir.join("large.raw");
+    let file = File::create(&path).unwrap();
+    file.set_len(1 << 30).unwrap();
+    let mut piece = vec![0; MIB];
+    for start in (0..1u64 << 30).step_by(4 * MIB) {
+        for block in piece.chunks_mut(8) {
+            block.copy_from_slice(&(start + 1).to_le_bytes());
+        }
+        file.write_all_at(&piece, start).unwrap();
+    }
+    path
+}
+
+#[test]
+fn a_killed_control_process_goes_on_with_writing_a_disk() {
+    let mut node = Node::start();
+    let dir = node.dir.path().to_owned();
+    let (raw, kernel) = (large_disk(&dir), kernel(&dir));
+    let source = format!("node:{}", raw.display());
+    node.ok(&[
+        "image",
+        "import",
+        "large",
+        "--kernel",
+        kernel.to_str().unwrap(),
+        "--disk",
+        &source,
+        "--no-wait",
+    ]);
+    eventually("a note of how far it is", || {
+        node.spool().iter().any(|name| name.ends_with(".disk.progress")).then_some(())
+    });
+    node.kill_control();
+    // What was noted is not read again: a change there does not come in.
+    let file = File::options().read(true).write(true).open(&raw).unwrap();
+    let mut before = vec![0; MIB];
+    file.read_exact_at(&mut before, 0).unwrap();
+    file.write_all_at(&vec![0xee; MIB], 0).unwrap();
+    node.restart_control();
+    eventually("the image is ready", || (node.state_of("large")? == "ready").then_some(()));
+    file.write_all_at(&before, 0).unwrap();
+    let out = node.path("out.raw");
+    node.ok(&["image", "export", "large", out.to_str().unwrap(), "--format", "raw"]);
+    qemu_img(&["compare", "-f", "raw", "-F", "raw", out.to_str().unwrap(), raw.to_str().unwrap()]);
+}
+
+#[test]
+fn a_killed_worker_is_the_end_of_its_import_and_of_nothing_else() {
+    let node = Node::start();
+    let dir = node.dir.path();
+    let (raw, kernel) = (large_disk(dir), kernel(dir));
+    let source = format!("node:{}", raw.display());
+    let kernel = kernel.to_str().unwrap();
+    let import = ["image", "import", "large", "--kernel", kernel, "--disk", &source];
+    let mut running = node.command(&import).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    eventually("the worker reads", || {
+        // Once it is being written: the worker that only looks at the tables is gone again at once.
+        node.spool().iter().any(|name| name.ends_with(".disk.progress")).then_some(())
+    });
+    let children = format!("/proc/{0}/task", node.control.id());
+    let workers = fs::read_dir(children).unwrap().flatten().flat_map(|thread| {
+        let text = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+        text.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    });
+    for worker in workers {
+        assert!(Command::new("kill").args(["-9", &worker]).status().unwrap().success());
+    }
+    assert!(!running.wait().unwrap().success());
+    let mut said = String::new();
+    running.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(said.contains("the image worker ended early: it was killed"), "{said}");
+    assert_eq!(node.state_of("large"), None, "it was taken back");
+    node.ok(&["image", "import", "small", "--kernel", kernel, "--disk", kernel]);
 }
 
 #[test]
