@@ -47,9 +47,9 @@ impl Coordinator {
             let reopenings = self.reopenings.load(Ordering::Acquire);
             let result = self.attempt(&op).await;
             // A part of a write that was complete before the volume was opened again may be gone: replicas that lost power hold what was
-            // flushed. As long as the request is not answered it is done again.
-            let writes = !matches!(op, BlockOp::Read { .. } | BlockOp::Flush);
-            if !(writes && result.is_ok() && self.reopenings.load(Ordering::Acquire) != reopenings) {
+            // flushed. So may be what a part of a read saw. As long as the request is not answered it is done again.
+            let has_parts = !matches!(op, BlockOp::Flush);
+            if !(has_parts && result.is_ok() && self.reopenings.load(Ordering::Acquire) != reopenings) {
                 break result;
             }
         };

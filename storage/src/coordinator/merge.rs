@@ -18,6 +18,7 @@ use crate::replica::protocol::ReplicaOp;
 use futures_util::future::join_all;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -48,6 +49,7 @@ impl Coordinator {
 
     async fn merge_layer(self: &Arc<Self>, lower: LayerRef, upper: LayerRef) -> Result<(), Stuck> {
         tracing::info!(volume = %self.id, %lower, %upper, "merging a layer");
+        let reopenings = self.reopenings.load(Ordering::Acquire);
         for segment in (0..geometry::segment_count(self.size())).map(SegmentIndex) {
             let end = geometry::segment_blocks(self.size(), segment);
             // A write that began when the lower layer was the top may still be on its way there, or wait for a replica.
@@ -62,7 +64,8 @@ impl Coordinator {
             }
         }
         self.flush_replicas().await;
-        Ok(())
+        // What was copied before the volume was opened again may be gone: replicas that lost power hold what was flushed.
+        if self.reopenings.load(Ordering::Acquire) == reopenings { Ok(()) } else { Err(Stuck) }
     }
 
     /// Ranges of at most a batch that cover all that a layer has.

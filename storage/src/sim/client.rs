@@ -106,6 +106,7 @@ async fn step(
                 (value, history.submit_write(opening, sectors.clone(), value))
             };
             request(device, BlockOp::Write { offset, data: fill(value, count) }).await?;
+            tracing::trace!(submitted, ?sectors, "write acknowledged");
             history.lock().acknowledge_write(opening, sectors, submitted);
         }
         45..50 => {
@@ -116,12 +117,14 @@ async fn step(
                 BlockOp::WriteZeroes { offset, len }
             };
             request(device, op).await?;
+            tracing::trace!(submitted, ?sectors, "write acknowledged");
             history.lock().acknowledge_write(opening, sectors, submitted);
         }
         50..60 => {
             let submitted = history.lock().tick();
             request(device, BlockOp::Flush).await?;
             history.lock().acknowledge_flush(opening, submitted);
+            tracing::trace!(submitted, "flush acknowledged");
         }
         _ => read_and_check(device, opening, history, sectors).await?,
     }

@@ -2,7 +2,7 @@
 //! by seed, what was not flushed.
 
 use super::dice::Dice;
-use crate::ids::{BLOCK_SIZE, ByteSize, Generation, LayerRef, SegmentKey, Version, VolumeId};
+use crate::ids::{BLOCK_SIZE, ByteSize, DiskId, Generation, LayerRef, SegmentKey, Version, VolumeId};
 use crate::status::{DiskHealth, DiskUsage};
 use crate::store::{
     BlockVersion, DamagedBlocks, DiskStore, Keep, ReadReply, ReplicaWrite, ScrubCursor, ScrubStep,
@@ -49,12 +49,13 @@ pub(super) struct SimDisk {
     state: Mutex<State>,
     /// Counts the processes that had it open: what an earlier one has under way has no effect any more.
     opened: AtomicU64,
+    id: DiskId,
     dice: Dice,
 }
 
 impl SimDisk {
-    pub(super) fn new(dice: Dice) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), opened: AtomicU64::new(0), dice })
+    pub(super) fn new(id: DiskId, dice: Dice) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::default(), opened: AtomicU64::new(0), id, dice })
     }
 
     /// Opens the disk for a new process and takes it away from the one before.
@@ -77,6 +78,7 @@ impl SimDisk {
         }
         for (key, versions) in cached {
             let survives = self.dice.below(versions.len() as u64 + 1) as usize;
+            tracing::trace!(disk = %self.id, at = ?key, survives, of = versions.len(), "power cut");
             if survives > 0 {
                 state.durable.insert(key, versions[survives - 1].clone());
             }
@@ -188,6 +190,7 @@ impl DiskStore for Handle {
                     }
                 };
                 let stored = Stored { version: write.version, data, crc };
+                tracing::trace!(disk = %self.disk.id, ?at, block, version = ?stored.version, value = ?&stored.data[..2], "stored");
                 state.current.insert((at, block), stored.clone());
                 state.cached.push(((at, block), stored));
                 state.writes += 1;
@@ -227,6 +230,7 @@ impl DiskStore for Handle {
             self.pause(2000).await;
             let mut state = self.disk.state.lock();
             let covered = covered.min(state.cached.len());
+            tracing::trace!(disk = %self.disk.id, writes = covered, "flushed");
             for (key, stored) in state.cached.drain(..covered).collect::<Vec<_>>() {
                 state.durable.insert(key, stored);
             }

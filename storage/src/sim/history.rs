@@ -163,6 +163,7 @@ impl History {
     pub(super) fn lose_unflushed(&mut self) {
         self.tick();
         self.losses += 1;
+        tracing::debug!("what was not flushed is lost");
         for write in self.sectors.values_mut().flatten() {
             write.gone = None;
             if !write.flushed && write.certain.is_some() {
@@ -211,6 +212,11 @@ impl History {
 pub(super) struct Frozen(BTreeMap<u64, Vec<Write>>);
 
 impl Frozen {
+    /// What was known of a sector, for those who look for why.
+    pub(super) fn known(&self, sector: u64) -> String {
+        format!("{:?}", self.0.get(&sector))
+    }
+
     /// Whether a read at that moment could have returned this value.
     pub(super) fn allows(&self, sector: u64, value: Value) -> bool {
         let Some(writes) = self.0.get(&sector) else { return value == 0 };

@@ -30,7 +30,7 @@ pub(super) enum Disk {
 impl Disk {
     pub(super) fn new(kind: Kind, id: DiskId, dice: Dice) -> Self {
         match kind {
-            Kind::Model => Self::Model(SimDisk::new(dice)),
+            Kind::Model => Self::Model(SimDisk::new(id, dice)),
             Kind::Store => Self::Store(DrivenDisk::new(id, dice)),
         }
     }

@@ -49,8 +49,10 @@ const SEEDS: u64 = 100;
 /// The same with the real store, which takes longer.
 const SEEDS_ON_STORES: u64 = 30;
 /// Runs that found something once, whatever the count. 5686: a commit that took a replica out was not answered, the replica came back,
-/// and stayed out of the set for ever. 13376: the same with a commit that was to put one in, while the volume opened again.
-const ONCE_FAILED: [u64; 2] = [5686, 13376];
+/// and stayed out of the set for ever. 13376: the same with a commit that was to put one in, while the volume opened again. 19326: a layer was
+/// merged and given up although what was merged had been lost with the power, unflushed, before the volume opened again; and a read whose
+/// first part had seen a write that was lost then.
+const ONCE_FAILED: [u64; 3] = [5686, 13376, 19326];
 /// Seeds within which a planted bug must be found.
 const FLAW_SEEDS: u64 = 60;
 /// How long faults go on, in simulated time.

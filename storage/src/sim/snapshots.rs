@@ -279,8 +279,10 @@ pub(super) fn check(cluster: &Cluster) {
                     let first = *snapshot.seen.entry(sector).or_insert(value);
                     if first != value || !snapshot.frozen.allows(sector, value) {
                         history.violation(format!(
-                            "sector {sector} of snapshot {number} reads {value} on disk {}, {first} before; {:?}",
-                            node.disk_id, snapshot.layers
+                            "sector {sector} of snapshot {number} reads {value} on disk {}, {first} before; {:?}; known: {}",
+                            node.disk_id,
+                            snapshot.layers,
+                            snapshot.frozen.known(sector)
                         ));
                     }
                 }
