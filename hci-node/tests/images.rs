@@ -292,6 +292,10 @@ async fn a_download_goes_on_where_it_broke_off() {
     assert!(!dir.path().join("wrong").exists());
     let none = download("/none", "none").run(|_, _| ()).await.unwrap_err();
     assert!(matches!(none, DownloadError::Refused { .. }), "{none}");
+    let begun = std::time::Instant::now();
+    let circle = download("/circle", "circle").run(|_, _| ()).await.unwrap_err();
+    assert!(matches!(&circle, DownloadError::Url(why) if why.contains("redirects")), "{circle}");
+    assert!(begun.elapsed() < Duration::from_secs(10), "it was not tried again and again");
     let large = Download { limit: 1000, ..download("/file", "large") }.run(|_, _| ()).await.unwrap_err();
     assert!(matches!(large, DownloadError::TooLarge(1000)), "{large}");
 }

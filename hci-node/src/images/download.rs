@@ -38,6 +38,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// Progress is told, room looked for and the file synced after this much.
 const STEP: u64 = 64 << 20;
+/// How rustls says that nobody whom we trust vouches for the server.
+const UNTRUSTED: &str = "invalid peer certificate";
 /// What administrators have added to the public authorities is here on Debian.
 const LOCAL_AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
@@ -226,7 +228,16 @@ impl Download {
         url: Url,
         progress: &mut impl FnMut(u64, Option<u64>),
     ) -> Result<(), Attempt> {
-        let broken = |error: reqwest::Error| Attempt::Broken(chain(&error.without_url()));
+        let broken = |error: reqwest::Error| {
+            let is_final = error.is_redirect() || error.is_builder();
+            match chain(&error.without_url()) {
+                // Neither where the way leads nor who answers changes by asking again.
+                why if is_final || why.contains(UNTRUSTED) => {
+                    Attempt::Final(DownloadError::Url(format!("{} cannot be fetched: {why}", self.url)))
+                }
+                why => Attempt::Broken(why),
+            }
+        };
         let mut request = client.get(url);
         let begun = self.begun();
         if let Some((length, validator)) = &begun {
