@@ -216,7 +216,9 @@ async fn an_image_is_imported_closed_and_copied_into_a_new_volume() {
     node.start_data();
     let content = Bytes::from((0..1 << 20).map(|at: u32| (at / 4096) as u8).collect::<Vec<_>>());
     let (image, golden) = image(&node, temp.path(), &content).await;
-    node.propose(Op::VolumeFilled { volume: golden, generation: Generation(1) }).await;
+    // On a loaded machine it may have been opened once more.
+    let generation = node.cluster.0.lock().volumes[&golden].generation;
+    node.propose(Op::VolumeFilled { volume: golden, generation }).await;
     node.propose(Op::CompleteImagePart { image, part: ImagePart::Disk, node: node.id }).await;
     let closed = |state: &ClusterState| state.volumes[&golden].coordinator.is_none();
     let state = node.state_when("the image's volume is closed", closed).await;

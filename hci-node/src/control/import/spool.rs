@@ -12,7 +12,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
@@ -40,9 +40,9 @@ impl Spool {
         Self { dir: paths.state().join("spool") }
     }
 
-    /// The directory, made if it is not there.
+    /// The directory, made if it is not there. People's disks are in it: nobody else looks in.
     pub(super) fn ready(&self) -> io::Result<&Path> {
-        fs::create_dir_all(&self.dir)?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)?;
         Ok(&self.dir)
     }
 

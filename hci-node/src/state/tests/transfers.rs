@@ -45,6 +45,22 @@ fn an_export_yields_to_a_vm_and_takes_its_clone_along() {
     let none = Some((SnapshotId(id(1)), VolumeId(id(602))));
     assert_eq!(refused(&mut state, begin(603, disk, none)), RefusalKind::NotFound);
 
+    // Stopped, it can be read; started again, it takes its disk away from the export at once.
+    run(&mut state, Op::SetVmDesired { vm, desired: DesiredRun::Stopped(StopMode::Force) }).unwrap();
+    let epoch = state.vms[&vm].epoch;
+    run(&mut state, Op::VmExited { vm, epoch, exit: VmExit::GuestShutdown }).unwrap();
+    let generation = state.volumes[&disk].generation;
+    if state.volumes[&disk].coordinator.is_some() {
+        run(&mut state, Op::CloseVolume { volume: disk, generation, cleanliness: Cleanliness::Clean })
+            .unwrap();
+    }
+    run(&mut state, begin(605, disk, None)).unwrap();
+    let open = Op::OpenVolume { volume: disk, node: node_id(1), expected: generation, unreachable: vec![] };
+    run(&mut state, open).unwrap();
+    assert_eq!(state.volume_use(&state.volumes[&disk]), VolumeUse::Internal);
+    run(&mut state, Op::SetVmDesired { vm, desired: DesiredRun::Running }).unwrap();
+    assert_eq!(state.volume_use(&state.volumes[&disk]), VolumeUse::Nothing);
+
     run(&mut state, Op::CreateVolume { volume: new_volume(9, 3), near: None, unreachable: vec![] }).unwrap();
     let volume = new_volume(9, 3).id;
     run(&mut state, begin(604, volume, None)).unwrap();
