@@ -277,7 +277,7 @@ impl Applier {
     }
 
     /// Fills slots that become slots of info. Durable before anything says that they are: a page of info that is no page is a damaged one.
-    fn prepare_info(&self, changes: &Changes) -> io::Result<()> {
+    fn prepare_info(&mut self, changes: &Changes) -> io::Result<()> {
         if changes.new_info.is_empty() {
             return Ok(());
         }
@@ -295,7 +295,10 @@ impl Applier {
         };
         let filled: Vec<_> = changes.new_info.iter().map(fill).collect();
         self.device.write(&slices(&filled).collect::<Vec<_>>())?;
-        self.device.sync()
+        self.device.sync()?;
+        // What is written into these pages now is later than what they were filled with, also when only one place gets it.
+        self.superblock.checkpoint += 1;
+        Ok(())
     }
 
     fn seal_info(&self, page: &mut [u8], id: InfoId) {
@@ -408,6 +411,8 @@ impl Applier {
         mut pages: Vec<(u64, Source)>,
     ) -> io::Result<()> {
         self.write_mirrors()?;
+        // A number for each round: of a page that two rounds of one checkpoint write, the later is known though one place did not get it.
+        self.superblock.checkpoint += 1;
         let layout = self.layout();
         let mut owner_pages: BTreeMap<u32, Vec<(usize, Owner)>> = BTreeMap::new();
         for (slot, owner) in owners {

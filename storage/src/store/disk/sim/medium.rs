@@ -15,6 +15,15 @@ pub(super) const BLOCK: usize = 4096;
 
 pub(super) type Blocks = BTreeMap<u64, [u8; BLOCK]>;
 
+/// What becomes of a write that is reported as done and is not.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::store::disk) enum Astray {
+    /// Nothing.
+    Lost,
+    /// It lands somewhere else, on whole blocks.
+    Elsewhere(u64),
+}
+
 /// See the module. Survives the processes that use it.
 #[derive(Default)]
 pub(super) struct Medium {
@@ -28,6 +37,8 @@ pub(super) struct Medium {
     synced: usize,
     /// Counts the processes that used it: those before can do no harm any more.
     process: u64,
+    /// What becomes of the last of so many writes from now on.
+    pub(super) astray: Option<(u64, Astray)>,
     /// Told when something was started.
     pub(super) news: Arc<Notify>,
 }
@@ -45,6 +56,11 @@ fn apply(blocks: &mut Blocks, offset: u64, bytes: &[u8], keep: impl Fn(usize) ->
 
 impl Medium {
     pub(super) fn write(&mut self, offset: u64, bytes: &[u8]) {
+        let offset = match self.goes_astray() {
+            None => offset,
+            Some(Astray::Lost) => return,
+            Some(Astray::Elsewhere(offset)) => offset,
+        };
         apply(&mut self.cached, offset, bytes, |_| true);
         self.pending.push((offset, bytes.to_vec()));
     }
@@ -56,6 +72,12 @@ impl Medium {
                 None => chunk.fill(0),
             }
         }
+    }
+
+    fn goes_astray(&mut self) -> Option<Astray> {
+        let (left, astray) = self.astray?;
+        self.astray = left.checked_sub(1).map(|left| (left, astray));
+        self.astray.is_none().then_some(astray)
     }
 
     /// Makes durable what was written when `until` writes had been made.

@@ -3,6 +3,11 @@
 //! Writes go to a volatile cache; a power cut keeps or loses each sector of what was not synced, by seed. Requests that were started are carried out in
 //! any order. The applier runs on a thread that takes one step when it is told to, so that everything else may happen between any two of its I/Os; only one
 //! thread runs at a time, and a seed means the same run every time.
+//!
+//! One write may go astray: reported as done, and lost or landed elsewhere. The store finds all of them by checksums, numbers and positions, except:
+//! the last batches of the log, if the process ends before they are applied (the next batch says what was durable before it, and after the last there is none),
+//! and a slot of block info whose first filling is lost, if the same segment had the same slot in an earlier life. The first shows when replicas are
+//! compared, which every opening does but one after a clean close.
 
 pub(crate) mod driven;
 mod medium;
@@ -15,7 +20,7 @@ use super::format::layout::Layout;
 use super::recover::{self, Boots, OpenError, Placed, Rules};
 use crate::ids::DiskId;
 use crate::sim::dice::Dice;
-use medium::{BLOCK, Medium, SimDevice};
+use medium::{Astray, BLOCK, Medium, SimDevice};
 use parking_lot::Mutex;
 use std::io;
 use std::sync::Arc;
@@ -146,6 +151,21 @@ impl Sim {
     pub(super) fn cut_power(&self, store: SimStore) {
         self.kill(store);
         self.lose_unsynced();
+    }
+
+    /// Has one of the next writes go astray.
+    pub(super) fn lead_astray(&self) -> Astray {
+        let astray = match self.dice.percent(50) {
+            true => Astray::Lost,
+            false => Astray::Elsewhere(self.dice.below(self.size.bytes / BLOCK as u64 - 256) * BLOCK as u64),
+        };
+        self.medium.lock().astray = Some((self.dice.below(200), astray));
+        astray
+    }
+
+    /// Whether the write that was to go astray has done so.
+    pub(super) fn went_astray(&self) -> bool {
+        self.medium.lock().astray.take().is_none()
     }
 
     /// Flips a bit somewhere in what was ever written.
