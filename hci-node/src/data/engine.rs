@@ -30,7 +30,7 @@ use tokio::sync::watch;
 
 use super::{
     backends,
-    disks::prepare,
+    disks::{prepare, smart::watch::SmartWatch},
     frames::Frames,
     metrics,
     protocol::{
@@ -96,6 +96,7 @@ pub(crate) struct Engine {
     /// Held while a configuration is applied.
     applying: tokio::sync::Mutex<()>,
     applied: Mutex<Applied>,
+    smart: SmartWatch,
     /// Tells storage of peers that come and go.
     binding: tokio::task::AbortHandle,
 }
@@ -153,13 +154,15 @@ impl Engine {
             lease: watch::Sender::new(None),
             applying: tokio::sync::Mutex::default(),
             applied: Mutex::default(),
+            smart: SmartWatch::default(),
             binding: binding.abort_handle(),
         }))
     }
 
     /// Watches the lease and the disks, without end.
     pub(crate) async fn watch(&self) {
-        tokio::join!(self.watch_lease(), self.watch_disks());
+        let disks = || self.disks_here();
+        tokio::join!(self.watch_lease(), self.watch_disks(), self.smart.run(disks));
     }
 
     /// Closes the meshes, ends the threads and lets go of the disks. Nothing is served afterwards.
@@ -210,6 +213,12 @@ impl Engine {
                 }
             }
         }
+    }
+
+    /// The disks of the pool that are there, by their links.
+    fn disks_here(&self) -> BTreeMap<DiskId, PathBuf> {
+        let applied = self.applied.lock();
+        applied.present.iter().map(|disk| (*disk, self.paths.disk(state::DiskId(disk.0)))).collect()
     }
 
     async fn watch_disks(&self) {
@@ -288,6 +297,7 @@ impl Engine {
             lease: self.lease_state(),
             readiness: Readiness::Ready,
             storage,
+            smart: self.smart.said(),
         }
     }
 

@@ -9,7 +9,7 @@
 //! Everything sent to the data process is a whole state or idempotent, so that a message lost in a crash is repaired
 //! by sending it again.
 
-use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use netfabric::{NodeId, overlay::OverlayConfig};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -20,6 +20,8 @@ use storage::{
     status::StorageStatus,
 };
 use uuid::Uuid;
+
+use super::disks::smart::Smart;
 
 /// A call that the data process serves on `data.sock`.
 pub trait DataCall: Serialize + DeserializeOwned + Send + Sync {
@@ -292,6 +294,8 @@ pub struct Observed {
     pub readiness: Readiness,
     /// Its disks and the volumes that it has open. A disk that is not there is in it as failed.
     pub storage: StorageStatus,
+    /// What its disks say of themselves; those that say nothing are not in it.
+    pub smart: BTreeMap<DiskId, Smart>,
 }
 
 /// Whether the data process can take a configuration.

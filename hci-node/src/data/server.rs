@@ -1,7 +1,7 @@
 //! Serves `data.sock`: decodes calls, hands them to the [`Engine`], encodes answers.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     future::Future,
     sync::{Arc, OnceLock},
     time::Duration,
@@ -70,6 +70,7 @@ impl Server {
                 lease: LeaseState::Lapsed,
                 readiness: Readiness::Unjoined,
                 storage: StorageStatus::default(),
+                smart: BTreeMap::new(),
             },
         }
     }

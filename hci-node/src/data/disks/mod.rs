@@ -5,6 +5,7 @@
 //! | [`signature`] | what the first bytes of a device say about its content (pure) |
 //! | [`inventory`] | the block devices of this machine and what they are used for |
 //! | [`prepare`] | a device or directory becomes a disk of the pool, and is found again after a restart |
+//! | [`smart`] | what disks say of their own health |
 //!
 //! A disk of the pool is a raw device with a disk store on it, or a directory with a file that stands for one (tests, machines with one disk). Devices change their names:
 //! `disks/<id>` of the state directory is a link to the one that has the disk's superblock, set anew after each start. A directory holds the marker
@@ -13,3 +14,4 @@
 pub mod inventory;
 pub mod prepare;
 pub mod signature;
+pub mod smart;

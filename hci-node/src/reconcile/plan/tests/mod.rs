@@ -194,6 +194,7 @@ pub(super) fn fresh_data(number: u128) -> DataView {
             lease: LeaseState::Held,
             readiness: Readiness::Ready,
             storage: StorageStatus { volumes: Vec::new(), disks },
+            smart: BTreeMap::new(),
         },
         applied: None,
         grants: BTreeMap::new(),
