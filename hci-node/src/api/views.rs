@@ -1,6 +1,7 @@
 //! From cluster state and reports to the resources of the API. Pure. Volumes, and what may happen to them, are in
 //! `volumes`.
 
+mod smart;
 pub mod volumes;
 
 use std::{collections::BTreeMap, time::Duration};
@@ -144,17 +145,21 @@ impl Views<'_> {
             (DiskState::Ready, _) if disk.room == DiskRoom::Reserved => (api::DiskState::Reserved, None),
             (DiskState::Ready, _) => (api::DiskState::Ready, None),
         };
+        let node = self.node_name(disk.node);
+        let smart = seen.map(|seen| smart::view(seen.smart.as_ref(), &format!("{node}:{}", disk.path)));
+        let warning = smart.as_ref().and_then(|smart| smart.warning.clone());
         api::Disk {
             id: Some(disk.id.to_string()),
-            node: self.node_name(disk.node),
+            node,
             path: disk.path.clone(),
             state,
             segments: self.state.segments_on(disk.id),
-            message,
+            message: message.or(warning),
             capacity_bytes: seen.map_or(disk.capacity_bytes, |seen| seen.capacity_bytes),
             used_bytes: seen.map(|seen| seen.used_bytes),
             model: None,
             scrub: seen.map(|seen| scrub(&seen.scrub)),
+            smart,
         }
     }
 
@@ -170,6 +175,7 @@ impl Views<'_> {
             used_bytes: None,
             model: Some(candidate.model.clone()).filter(|model| !model.is_empty()),
             scrub: None,
+            smart: None,
         }
     }
 
@@ -365,13 +371,18 @@ impl Views<'_> {
         for disk in self.disks() {
             use api::DiskState::{Dead, Failed, Full, Reserved};
             if matches!(disk.state, Failed | Full | Reserved | Dead) {
-                let word = match disk.state {
-                    Full => "full",
-                    Reserved => "only its reserve is left, it gets no new copies",
-                    _ => "failed",
+                let message = match disk.state {
+                    Full => "full".to_owned(),
+                    Reserved => "only its reserve is left, it gets no new copies".to_owned(),
+                    _ => disk.message.unwrap_or_else(|| "failed".to_owned()),
                 };
-                let message = disk.message.unwrap_or_else(|| word.to_owned());
                 add(api::Health::Degraded, "disk", format!("{}:{}", disk.node, disk.path), message);
+            }
+            // A disk that is given up already needs no warning.
+            if !matches!(disk.state, Failed | Dead)
+                && let Some(warning) = disk.smart.and_then(|smart| smart.warning)
+            {
+                add(api::Health::Degraded, "disk", format!("{}:{}", disk.node, disk.path), warning);
             }
             let damaged = disk.scrub.map_or(0, |scrub| scrub.damaged_blocks);
             if damaged > 0 {

@@ -1,8 +1,12 @@
 //! What this node tells the leader about its disks, volumes and VMs with each renewal of its lease.
 
+use std::collections::BTreeMap;
+
+use storage::ids::DiskId;
 use storage::status::{DiskHealth, ReplicaStatus, ScrubState, ScrubStatus, StorageStatus, VolumeState};
 
 use super::observed::DataView;
+use crate::data::disks::smart::Smart;
 use crate::state::Timestamp;
 use crate::state::report::{
     DiskHealth as ReportedHealth, DiskReport, LocalReport, ProcessState, ScrubProgress, ScrubReport,
@@ -15,10 +19,15 @@ pub(super) fn local_report(data: Option<&DataView>, vms: Vec<VmReport>) -> Local
         return LocalReport { vms, data_process: ProcessState::Away, ..LocalReport::default() };
     };
     let storage = &data.status.storage;
-    LocalReport { disks: disks(storage), volumes: volumes(storage), vms, data_process: ProcessState::Up }
+    LocalReport {
+        disks: disks(storage, &data.status.smart),
+        volumes: volumes(storage),
+        vms,
+        data_process: ProcessState::Up,
+    }
 }
 
-fn disks(storage: &StorageStatus) -> Vec<DiskReport> {
+fn disks(storage: &StorageStatus, smart: &BTreeMap<DiskId, Smart>) -> Vec<DiskReport> {
     let disks = storage.disks.iter().map(|disk| DiskReport {
         disk: disk.id.into(),
         capacity_bytes: disk.usage.total.0,
@@ -29,6 +38,7 @@ fn disks(storage: &StorageStatus) -> Vec<DiskReport> {
             DiskHealth::Failed(reason) => ReportedHealth::Failed(reason.clone()),
         },
         scrub: scrub(&disk.scrub),
+        smart: smart.get(&disk.id).cloned(),
     });
     disks.collect()
 }

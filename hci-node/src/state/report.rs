@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::ids::*;
+use crate::data::disks::smart::Smart;
 
 /// All that a node tells.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,6 +84,8 @@ pub struct DiskReport {
     pub health: DiskHealth,
     /// How its verification stands.
     pub scrub: ScrubReport,
+    /// What it says of itself, if anything.
+    pub smart: Option<Smart>,
 }
 
 /// How the verification of a disk stands.

@@ -25,6 +25,45 @@ pub struct Disk {
     pub model: Option<String>,
     /// How its verification stands, as far as known.
     pub scrub: Option<DiskScrub>,
+    /// What it says of itself; none for a candidate, and while its node is not heard.
+    pub smart: Option<DiskSmart>,
+}
+
+/// What a disk says of itself (SMART). A figure that it does not give is absent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSmart {
+    /// Whether it says anything, and whether that is good.
+    pub state: SmartState,
+    /// What it warns of, and what to do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
+    /// How warm it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub temperature_celsius: Option<i16>,
+    /// Spare blocks that are left.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub available_spare_percent: Option<u8>,
+    /// Endurance used so far; may exceed 100.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub percentage_used: Option<u8>,
+    /// For how long it has been powered on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub power_on_hours: Option<u64>,
+    /// Accesses that failed for good, or sectors that cannot be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub media_errors: Option<u64>,
+}
+
+/// How a disk is by its own words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SmartState {
+    /// It says nothing, as virtual disks do.
+    NotAvailable,
+    /// Well.
+    Good,
+    /// It warns.
+    Warning,
 }
 
 /// How the verification of a disk stands.

@@ -89,6 +89,7 @@ impl World {
             used_bytes: self.used(disk.id),
             health: DiskHealth::Ok,
             scrub: Default::default(),
+            smart: None,
         });
         let vms = self.state.vms_on(node).filter_map(|vm| {
             let epoch = vm.assignment?.epoch;
