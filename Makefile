@@ -9,7 +9,7 @@ PACKAGES := $(shell grep -hv '^\#' installer/image/packages.txt tests/packages.t
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET)/release
 
-.PHONY: help setup demo lab-down test check fmt clippy unit simulation e2e e2e-native e2e-lab bench bench-storage release image iso
+.PHONY: help setup demo lab-down test check fmt clippy unit simulation fuzz soak e2e e2e-native e2e-lab bench bench-storage release image iso
 
 help: ## Show the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -42,6 +42,16 @@ unit:
 simulation:
 	@echo "== simulation and component tests"
 	cargo test -p vmm -p storage -p netfabric --locked --test '*'
+
+# Of the tests of `make unit`, those that decode what a peer, a disk or a guest may send.
+HOSTILE := garbage any_bytes hostile_ random_descriptors changed_on_its_way malformed damaged_
+
+fuzz: ## Hostile input for every decoder, much longer than the unit tests do (CASES=200000)
+	PROPTEST_CASES=$(or $(CASES),200000) cargo test -p storage -p netfabric -p vmm --lib --release --locked -- $(HOSTILE)
+
+soak: ## The storage engine simulated with as many seeds as you like (SEEDS=10000, FROM=0)
+	STORAGE_SIM_FROM=$(or $(FROM),0) STORAGE_SIM_SEEDS=$(or $(SEEDS),10000) STORE_SEEDS=$(or $(SEEDS),10000) cargo test -p storage --lib --release --locked -- --nocapture \
+		invariants_hold no_crash_loses astray flipped_bit
 
 e2e: e2e-native e2e-lab
 

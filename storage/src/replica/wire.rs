@@ -209,6 +209,32 @@ mod tests {
         }
 
         #[test]
+        fn a_message_changed_on_its_way_is_an_error_or_another_message(
+            op in op(),
+            changes in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..6),
+            cut in proptest::option::of(any::<proptest::sample::Index>()),
+        ) {
+            let request = ReplicaRequest {
+                volume: VolumeId::default(),
+                generation: Generation(1),
+                session: Session { boot: BootEpoch(1), number: 1 },
+                op,
+            };
+            let Request { method, header, bulk } = encode_request(request).unwrap();
+            let mut header = header.to_vec();
+            for (at, byte) in changes {
+                let at = at.index(header.len());
+                header[at] ^= byte;
+            }
+            if let Some(cut) = cut {
+                header.truncate(cut.index(header.len()));
+            }
+            let _ = decode_reply(&Response { header: header.clone().into(), bulk: bulk.clone() });
+            // Whether its data and checksums agree is for the store to say, which refuses the write.
+            let _ = decode_request(&Request { method, header: header.into(), bulk });
+        }
+
+        #[test]
         fn replies_survive_the_wire(boot: u64, blocks in proptest::collection::vec((any::<u32>(), any::<u64>(), any::<u32>()), 0..50), data: Vec<u8>) {
             let versions = blocks.iter().map(|(block, s, crc)| BlockVersion {
                 block: *block, version: Version { generation: 1, sequence: *s }, crc: *crc }).collect();

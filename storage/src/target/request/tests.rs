@@ -138,7 +138,8 @@ fn wrong_requests_are_refused_with_a_status() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    // More with PROPTEST_CASES.
+    #![proptest_config(ProptestConfig::with_cases(ProptestConfig::default().cases.max(2000)))]
 
     #[test]
     fn random_descriptors_end_in_an_error_or_a_legal_request(
