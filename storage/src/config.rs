@@ -1,6 +1,7 @@
 //! What the control plane wants of this node's storage: one declarative value, given whole each time.
 
 use crate::ids::{ByteSize, DiskId, FreezeId, Generation, LayerId, LayerRef, SegmentIndex, VolumeId};
+use crate::key::KeySalt;
 use netfabric::NodeId;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -21,6 +22,8 @@ pub struct DiskConfig {
     pub id: DiskId,
     /// The device or file that its store lives on.
     pub path: PathBuf,
+    /// What its key is made with, if it is encrypted.
+    pub key_salt: Option<KeySalt>,
     /// How many verifications were asked for so far, by the way of those that are due by themselves. A higher number than before begins
     /// one, unless one is under way.
     pub scrubs: u64,

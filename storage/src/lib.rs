@@ -59,6 +59,7 @@ pub mod control;
 mod coordinator;
 pub mod device;
 pub mod ids;
+mod key;
 mod lease;
 pub mod mesh;
 mod metrics;
@@ -77,6 +78,7 @@ mod sim;
 
 pub use config::{StorageConfig, VolumeConfig};
 pub use coordinator::Timing;
+pub use key::{DISK_KEY_BYTES, DiskKey, KeySalt, Keyring};
 pub use mesh::MeshTransport;
 pub use metrics::Metrics;
 pub use netfabric::NodeId;

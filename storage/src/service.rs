@@ -5,6 +5,7 @@ use crate::control::ControlPlane;
 use crate::coordinator::{Coordinator, Rim, Timing, VolumeDevice};
 use crate::device::{BlockDevice, BlockError, BlockOp};
 use crate::ids::{BLOCK_SIZE, DiskId, MAX_DEPTH, SegmentKey, VolumeId};
+use crate::key::Keyring;
 use crate::lease::Lease;
 use crate::mesh::ReplicaHandler;
 use crate::metrics::Metrics;
@@ -12,7 +13,7 @@ use crate::poll::BusyPoll;
 use crate::replica::server::ReplicaServer;
 use crate::scrub::Scrubber;
 use crate::status::{DiskHealth, DiskStatus, DiskUsage, ScrubStatus, StorageStatus};
-use crate::store::disk::LogStore;
+use crate::store::disk::{LogStore, OpenError};
 use crate::store::{DiskStore, StoreError};
 use crate::transport::Transport;
 use bytes::Bytes;
@@ -32,11 +33,17 @@ pub type StoreOpener =
     Arc<dyn Fn(DiskConfig) -> BoxFuture<'static, Result<Arc<dyn DiskStore>, StoreError>> + Send + Sync>;
 
 /// Opens devices and files that are disk stores.
-pub fn disk_stores() -> StoreOpener {
-    Arc::new(|disk: DiskConfig| {
+pub fn disk_stores(keyring: Keyring) -> StoreOpener {
+    Arc::new(move |disk: DiskConfig| {
+        let keyring = keyring.clone();
+        let open = move || {
+            let key = disk.key_salt.map(|salt| keyring(disk.id, salt)).transpose();
+            let key = key.map_err(|source| OpenError::Io { doing: "making its key", source })?;
+            LogStore::open(&disk.path, disk.id, key.as_ref())
+        };
         Box::pin(async move {
             // What is in a store's log is applied first, and that takes its time.
-            match tokio::task::spawn_blocking(move || LogStore::open(&disk.path, disk.id)).await {
+            match tokio::task::spawn_blocking(open).await {
                 Ok(Ok(store)) => Ok(Arc::new(store) as Arc<dyn DiskStore>),
                 Ok(Err(error)) => Err(StoreError::Io(error.to_string())),
                 Err(error) => Err(StoreError::Io(error.to_string())),
@@ -356,7 +363,8 @@ impl Storage {
     /// Closes all volumes, clean where possible.
     pub async fn shutdown(&self) {
         let disks = self.shared.disks.lock().iter().map(|(id, d)| (*id, d.path.clone())).collect::<Vec<_>>();
-        let disks = disks.into_iter().map(|(id, path)| DiskConfig { id, path, scrubs: 0 }).collect();
+        let disks =
+            disks.into_iter().map(|(id, path)| DiskConfig { id, path, key_salt: None, scrubs: 0 }).collect();
         if let Err(error) = self.apply(StorageConfig { disks, volumes: Vec::new() }).await {
             tracing::warn!(%error, "while closing volumes");
         }

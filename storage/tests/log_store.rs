@@ -11,8 +11,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use storage::ids::{DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
 use storage::status::DiskHealth;
-use storage::store::disk::{LogStore, OpenError, offline};
+use storage::store::disk::{Encryption, LogStore, OpenError, offline};
 use storage::store::{DamagedBlocks, DiskStore, Keep, ReplicaWrite, ScrubCursor, StoreError, WriteContent};
+use storage::{DISK_KEY_BYTES, DiskKey};
 
 const BLOCK: usize = 4096;
 
@@ -54,7 +55,7 @@ fn places() -> Vec<(tempfile::TempDir, PathBuf)> {
 
 async fn open(path: &Path, disk: DiskId) -> Arc<LogStore> {
     let path = path.to_owned();
-    let opened = tokio::task::spawn_blocking(move || LogStore::open(&path, disk)).await.unwrap();
+    let opened = tokio::task::spawn_blocking(move || LogStore::open(&path, disk, None)).await.unwrap();
     Arc::new(opened.unwrap_or_else(|e| panic!("{e}: {e:?}")))
 }
 
@@ -62,13 +63,13 @@ async fn open(path: &Path, disk: DiskId) -> Arc<LogStore> {
 async fn what_was_written_is_there_after_reopening() {
     for (_dir, path) in places() {
         let disk = DiskId::random();
-        assert!(matches!(LogStore::open(&path, disk), Err(OpenError::NotADisk)));
-        LogStore::format(&path, disk).unwrap();
+        assert!(matches!(LogStore::open(&path, disk, None), Err(OpenError::NotADisk)));
+        LogStore::format(&path, disk, None).unwrap();
         assert_eq!(LogStore::identify(&path).unwrap().disk, disk);
-        assert!(matches!(LogStore::open(&path, DiskId::random()), Err(OpenError::OtherDisk { .. })));
+        assert!(matches!(LogStore::open(&path, DiskId::random(), None), Err(OpenError::OtherDisk { .. })));
         let volume = VolumeId::random();
         let store = open(&path, disk).await;
-        assert!(matches!(LogStore::open(&path, disk), Err(OpenError::Io { .. })), "locked");
+        assert!(matches!(LogStore::open(&path, disk, None), Err(OpenError::Io { .. })), "locked");
         store.set_generation(volume, Generation(7)).await.unwrap();
         // Many tasks at once, each with a flush of its own: they share batches and syncs.
         let tasks = (0..16u32).map(|task| {
@@ -119,7 +120,7 @@ async fn what_was_written_is_there_after_reopening() {
 async fn damage_at_rest_is_told_and_never_read() {
     for (_dir, path) in places() {
         let disk = DiskId::random();
-        LogStore::format(&path, disk).unwrap();
+        LogStore::format(&path, disk, None).unwrap();
         let volume = VolumeId::random();
         let store = open(&path, disk).await;
         store.write(key(volume), write(0, 64, 1)).await.unwrap();
@@ -138,15 +139,15 @@ async fn damage_at_rest_is_told_and_never_read() {
         for at in places {
             file.write_all_at(&[0xff; 9], at + 100).unwrap();
         }
-        let verified = offline::verify(&path, |_, _| {}).unwrap();
+        let verified = offline::verify(&path, None, |_, _| {}).unwrap();
         assert_eq!(verified.checked_bytes, 64 * BLOCK as u64);
         assert_eq!(verified.damaged, [DamagedBlocks { at: key(volume), blocks: 17..18 }]);
         assert!(verified.lost_pages.is_empty());
-        let dump = offline::dump(&path).unwrap();
+        let dump = offline::dump(&path, None).unwrap();
         assert_eq!((dump.disk, dump.boot, dump.unapplied_bytes.0), (disk, 2, 0));
         assert_eq!(dump.segments, [(key(volume), 4)]);
         let store = open(&path, disk).await;
-        assert!(matches!(offline::dump(&path), Err(OpenError::Io { .. })), "it is in use");
+        assert!(matches!(offline::dump(&path, None), Err(OpenError::Io { .. })), "it is in use");
         let (mut cursor, mut found, mut checked) = (Some(ScrubCursor::default()), Vec::new(), 0);
         while let Some(from) = cursor {
             let step = store.scrub(from, 64 << 10).await.unwrap();
@@ -163,4 +164,47 @@ async fn damage_at_rest_is_told_and_never_read() {
         store.write(key(volume), write(17, 1, 2)).await.unwrap();
         assert_eq!(store.read(key(volume), 17, 1).await.unwrap().data, content(17, 2));
     }
+}
+
+#[tokio::test]
+async fn of_an_encrypted_disk_nothing_can_be_read_without_its_key() {
+    for (_dir, path) in places() {
+        let (disk, volume) = (DiskId::random(), VolumeId::random());
+        let key_of =
+            |seed: u8| DiskKey::from_bytes(&std::array::from_fn::<u8, DISK_KEY_BYTES, _>(|i| i as u8 ^ seed));
+        let (right, wrong) = (key_of(1).unwrap(), key_of(2).unwrap());
+        LogStore::format(&path, disk, Some(&right)).unwrap();
+        assert_eq!(LogStore::identify(&path).unwrap().encryption, Encryption::Aes256Xts);
+        assert!(matches!(LogStore::open(&path, disk, None), Err(OpenError::Locked)));
+        assert!(matches!(LogStore::open(&path, disk, Some(&wrong)), Err(OpenError::WrongKey)));
+        assert!(matches!(offline::dump(&path, None), Err(OpenError::Locked)));
+        let store = LogStore::open(&path, disk, Some(&right)).unwrap();
+        // Small ones through the log, a large one straight to its slots.
+        for block in 0..20 {
+            store.write(key(volume), write(block, 1, 1)).await.unwrap();
+        }
+        store.write(key(volume), write(64, 64, 2)).await.unwrap();
+        store.flush().await.unwrap();
+        drop(store);
+        let store = LogStore::open(&path, disk, Some(&right)).unwrap();
+        assert_eq!(store.read(key(volume), 17, 1).await.unwrap().data, content(17, 1));
+        assert_eq!(store.read(key(volume), 100, 1).await.unwrap().data, content(100, 2));
+        drop(store);
+        let file = File::open(&path).unwrap();
+        let mut bytes = vec![0; 1 << 20];
+        let known = [content(17, 1), content(100, 2), volume.0.as_bytes().to_vec()];
+        for at in (0..256 << 20).step_by(bytes.len()) {
+            file.read_exact_at(&mut bytes, at).unwrap();
+            for known in &known {
+                let start = &known[..16];
+                assert!(!bytes.windows(16).any(|window| window == start), "plaintext at {at:#x}");
+            }
+        }
+        let verified = offline::verify(&path, Some(&right), |_, _| {}).unwrap();
+        assert_eq!((verified.checked_bytes, verified.damaged.len()), (84 * BLOCK as u64, 0));
+    }
+    let (_dir, path) = places().remove(0);
+    let (disk, key) = (DiskId::random(), DiskKey::from_bytes(&(0..64).collect::<Vec<u8>>()).unwrap());
+    LogStore::format(&path, disk, None).unwrap();
+    assert!(matches!(LogStore::open(&path, disk, Some(&key)), Err(OpenError::NotEncrypted)));
 }

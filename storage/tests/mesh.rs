@@ -130,7 +130,7 @@ async fn start(
         node: id,
         state_dir: dir.join("state"),
         timing: Timing::default(),
-        open_store: disk_stores(),
+        open_store: disk_stores(Arc::new(|_, _| Err(std::io::Error::other("no disk is encrypted here")))),
         start_target: Arc::new(|_, _, _| Err("no targets here".into())),
         poll: BusyPoll::new(),
     };
@@ -150,9 +150,9 @@ async fn start(
     if !path.exists() {
         std::fs::create_dir_all(dir).unwrap();
         std::fs::File::create(&path).unwrap().set_len(256 << 20).unwrap();
-        LogStore::format(&path, disk).unwrap();
+        LogStore::format(&path, disk, None).unwrap();
     }
-    let disks = vec![DiskConfig { id: disk, path, scrubs: 0 }];
+    let disks = vec![DiskConfig { id: disk, path, key_salt: None, scrubs: 0 }];
     storage.apply(StorageConfig { disks: disks.clone(), volumes: vec![] }).await.unwrap();
     storage.renew_lease(Duration::from_secs(3600));
     Node { storage, mesh, disks, forward }

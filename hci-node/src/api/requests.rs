@@ -8,6 +8,7 @@ use std::{
 };
 
 use ipnet::Ipv4Net;
+use storage::{KeySalt, store::disk::Encryption};
 
 use super::{
     problem::{Problem, ProblemKind},
@@ -58,6 +59,14 @@ fn durability(asked: api::Durability) -> Durability {
     }
 }
 
+fn random_salt() -> Result<KeySalt, Problem> {
+    let mut salt = [0; 32];
+    aws_lc_rs::rand::fill(&mut salt).map_err(|_| {
+        Problem::new(ProblemKind::Internal, "the system gives no random numbers", "try again")
+    })?;
+    Ok(KeySalt(salt))
+}
+
 impl Context<'_> {
     fn usual_replicas(&self) -> u8 {
         let ready =
@@ -86,6 +95,10 @@ impl Context<'_> {
             node: node.id,
             path: request.path,
             wipe: if request.wipe { WipePolicy::Wipe } else { WipePolicy::Refuse },
+            key_salt: match request.encryption {
+                Encryption::None => None,
+                Encryption::Aes256Xts => Some(random_salt()?),
+            },
         })
     }
 

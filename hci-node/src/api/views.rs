@@ -18,6 +18,7 @@ use crate::{
         },
     },
 };
+use storage::{KeySalt, store::disk::Encryption};
 
 /// What views are made from.
 pub struct Views<'a> {
@@ -160,6 +161,8 @@ impl Views<'_> {
             model: None,
             scrub: seen.map(|seen| scrub(&seen.scrub)),
             smart,
+            encryption: disk.key_salt.map_or(Encryption::None, |_| Encryption::Aes256Xts),
+            key_salt: disk.key_salt.map(|KeySalt(salt)| hex::encode(salt)),
         }
     }
 
@@ -176,6 +179,8 @@ impl Views<'_> {
             model: Some(candidate.model.clone()).filter(|model| !model.is_empty()),
             scrub: None,
             smart: None,
+            encryption: Encryption::None,
+            key_salt: None,
         }
     }
 

@@ -30,7 +30,7 @@ use tokio::sync::watch;
 
 use super::{
     backends,
-    disks::{prepare, smart::watch::SmartWatch},
+    disks::{keyring::Keyring, prepare, smart::watch::SmartWatch},
     frames::Frames,
     metrics,
     protocol::{
@@ -123,11 +123,12 @@ impl Engine {
             |class, listen| MeshConfig { link_mtu: options.link_mtu, ..MeshConfig::new(class, listen) };
         let shard = Shard::start("storage").map_err(StartError::Thread)?;
         let transport = MeshTransport::new();
+        let keyring = Keyring::new(options.paths.identity());
         let storage_options = StorageOptions {
             node,
             state_dir: options.paths.data(),
             timing: Timing::default(),
-            open_store: storage::disk_stores(),
+            open_store: storage::disk_stores(Arc::new(move |disk, salt| keyring.key(disk, salt))),
             start_target: backends::target_starter(&options.paths, &shard),
             poll: shard.poll().clone(),
         };

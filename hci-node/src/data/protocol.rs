@@ -13,6 +13,7 @@ use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Dura
 
 use netfabric::{NodeId, overlay::OverlayConfig};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use storage::KeySalt;
 use storage::{
     config::{StorageConfig, VolumeConfig},
     control::FreezeStep,
@@ -222,6 +223,8 @@ pub struct FormatDisk {
     pub path: PathBuf,
     /// What may be destroyed.
     pub wipe: Wipe,
+    /// What its key is made with, if it is to be encrypted.
+    pub key_salt: Option<KeySalt>,
 }
 
 /// A prepared disk.

@@ -13,7 +13,7 @@ use netfabric::rpc::{Caller, ErrorCode, Handler, MAX_BULK, Request, Response, Rp
 use storage::status::StorageStatus;
 
 use super::{
-    disks::{inventory, prepare},
+    disks::{inventory, keyring::Keyring, prepare},
     engine::Engine,
     protocol::{
         Apply, CopyVolume, DataCall, DataConfig, DataInstance, DeleteParts, DeleteVolume, FormatDisk,
@@ -146,9 +146,13 @@ impl Server {
     async fn format(&self, call: FormatDisk) -> Result<FormattedDisk, RpcError> {
         let _alone = self.disks(FORMAT_PATIENCE).await?;
         let link = self.shared.paths.disk(state::DiskId(call.disk.0));
-        blocking(move || prepare::prepare(call.disk, &call.path, call.wipe, &link))
-            .await?
-            .map_err(|error| RpcError::new(ErrorCode::Refused, chain(&error)))
+        let keyring = Keyring::new(self.shared.paths.identity());
+        let prepare = move || {
+            let key = call.key_salt.map(|salt| keyring.key_for_new(call.disk, salt)).transpose();
+            let key = key.map_err(prepare::PrepareError::Key)?;
+            prepare::prepare(call.disk, &call.path, call.wipe, key.as_ref(), &link)
+        };
+        blocking(prepare).await?.map_err(|error| RpcError::new(ErrorCode::Refused, chain(&error)))
     }
 }
 

@@ -12,6 +12,8 @@ use netfabric::{
 };
 use parking_lot::Mutex;
 use proptest::prelude::*;
+use storage::KeySalt;
+use storage::store::disk::{Encryption, LogStore};
 use storage::{
     config::{
         Access, CleanState, DiskConfig, Durability, LayersConfig, Limits, ReplicaConfig, ReplicaState,
@@ -72,7 +74,7 @@ proptest! {
     fn messages_round_trip(volume in volume_config(), text: String, offset: u64, length: u32) {
         let id = volume.id;
         prop_assert_eq!(round_trip(&VolumeRead { volume: id, offset, length }), VolumeRead { volume: id, offset, length });
-        let format = FormatDisk { disk: DiskId(id.0), path: text.clone().into(), wipe: Wipe::Everything };
+        let format = FormatDisk { disk: DiskId(id.0), path: text.clone().into(), wipe: Wipe::Everything, key_salt: None };
         prop_assert_eq!(round_trip(&format), format.clone());
         let out = ReplicasOut { volume: id, generation: volume.generation, disk: DiskId(id.0), reason: text.clone() };
         prop_assert_eq!(round_trip(&out), out.clone());
@@ -233,13 +235,16 @@ async fn a_volume_is_opened_written_closed_and_reopened_by_a_new_instance() {
     let id = join(&node.paths);
     let first = node.status_when(|observed| observed.readiness == Readiness::Ready).await.instance;
 
-    let disk = DiskId::random();
-    let format = FormatDisk { disk, path: temp.path().join("disk"), wipe: Wipe::Refuse };
+    // Encrypted: the next instance must find the key again.
+    let (disk, key_salt) = (DiskId::random(), Some(KeySalt([9; 32])));
+    let format = FormatDisk { disk, path: temp.path().join("disk"), wipe: Wipe::Refuse, key_salt };
     let prepared = node.client.call(&format, SLOW).await.unwrap();
+    let encryption = LogStore::identify(&prepared.store).unwrap().encryption;
+    assert_eq!(encryption, Encryption::Aes256Xts);
     let config = |generation, clean, volumes: bool| DataConfig {
         revision: generation,
         storage: StorageConfig {
-            disks: vec![DiskConfig { id: disk, path: prepared.store.clone(), scrubs: 0 }],
+            disks: vec![DiskConfig { id: disk, path: prepared.store.clone(), key_salt, scrubs: 0 }],
             volumes: if volumes { vec![volume(id, disk, Generation(generation), clean)] } else { Vec::new() },
         },
         ..DataConfig::default()

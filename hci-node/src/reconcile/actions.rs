@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use netfabric::rpc::{CallError, ErrorCode};
+use storage::KeySalt;
 use tokio::sync::Notify;
 
 use super::{
@@ -146,7 +147,9 @@ impl Tools {
                 }
                 self.propose(Op::LayerPurged { layer, disk }).await?;
             }
-            Action::PrepareDisk { disk, path, wipe } => self.prepare_disk(disk, path, wipe).await?,
+            Action::PrepareDisk { disk, path, wipe, key_salt } => {
+                self.prepare_disk(disk, path, wipe, key_salt).await?;
+            }
             Action::ReportDisk { disk, failed } => {
                 self.propose(Op::SetDiskHealth { disk, failed }).await?;
             }
@@ -206,13 +209,15 @@ impl Tools {
         disk: DiskId,
         path: std::path::PathBuf,
         wipe: WipePolicy,
+        key_salt: Option<KeySalt>,
     ) -> Result<(), ActionError> {
         let wipe = match wipe {
             WipePolicy::Refuse => Wipe::Refuse,
             WipePolicy::Wipe => Wipe::Everything,
         };
         let shown = path.display().to_string();
-        let op = match self.data.call(&FormatDisk { disk: disk.into(), path, wipe }, PREPARE_DEADLINE).await {
+        let call = FormatDisk { disk: disk.into(), path, wipe, key_salt };
+        let op = match self.data.call(&call, PREPARE_DEADLINE).await {
             Ok(prepared) => Op::DiskReady {
                 disk,
                 store: prepared.store.display().to_string(),

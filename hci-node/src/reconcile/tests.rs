@@ -187,7 +187,7 @@ fn new_volume(name: &str) -> command::NewVolume {
 async fn image(node: &Node, root: &Path, content: &Bytes) -> (ImageId, VolumeId) {
     let disk = DiskId::random();
     let path = root.join("disk").display().to_string();
-    node.propose(Op::AddDisk { disk, node: node.id, path, wipe: WipePolicy::Refuse }).await;
+    node.propose(Op::AddDisk { disk, node: node.id, path, wipe: WipePolicy::Refuse, key_salt: None }).await;
     node.state_when("the disk is ready", |state| state.disks[&disk].state == DiskState::Ready).await;
 
     let (image, volume) = (ImageId::random(), new_volume("golden"));
@@ -390,7 +390,8 @@ async fn an_open_volume_moves_to_another_disk_and_grows() {
     let old = node.cluster.0.lock().volumes[&volume].segments[0].replicas[0].disk;
     let new = DiskId::random();
     let path = temp.path().join("second").display().to_string();
-    node.propose(Op::AddDisk { disk: new, node: node.id, path, wipe: WipePolicy::Refuse }).await;
+    node.propose(Op::AddDisk { disk: new, node: node.id, path, wipe: WipePolicy::Refuse, key_salt: None })
+        .await;
     node.state_when("the disk is ready", |state| state.disks[&new].state == DiskState::Ready).await;
 
     let segment = SegmentIndex(0);

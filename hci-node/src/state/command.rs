@@ -8,6 +8,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
+use storage::KeySalt;
 
 use super::{
     ids::*,
@@ -183,6 +184,8 @@ pub enum Op {
         path: String,
         /// What may be destroyed.
         wipe: WipePolicy,
+        /// What its key is made with, if it is to be encrypted.
+        key_salt: Option<KeySalt>,
     },
     /// Its node has prepared it.
     DiskReady {

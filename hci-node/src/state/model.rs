@@ -10,6 +10,7 @@ use std::{
 
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
+use storage::KeySalt;
 
 use super::{
     ids::*,
@@ -189,6 +190,8 @@ pub struct Disk {
     pub room: DiskRoom,
     /// How often its verification was asked for.
     pub scrubs: u64,
+    /// What its key is made with, if it is encrypted. Without it nobody can make the key again.
+    pub key_salt: Option<KeySalt>,
 }
 
 impl Disk {

@@ -69,7 +69,13 @@ pub(crate) fn cluster(nodes: u128) -> ClusterState {
     }
     for n in 1..=nodes {
         let disk = disk_id(n);
-        run(Op::AddDisk { disk, node: node_id(n), path: "/dev/vdb".into(), wipe: WipePolicy::Refuse });
+        run(Op::AddDisk {
+            disk,
+            node: node_id(n),
+            path: "/dev/vdb".into(),
+            wipe: WipePolicy::Refuse,
+            key_salt: None,
+        });
         run(Op::DiskReady { disk, store: "/store".into(), capacity_bytes: 100 << 30 });
     }
     let image = ImageId(id(200));

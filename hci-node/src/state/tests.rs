@@ -682,8 +682,11 @@ fn eight_disks() -> ClusterState {
     let mut state = cluster(4);
     for n in 5..=8 {
         let (disk, node) = (disk_id(n), node_id(n - 4));
-        run(&mut state, Op::AddDisk { disk, node, path: "/dev/vdc".into(), wipe: WipePolicy::Refuse })
-            .unwrap();
+        run(
+            &mut state,
+            Op::AddDisk { disk, node, path: "/dev/vdc".into(), wipe: WipePolicy::Refuse, key_salt: None },
+        )
+        .unwrap();
         run(&mut state, Op::DiskReady { disk, store: "/store".into(), capacity_bytes: 100 << 30 }).unwrap();
     }
     state

@@ -127,7 +127,12 @@ impl DataCluster {
                 log: root.join("log"),
                 client: DataClient::new(paths.data_socket()),
                 paths,
-                disk: DiskConfig { id: DiskId::random(), path: place.join("disk"), scrubs: 0 },
+                disk: DiskConfig {
+                    id: DiskId::random(),
+                    path: place.join("disk"),
+                    key_salt: None,
+                    scrubs: 0,
+                },
                 process: None,
             });
         }
@@ -163,7 +168,12 @@ impl DataCluster {
 
     fn add_disk(&mut self, index: usize) -> Result<()> {
         let node = &mut self.nodes[index];
-        let format = FormatDisk { disk: node.disk.id, path: node.disk.path.clone(), wipe: Wipe::Refuse };
+        let format = FormatDisk {
+            disk: node.disk.id,
+            path: node.disk.path.clone(),
+            wipe: Wipe::Refuse,
+            key_salt: None,
+        };
         let formatted = self.runtime.block_on(node.client.call(&format, SLOW))?;
         node.disk.path = formatted.store;
         self.record.lock().nodes[index].disks = vec![node.disk.clone()];
@@ -414,7 +424,7 @@ impl DataCluster {
         let _on_the_runtime = self.runtime.enter();
         for (index, node) in self.nodes.iter().enumerate() {
             let mut blocks = Vec::new();
-            let store = LogStore::open(&node.disk.path, node.disk.id)
+            let store = LogStore::open(&node.disk.path, node.disk.id, None)
                 .with_context(|| format!("the disk of node {index} does not open"))?;
             for segment in (0..segments as u32).map(SegmentIndex) {
                 let at = SegmentKey { volume: self.volume, segment, layer: LayerId::default() };

@@ -1,6 +1,7 @@
 //! Resources of the pool: disks, what holds for all of them, volumes.
 
 use serde::{Deserialize, Serialize};
+use storage::store::disk::Encryption;
 
 /// A disk: one of the pool, or a candidate.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -27,6 +28,11 @@ pub struct Disk {
     pub scrub: Option<DiskScrub>,
     /// What it says of itself; none for a candidate, and while its node is not heard.
     pub smart: Option<DiskSmart>,
+    /// How what it holds is encrypted.
+    #[serde(default)]
+    pub encryption: Encryption,
+    /// What its key is made with, besides the secret of its node: the offline tools ask for it.
+    pub key_salt: Option<String>,
 }
 
 /// What a disk says of itself (SMART). A figure that it does not give is absent.
@@ -220,6 +226,9 @@ pub struct AddDisk {
     /// Whether what it holds may be destroyed.
     #[serde(default)]
     pub wipe: bool,
+    /// How it is to be encrypted.
+    #[serde(default)]
+    pub encryption: Encryption,
 }
 
 /// A volume.

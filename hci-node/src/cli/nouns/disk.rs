@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 use serde_json::json;
+use storage::store::disk::Encryption;
 
+use super::offline_disk::Unlock;
 use super::{Context, object_path, offline_disk, say};
 use crate::cli::completion::names;
 use crate::cli::exit::CliError;
@@ -19,7 +21,7 @@ pub enum Verb {
     List,
     /// Give a disk of a node to the pool.
     #[command(
-        after_help = "Examples:\n  hci disk add n1 /dev/vdb\n  hci disk add n1 /dev/vdc --wipe\nAPI: POST /v1/disks"
+        after_help = "Examples:\n  hci disk add n1 /dev/vdb\n  hci disk add n1 /dev/vdc --wipe\n  hci disk add n1 /dev/vdd --encrypt\nAPI: POST /v1/disks"
     )]
     Add {
         /// The node that the disk is in.
@@ -31,6 +33,9 @@ pub enum Verb {
         /// Destroy what is on the disk; without it a disk that holds data is refused.
         #[arg(long)]
         wipe: bool,
+        /// Encrypt what will be on it: out of its node it cannot be read.
+        #[arg(long)]
+        encrypt: bool,
     },
     /// Show one disk.
     #[command(
@@ -70,11 +75,14 @@ pub enum Verb {
     },
     /// Show what a disk of this machine holds, without any service: it must not be open.
     #[command(
-        after_help = "Examples:\n  hci disk dump /dev/vdb\n  hci disk dump /var/lib/hci/disk1/store -o json\nNeeds no cluster."
+        after_help = "Examples:\n  hci disk dump /dev/vdb\n  hci disk dump /var/lib/hci/disk1/store -o json\n  hci disk dump /dev/vdb --key-salt SALT\nNeeds no cluster."
     )]
     Dump {
         /// The device or file.
         path: PathBuf,
+        /// For an encrypted disk.
+        #[command(flatten)]
+        unlock: Unlock,
     },
     /// Compare everything on a disk of this machine with its checksums, without any service: it must not be open.
     #[command(
@@ -83,6 +91,9 @@ pub enum Verb {
     Verify {
         /// The device or file.
         path: PathBuf,
+        /// For an encrypted disk.
+        #[command(flatten)]
+        unlock: Unlock,
     },
 }
 
@@ -95,16 +106,17 @@ const COLUMNS: &[Column] = &[
     column("SEGMENTS", "/segments"),
     column("MODEL", "/model"),
     column("MESSAGE", "/message"),
+    column("ENCRYPTION", "/encryption").wide(),
     column("ID", "/id").wide(),
 ];
 
 /// Runs a verb of `hci disk`.
 pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
     match verb {
-        Verb::Dump { path } => offline_disk::dump(context.format, &path),
-        Verb::Verify { path } => offline_disk::verify(context.format, &path),
+        Verb::Dump { path, unlock } => offline_disk::dump(context.format, &path, &unlock),
+        Verb::Verify { path, unlock } => offline_disk::verify(context.format, &path, &unlock),
         Verb::List => context.list("/v1/disks", COLUMNS).await,
-        Verb::Add { node, path, wipe } => {
+        Verb::Add { node, path, wipe, encrypt } => {
             if wipe {
                 context.confirm(
                     &path.join(" "),
@@ -112,7 +124,8 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
                 )?;
             }
             for path in path {
-                let body = json!({ "node": node, "path": path, "wipe": wipe });
+                let encryption = if encrypt { Encryption::Aes256Xts } else { Encryption::None };
+                let body = json!({ "node": node, "path": path, "wipe": wipe, "encryption": encryption });
                 let answer = context.client.post("/v1/disks", &body).await?;
                 finish(&context.client, context.wait, answer).await?;
             }

@@ -1,14 +1,18 @@
 //! `hci disk dump` and `hci disk verify`: looking at a disk of this machine that no data process has open.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use clap::Args;
 use serde_json::{Value, json};
 use storage::store::DamagedBlocks;
-use storage::store::disk::{OpenError, offline};
+use storage::store::disk::{LogStore, OpenError, offline};
+use storage::{DiskKey, KeySalt};
 
 use super::say;
 use crate::cli::exit::{CliError, Exit};
 use crate::cli::output::{self, Column, Format, Show, column};
+use crate::data::disks::keyring::Keyring;
+use crate::paths::NodePaths;
 
 const DUMP: &[Column] = &[
     column("VOLUME", "/volume"),
@@ -26,6 +30,36 @@ const DAMAGE: &[Column] = &[
 /// Bytes of a slot of data.
 const SLOT: u64 = 64 << 10;
 
+/// What an encrypted disk is read with.
+#[derive(Debug, Args)]
+pub struct Unlock {
+    /// For an encrypted disk: its salt, as `hci disk get DISK -o json` shows it.
+    #[arg(long, value_name = "HEX")]
+    key_salt: Option<String>,
+    /// Where the node that it was encrypted on keeps its state.
+    #[arg(long, value_name = "DIRECTORY", default_value = NodePaths::DEFAULT_STATE)]
+    state_dir: PathBuf,
+}
+
+impl Unlock {
+    fn key(&self, path: &Path) -> Result<Option<DiskKey>, CliError> {
+        let Some(salt) = &self.key_salt else { return Ok(None) };
+        let invalid = || {
+            CliError::new(Exit::Usage, "the salt is no salt".to_owned())
+                .next("it is the key_salt of the disk: hci disk get DISK -o json")
+        };
+        let salt = hex::decode(salt).ok().and_then(|bytes| bytes.try_into().ok()).ok_or_else(invalid)?;
+        let identity = LogStore::identify(path).map_err(|error| not_readable(path, &error))?;
+        let keyring = Keyring::new(NodePaths::new(&self.state_dir, NodePaths::DEFAULT_RUN).identity());
+        let key = keyring.key(identity.disk, KeySalt(salt)).map_err(|error| {
+            CliError::new(Exit::Failed, format!("the key of {} cannot be made", path.display()))
+                .why(error.to_string())
+                .next("do it on the node that the disk was encrypted on")
+        })?;
+        Ok(Some(key))
+    }
+}
+
 fn not_readable(path: &Path, error: &OpenError) -> CliError {
     CliError::new(Exit::Failed, format!("{} cannot be looked at", path.display()))
         .why(format!("{error:#}"))
@@ -33,8 +67,9 @@ fn not_readable(path: &Path, error: &OpenError) -> CliError {
 }
 
 /// Shows what a disk holds.
-pub(super) fn dump(format: Format, path: &Path) -> Result<(), CliError> {
-    let dump = offline::dump(path).map_err(|error| not_readable(path, &error))?;
+pub(super) fn dump(format: Format, path: &Path, unlock: &Unlock) -> Result<(), CliError> {
+    let key = unlock.key(path)?;
+    let dump = offline::dump(path, key.as_ref()).map_err(|error| not_readable(path, &error))?;
     let segment = |(key, slots): &(storage::ids::SegmentKey, u32)| {
         json!({
             "volume": key.volume, "segment": key.segment, "layer": key.layer, "data_bytes": u64::from(*slots) * SLOT,
@@ -69,13 +104,15 @@ pub(super) fn dump(format: Format, path: &Path) -> Result<(), CliError> {
 }
 
 /// Compares everything on a disk with its checksums.
-pub(super) fn verify(format: Format, path: &Path) -> Result<(), CliError> {
+pub(super) fn verify(format: Format, path: &Path, unlock: &Unlock) -> Result<(), CliError> {
+    let key = unlock.key(path)?;
     let progress = |done: usize, count: usize| {
         if done.is_multiple_of(16) {
             say(&format!("segment {done} of {count}"));
         }
     };
-    let verified = offline::verify(path, progress).map_err(|error| not_readable(path, &error))?;
+    let verified =
+        offline::verify(path, key.as_ref(), progress).map_err(|error| not_readable(path, &error))?;
     let damage = |DamagedBlocks { at, blocks }: &DamagedBlocks| {
         json!({
             "volume": at.volume, "segment": at.segment, "layer": at.layer,

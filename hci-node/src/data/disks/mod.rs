@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`signature`] | what the first bytes of a device say about its content (pure) |
 //! | [`inventory`] | the block devices of this machine and what they are used for |
+//! | [`keyring`] | the keys of encrypted disks |
 //! | [`prepare`] | a device or directory becomes a disk of the pool, and is found again after a restart |
 //! | [`smart`] | what disks say of their own health |
 //!
@@ -12,6 +13,7 @@
 //! [`prepare::MARKER`] with the id: without it nothing is made there, so a file system that is not mounted never fills another in its place.
 
 pub mod inventory;
+pub mod keyring;
 pub mod prepare;
 pub mod signature;
 pub mod smart;

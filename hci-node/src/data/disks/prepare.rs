@@ -11,6 +11,7 @@ use std::{
     process::{Command, Stdio},
 };
 
+use storage::DiskKey;
 use storage::{
     ids::DiskId,
     store::disk::{LogStore, OpenError},
@@ -71,6 +72,9 @@ pub enum PrepareError {
         /// The end of what it said.
         message: String,
     },
+    /// It cannot be encrypted.
+    #[error("the key of the disk cannot be made")]
+    Key(#[source] io::Error),
     /// There cannot be a store.
     #[error("the disk's store cannot be made")]
     Store(#[from] OpenError),
@@ -84,15 +88,21 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> PrepareError {
     move |source| PrepareError::Io { what, source }
 }
 
-/// Prepares `path` as `disk`. To a device leads the link, whatever its name will be.
-pub fn prepare(disk: DiskId, path: &Path, wipe: Wipe, link: &Path) -> Result<FormattedDisk, PrepareError> {
+/// Prepares `path` as `disk`; with a key it is encrypted. To a device leads the link, whatever its name will be.
+pub fn prepare(
+    disk: DiskId,
+    path: &Path,
+    wipe: Wipe,
+    key: Option<&DiskKey>,
+    link: &Path,
+) -> Result<FormattedDisk, PrepareError> {
     if !path.is_absolute() {
         return Err(PrepareError::Relative(path.to_owned()));
     }
     let kind = fs::metadata(path).map(|found| found.file_type());
     match kind {
         Ok(kind) if kind.is_block_device() => {
-            format_device(disk, path, wipe)?;
+            format_device(disk, path, wipe, key)?;
             set_link(link, path)?;
             return described(link);
         }
@@ -105,7 +115,7 @@ pub fn prepare(disk: DiskId, path: &Path, wipe: Wipe, link: &Path) -> Result<For
     }
     claim_root(disk, path, wipe)?;
     let store = path.join(STORE);
-    format_file(disk, &store)?;
+    format_file(disk, &store, key)?;
     described(&store)
 }
 
@@ -145,7 +155,7 @@ fn set_link(link: &Path, device: &Path) -> Result<(), PrepareError> {
 }
 
 /// Makes the file of a directory's store, unless it is there.
-fn format_file(disk: DiskId, store: &Path) -> Result<(), PrepareError> {
+fn format_file(disk: DiskId, store: &Path, key: Option<&DiskKey>) -> Result<(), PrepareError> {
     match LogStore::identify(store) {
         Ok(found) if found.disk == disk => return Ok(()),
         Ok(found) => {
@@ -163,10 +173,10 @@ fn format_file(disk: DiskId, store: &Path) -> Result<(), PrepareError> {
     file.set_len(size).map_err(failed)?;
     file.sync_all().map_err(failed)?;
     drop(file);
-    Ok(LogStore::format(store, disk)?)
+    Ok(LogStore::format(store, disk, key)?)
 }
 
-fn format_device(disk: DiskId, device: &Path, wipe: Wipe) -> Result<(), PrepareError> {
+fn format_device(disk: DiskId, device: &Path, wipe: Wipe, key: Option<&DiskKey>) -> Result<(), PrepareError> {
     let content =
         inventory::content(device).map_err(io_error(format!("cannot read {}", device.display())))?;
     if content == Content::Pool(disk) {
@@ -186,7 +196,7 @@ fn format_device(disk: DiskId, device: &Path, wipe: Wipe) -> Result<(), PrepareE
         reread_partitions(device);
     }
     drop(claimed);
-    Ok(LogStore::format(device, disk)?)
+    Ok(LogStore::format(device, disk, key)?)
 }
 
 fn wipe_ends(device: &mut File) -> io::Result<()> {
@@ -269,7 +279,7 @@ mod tests {
     }
 
     fn prepare_dir(id: u128, path: &Path, wipe: Wipe) -> Result<FormattedDisk, PrepareError> {
-        prepare(disk(id), path, wipe, Path::new("/nonexistent/link"))
+        prepare(disk(id), path, wipe, None, Path::new("/nonexistent/link"))
     }
 
     #[test]

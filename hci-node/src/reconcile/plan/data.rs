@@ -131,6 +131,7 @@ fn disks(view: View<'_>) -> Vec<DiskConfig> {
     let config = |(disk, store): (&Disk, &String)| DiskConfig {
         id: disk.id.into(),
         path: store.into(),
+        key_salt: disk.key_salt,
         scrubs: disk.scrubs,
     };
     prepared.map(config).collect()
@@ -144,6 +145,7 @@ fn plan_disks(view: View<'_>, data: &DataView, actions: &mut Vec<Action>) {
                 disk: disk.id,
                 path: disk.path.clone().into(),
                 wipe: disk.wipe,
+                key_salt: disk.key_salt,
             }),
             (DiskState::Ready, Some(DiskHealth::Failed(reason))) => {
                 actions.push(Action::ReportDisk { disk: disk.id, failed: Some(reason.clone()) });

@@ -21,6 +21,7 @@ mod tests;
 
 use std::path::PathBuf;
 
+use storage::KeySalt;
 use vmm::VmConfig;
 
 use super::observed::{Observed, Standing};
@@ -134,6 +135,8 @@ pub enum Action {
         path: PathBuf,
         /// What may be destroyed.
         wipe: WipePolicy,
+        /// What its key is made with, if it is to be encrypted.
+        key_salt: Option<KeySalt>,
     },
     /// Tell the cluster that a disk broke or works again.
     ReportDisk {

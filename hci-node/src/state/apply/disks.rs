@@ -2,6 +2,8 @@
 //!
 //! A disk leaves the pool only when no volume and no data still to be removed refers to it.
 
+use storage::KeySalt;
+
 use super::{Applied, conflict, invalid, not_found, tasks};
 use crate::state::{
     ClusterState, Disk, DiskId, DiskRoom, DiskService, DiskState, Goal, NodeId, PoolPolicy, Refusal,
@@ -21,6 +23,7 @@ pub(super) fn add_disk(
     node: NodeId,
     path: &str,
     wipe: WipePolicy,
+    key_salt: Option<KeySalt>,
     at: Timestamp,
 ) -> Result<Applied, Refusal> {
     let owner = state.nodes.get(&node).ok_or_else(|| not_found("node", node))?;
@@ -51,6 +54,7 @@ pub(super) fn add_disk(
         service: DiskService::InService,
         room: DiskRoom::Free,
         scrubs: 0,
+        key_salt,
     };
     state.disks.insert(id, disk);
     Ok(done)

@@ -63,7 +63,9 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
         Op::CreateToken(token) => cluster::create_token(state, token),
         Op::RevokeToken(token) => cluster::revoke_token(state, *token),
 
-        Op::AddDisk { disk, node, path, wipe } => disks::add_disk(state, *disk, *node, path, *wipe, at),
+        Op::AddDisk { disk, node, path, wipe, key_salt } => {
+            disks::add_disk(state, *disk, *node, path, *wipe, *key_salt, at)
+        }
         Op::DiskReady { disk, store, capacity_bytes } => {
             disks::disk_ready(state, *disk, store, *capacity_bytes, at)
         }

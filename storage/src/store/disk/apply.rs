@@ -33,6 +33,8 @@ use std::sync::Arc;
 const FREED_AT_ONCE: usize = 16;
 /// Positions that are handled under one hold of the lock.
 const LOCKED_AT_ONCE: usize = 128;
+/// Blocks that are in memory at the same time on their way from the log to their slots.
+const WRITTEN_AT_ONCE: usize = 1024;
 /// Bytes of log that are read with one request.
 const READ_AT_ONCE: u64 = 1 << 20;
 
@@ -124,9 +126,12 @@ impl Applier {
         let mut changes = self.assign(&outcome)?;
         self.load_pages(&mut changes)?;
         self.prepare_info(&changes)?;
-        let data = self.modify(&outcome, &mut changes)?;
+        let placed = self.modify(&outcome, &mut changes);
+        for placed in placed.chunks(WRITTEN_AT_ONCE) {
+            self.device.write(&slices(&self.sources(placed)?).collect::<Vec<_>>())?;
+        }
         let pages = self.info_writes(&mut changes);
-        self.write_round(&changes.owners, &changes.directory, data, pages)?;
+        self.write_round(&changes.owners, &changes.directory, pages)?;
         #[cfg(test)]
         if self.core.lock().flaw == Some(super::flaws::Flaw::ForgottenPage) {
             self.mirrors.clear();
@@ -307,8 +312,8 @@ impl Applier {
         page::seal(page, id, self.superblock.stamp, self.superblock.checkpoint);
     }
 
-    /// Changes the info, and says where the data go.
-    fn modify(&self, outcome: &Outcome, changes: &mut Changes) -> io::Result<Vec<(u64, Source)>> {
+    /// Changes the info, and says where on the disk the data go that are at which positions of the log, in the order of the disk.
+    fn modify(&self, outcome: &Outcome, changes: &mut Changes) -> Vec<(u64, u64)> {
         let layout = self.layout();
         let mut placed: Vec<(u64, u64)> = Vec::new();
         for assigned in &changes.assigned {
@@ -340,11 +345,13 @@ impl Applier {
                 changes.emptied.push((assigned.at, slot));
             }
         }
-        self.sources(placed)
+        // Neighbours go together.
+        placed.sort_unstable();
+        placed
     }
 
     /// Finds the data: in memory, or in the log.
-    fn sources(&self, placed: Vec<(u64, u64)>) -> io::Result<Vec<(u64, Source)>> {
+    fn sources(&self, placed: &[(u64, u64)]) -> io::Result<Vec<(u64, Source)>> {
         let block = BLOCK_SIZE as usize;
         let mut sources = Vec::with_capacity(placed.len());
         let mut missing: Vec<(u64, u64)> = Vec::new();
@@ -401,13 +408,12 @@ impl Applier {
         writes
     }
 
-    /// Writes and syncs data and the first places of pages, with those of owners and directory that change. The second places follow
+    /// Writes and syncs the first places of pages, with those of owners and directory that change. The second places follow
     /// with [`Self::write_mirrors`].
     pub(super) fn write_round(
         &mut self,
         owners: &BTreeMap<SlotNumber, Owner>,
         directory: &BTreeMap<EntryNumber, DirectoryEntry>,
-        data: Vec<(u64, Source)>,
         mut pages: Vec<(u64, Source)>,
     ) -> io::Result<()> {
         self.write_mirrors()?;
@@ -436,7 +442,7 @@ impl Applier {
         if self.core.lock().flaw == Some(super::flaws::Flaw::ForgottenPage) {
             pages.truncate(pages.len() / 2);
         }
-        let mut slices: Vec<(u64, &[u8])> = slices(&data).chain(slices(&pages)).collect();
+        let mut slices: Vec<(u64, &[u8])> = slices(&pages).collect();
         slices.sort_unstable_by_key(|(offset, _)| *offset);
         self.device.write(&slices)?;
         self.device.sync()?;
@@ -496,18 +502,14 @@ impl Applier {
                     .map(|slot| (slot, Owner::Free))
                     .collect()
             };
-            self.write_round(&owners, &BTreeMap::new(), Vec::new(), Vec::new())?;
+            self.write_round(&owners, &BTreeMap::new(), Vec::new())?;
         }
         let recorded = |entry: &&EntryNumber| {
             self.core.lock().index.segments.get(entry).is_some_and(|segment| segment.recorded)
         };
         let directory: BTreeMap<_, _> =
             outcome.deleted.iter().filter(recorded).map(|entry| (*entry, DirectoryEntry::Free)).collect();
-        if directory.is_empty() {
-            Ok(())
-        } else {
-            self.write_round(&BTreeMap::new(), &directory, Vec::new(), Vec::new())
-        }
+        if directory.is_empty() { Ok(()) } else { self.write_round(&BTreeMap::new(), &directory, Vec::new()) }
     }
 
     /// Writes down where the log starts, and which opening wrote the first batch there at the earliest.

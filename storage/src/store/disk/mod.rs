@@ -54,18 +54,21 @@ mod write;
 pub use recover::OpenError;
 
 use self::device::file::{self, Sharing};
+use self::device::sealed::{KeyCheck, SealedDevice};
 use self::engine::Engine;
 use self::format::batch::Operation;
 use self::format::layout::SLOT;
 use self::format::superblock::Superblock;
 use super::{BlockVersion, DiskStore, ReadReply, ReplicaWrite, ScrubCursor, ScrubStep, StoreError};
 use crate::ids::{ByteSize, DiskId, Generation, SegmentKey, VolumeId};
+use crate::key::DiskKey;
 use crate::status::{DiskHealth, DiskUsage};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 /// A disk store on a device or file. See the module.
 pub struct LogStore {
@@ -79,6 +82,19 @@ pub struct Identity {
     pub disk: DiskId,
     /// Bytes of data and their block info that it has room for.
     pub capacity: ByteSize,
+    /// Whether what it holds is encrypted.
+    pub encryption: Encryption,
+}
+
+/// How what a disk holds is encrypted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Encryption {
+    /// It is not.
+    #[default]
+    None,
+    /// AES-256-XTS, but for the superblocks.
+    Aes256Xts,
 }
 
 /// The disk that a device is whose first bytes these are: by its first superblock only, for those who look at many devices.
@@ -92,10 +108,16 @@ fn opening(source: io::Error) -> OpenError {
 
 impl LogStore {
     /// Makes an empty store of a device, or of a file that has its size already. What was there is lost.
-    pub fn format(path: &Path, disk: DiskId) -> Result<(), OpenError> {
-        let device = file::open(path, Sharing::Exclusive).map_err(opening)?;
+    /// With a key, all but the superblocks will be encrypted.
+    pub fn format(path: &Path, disk: DiskId, key: Option<&DiskKey>) -> Result<(), OpenError> {
+        let mut device = file::open(path, Sharing::Exclusive).map_err(opening)?;
         let stamp = uuid::Uuid::new_v4().as_fields().0;
-        recover::format(device.as_ref(), disk, stamp)
+        let failed = |source| OpenError::Io { doing: "using the key", source };
+        let check = key.map(KeyCheck::of).transpose().map_err(failed)?;
+        if let Some(key) = key {
+            device = Arc::new(SealedDevice::new(device, key).map_err(failed)?);
+        }
+        recover::format(device.as_ref(), disk, stamp, check)
     }
 
     /// The disk that a device or file is, if it is one. Others may have it open.
@@ -103,12 +125,18 @@ impl LogStore {
         let device = file::open(path, Sharing::Shared).map_err(opening)?;
         let superblock = recover::superblock(device.as_ref())?;
         let capacity = ByteSize(u64::from(superblock.layout.slots) * SLOT);
-        Ok(Identity { disk: superblock.disk, capacity })
+        let encryption = match superblock.sealed {
+            Some(_) => Encryption::Aes256Xts,
+            None => Encryption::None,
+        };
+        Ok(Identity { disk: superblock.disk, capacity, encryption })
     }
 
     /// Opens a store: what its log has is applied on return. Blocks for the time of that. Must be called within the runtime that will use it.
-    pub fn open(path: &Path, disk: DiskId) -> Result<Self, OpenError> {
+    /// `key` is that which it was formatted with.
+    pub fn open(path: &Path, disk: DiskId, key: Option<&DiskKey>) -> Result<Self, OpenError> {
         let device = file::open(path, Sharing::Exclusive).map_err(opening)?;
+        let device = recover::unlocked(device, key)?;
         let applier = recover::open(device, disk)?;
         let engine = Engine::start(applier)
             .map_err(|source| OpenError::Io { doing: "starting the applier of the store", source })?;

@@ -11,6 +11,7 @@ use super::index::Segment;
 use super::recover::{self, Boots, OpenError};
 use super::{apply::info_offset, format::layout::PAIR};
 use crate::ids::{BLOCK_SIZE, ByteSize, DiskId, Generation, SegmentKey, VolumeId};
+use crate::key::DiskKey;
 use crate::store::DamagedBlocks;
 use serde::Serialize;
 use std::collections::HashSet;
@@ -49,13 +50,13 @@ pub struct Verified {
     pub lost_pages: Vec<SegmentKey>,
 }
 
-fn open(path: &Path) -> Result<std::sync::Arc<dyn Device>, OpenError> {
-    file::open(path, Sharing::Offline).map_err(super::opening)
+fn open(path: &Path, key: Option<&DiskKey>) -> Result<std::sync::Arc<dyn Device>, OpenError> {
+    recover::unlocked(file::open(path, Sharing::Offline).map_err(super::opening)?, key)
 }
 
 /// Says what a disk holds.
-pub fn dump(path: &Path) -> Result<Dump, OpenError> {
-    let device = open(path)?;
+pub fn dump(path: &Path, key: Option<&DiskKey>) -> Result<Dump, OpenError> {
+    let device = open(path, key)?;
     let superblock = recover::superblock(device.as_ref())?;
     let found = recover::index(device.as_ref(), &superblock)?;
     let end = recover::replay(device.as_ref(), &superblock, Boots::Ascending, |_| {})?;
@@ -83,8 +84,12 @@ fn positions(segment: &Segment) -> Vec<u32> {
 }
 
 /// Compares all that is in slots with its checksums. `progress` is told how many segments of how many are done.
-pub fn verify(path: &Path, mut progress: impl FnMut(usize, usize)) -> Result<Verified, OpenError> {
-    let device = open(path)?;
+pub fn verify(
+    path: &Path,
+    key: Option<&DiskKey>,
+    mut progress: impl FnMut(usize, usize),
+) -> Result<Verified, OpenError> {
+    let device = open(path, key)?;
     let superblock = recover::superblock(device.as_ref())?;
     let found = recover::index(device.as_ref(), &superblock)?;
     // What the log will write again may be half written in its slot.

@@ -8,6 +8,7 @@ use super::apply::Applier;
 use super::core::{Core, Start};
 use super::device::Device;
 use super::device::buffer::AlignedBuf;
+use super::device::sealed::{KeyCheck, SealedDevice};
 use super::format::batch::{self, BatchHeader, Operation};
 use super::format::directory::{self, DirectoryEntry, EntryNumber};
 use super::format::layout::{LOG_OFFSET, Layout, PAIR, SUPERBLOCKS, SlotNumber};
@@ -17,6 +18,7 @@ use super::format::superblock::{NoSuperblock, Superblock};
 use super::index::{FreeEntries, FreeSlots, Index, Segment, StoredGeneration};
 use super::placed;
 use crate::ids::{BLOCK_SIZE, DiskId};
+use crate::key::DiskKey;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
@@ -64,6 +66,15 @@ pub enum OpenError {
         /// Its size.
         found: u64,
     },
+    /// It is encrypted, and no key was given.
+    #[error("it is encrypted, and its key is not here")]
+    Locked,
+    /// It is encrypted with another key.
+    #[error("its key is another one than this")]
+    WrongKey,
+    /// A key was given for it.
+    #[error("it is not encrypted, although it should be: evict it, and add it anew")]
+    NotEncrypted,
     /// Its structures are damaged. What it held is on other replicas.
     #[error("its {0} is damaged: evict the disk, so that its replicas are rebuilt elsewhere")]
     Damaged(String),
@@ -74,9 +85,14 @@ fn io_error(doing: &'static str) -> impl FnOnce(io::Error) -> OpenError {
 }
 
 /// Makes an empty store. What was on the device is lost.
-pub(super) fn format(device: &dyn Device, disk: DiskId, stamp: u32) -> Result<(), OpenError> {
+pub(super) fn format(
+    device: &dyn Device,
+    disk: DiskId,
+    stamp: u32,
+    sealed: Option<KeyCheck>,
+) -> Result<(), OpenError> {
     let layout = Layout::for_size(device.size()).ok_or(OpenError::TooSmall { found: device.size() })?;
-    format_as(device, disk, stamp, layout)
+    format_as(device, disk, stamp, layout, sealed)
 }
 
 /// [`format`] with a layout of the caller's choice.
@@ -85,6 +101,7 @@ pub(super) fn format_as(
     disk: DiskId,
     stamp: u32,
     layout: Layout,
+    sealed: Option<KeyCheck>,
 ) -> Result<(), OpenError> {
     let zeroes = AlignedBuf::zeroed(CHUNK as usize);
     let failed = "formatting";
@@ -96,7 +113,7 @@ pub(super) fn format_as(
     zero(device, &zeroes, LOG_OFFSET, LOG_OFFSET + CHUNK.min(layout.log_len)).map_err(io_error(failed))?;
     device.sync().map_err(io_error(failed))?;
     let superblock =
-        Superblock { disk, stamp, layout, sequence: 1, boot: 0, log_boot: 0, tail: 0, checkpoint: 0 };
+        Superblock { disk, stamp, layout, sequence: 1, boot: 0, log_boot: 0, tail: 0, checkpoint: 0, sealed };
     let page = AlignedBuf::copy_of(&superblock.encode());
     let writes = SUPERBLOCKS.map(|offset| (offset, &page[..]));
     device.write(&writes).map_err(io_error(failed))?;
@@ -136,6 +153,24 @@ pub(super) fn superblock(device: &dyn Device) -> Result<Superblock, OpenError> {
         && superblock.tail.is_multiple_of(PAGE as u64)
         && u64::from(layout.owner_pages) * owner::PER_PAGE as u64 >= u64::from(layout.slots);
     if sane { Ok(superblock) } else { Err(OpenError::Damaged("superblock".to_owned())) }
+}
+
+/// The device as its store sees it: decrypted, when the superblock says that it is encrypted.
+pub(super) fn unlocked(device: Arc<dyn Device>, key: Option<&DiskKey>) -> Result<Arc<dyn Device>, OpenError> {
+    match (superblock(device.as_ref())?.sealed, key) {
+        (None, None) => Ok(device),
+        (None, Some(_)) => Err(OpenError::NotEncrypted),
+        (Some(_), None) => Err(OpenError::Locked),
+        (Some(check), Some(key)) => sealed(device, key, check),
+    }
+}
+
+fn sealed(device: Arc<dyn Device>, key: &DiskKey, check: KeyCheck) -> Result<Arc<dyn Device>, OpenError> {
+    let failed = "using the key";
+    if KeyCheck::of(key).map_err(io_error(failed))? != check {
+        return Err(OpenError::WrongKey);
+    }
+    Ok(Arc::new(SealedDevice::new(device, key).map_err(io_error(failed))?))
 }
 
 /// Calls `with` for all pages of a region, in order: its number, what it holds, and its latest place.
@@ -410,7 +445,7 @@ pub(super) fn open_as(device: Arc<dyn Device>, disk: DiskId, rules: Rules) -> Re
     let directory: BTreeMap<_, _> =
         stray_entries.iter().map(|entry| (*entry, DirectoryEntry::Free)).collect();
     if !owners.is_empty() || !directory.is_empty() {
-        applier.write_round(&owners, &directory, Vec::new(), Vec::new()).map_err(io_error(failed))?;
+        applier.write_round(&owners, &directory, Vec::new()).map_err(io_error(failed))?;
     }
     {
         let mut core = core.lock();

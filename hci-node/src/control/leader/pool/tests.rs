@@ -59,7 +59,7 @@ impl World {
 
     fn add_disk(&mut self, disk: u128, node: u128) {
         let (disk, node, path) = (disk_id(disk), node_id(node), format!("/dev/vd{disk}"));
-        self.run(Op::AddDisk { disk, node, path, wipe: WipePolicy::Refuse });
+        self.run(Op::AddDisk { disk, node, path, wipe: WipePolicy::Refuse, key_salt: None });
         self.run(Op::DiskReady { disk, store: "/store".into(), capacity_bytes: 100 * GIB });
     }
 

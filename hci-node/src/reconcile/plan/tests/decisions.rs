@@ -240,7 +240,12 @@ fn disks_are_prepared_and_their_health_is_told() {
     state.volumes.clear();
     let mut data = fresh_data(1);
     state.disks.get_mut(&disk(1)).unwrap().state = DiskState::Preparing;
-    let prepare = Action::PrepareDisk { disk: disk(1), path: "/dev/vd1".into(), wipe: WipePolicy::Refuse };
+    let prepare = Action::PrepareDisk {
+        disk: disk(1),
+        path: "/dev/vd1".into(),
+        wipe: WipePolicy::Refuse,
+        key_salt: None,
+    };
     assert_eq!(plan_for(&state, &observed(Some(data.clone()))).actions, [prepare]);
 
     state.disks.get_mut(&disk(1)).unwrap().state = DiskState::Ready;

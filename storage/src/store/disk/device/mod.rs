@@ -5,6 +5,7 @@
 //! | [`buffer`] | memory that the kernel may read and write directly |
 //! | [`file`] | opening a device or file, and choosing how to do I/O on it |
 //! | [`inline`] | I/O that is over when the call returns, for media that never wait (tmpfs) |
+//! | [`sealed`], [`xts`] | encryption of what lies on another device |
 //! | [`uring`] | I/O through io_uring, past the page cache, for all others |
 //!
 //! There are two ways to do I/O. Guests' requests are *started*, and end in a callback, on the thread that started them or where the completions
@@ -13,7 +14,9 @@
 pub(super) mod buffer;
 pub(super) mod file;
 mod inline;
+pub(super) mod sealed;
 mod uring;
+mod xts;
 
 use buffer::AlignedBuf;
 use std::io;

@@ -322,6 +322,8 @@ impl Drop for UringDevice {
             drop(flights.reap());
         }
         flights.waiting.clear();
+        // That task may have the file for another moment; whoever opens it next must not see that.
+        let _ = self.shared.file.unlock();
         // The task that reaps sees that the device is gone.
         let _ = self.shared.event.write(1);
     }

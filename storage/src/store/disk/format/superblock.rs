@@ -7,12 +7,17 @@ use super::bytes::{Reader, Writer};
 use super::layout::Layout;
 use super::page::PAGE;
 use crate::ids::DiskId;
+use crate::store::disk::device::sealed::KeyCheck;
 use uuid::Uuid;
 
 /// First bytes of a disk of the pool.
 pub(in crate::store::disk) const MAGIC: [u8; 8] = *b"HCIDISK\0";
 /// Bytes of a superblock that mean something; the rest of the page is zero.
-const LENGTH: usize = 96;
+const LENGTH: usize = 116;
+
+/// Ciphers.
+const PLAIN: u32 = 0;
+const AES_256_XTS: u32 = 1;
 
 /// See the module.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,6 +38,8 @@ pub(in crate::store::disk) struct Superblock {
     pub(in crate::store::disk) tail: u64,
     /// Number of the last checkpoint that was completed; it orders the two places of a metadata page.
     pub(in crate::store::disk) checkpoint: u64,
+    /// By what the key is known with which all but the superblocks is encrypted, if it is.
+    pub(in crate::store::disk) sealed: Option<KeyCheck>,
 }
 
 /// Why bytes are no superblock that can be used.
@@ -54,6 +61,8 @@ impl Superblock {
         writer.u64(self.sequence).u64(self.boot).u64(self.log_boot).u64(self.tail).u64(self.checkpoint);
         writer.u64(self.layout.log_len).u32(self.layout.directory_pages);
         writer.u32(self.layout.owner_pages).u32(self.layout.slots);
+        let (cipher, check) = self.sealed.map_or((PLAIN, [0; 16]), |KeyCheck(check)| (AES_256_XTS, check));
+        writer.u32(cipher).bytes(&check);
         let crc = crc32c::crc32c(&page[..LENGTH - 4]);
         Writer::new(&mut page[LENGTH - 4..]).u32(crc);
         page
@@ -87,6 +96,11 @@ impl Superblock {
             owner_pages: reader.u32()?,
             slots: reader.u32()?,
         };
-        Some(Ok(Self { disk, stamp, layout, sequence, boot, log_boot, tail, checkpoint }))
+        let sealed = match (reader.u32()?, reader.array()?) {
+            (PLAIN, _) => None,
+            (AES_256_XTS, check) => Some(KeyCheck(check)),
+            _ => return None,
+        };
+        Some(Ok(Self { disk, stamp, layout, sequence, boot, log_boot, tail, checkpoint, sealed }))
     }
 }

@@ -11,6 +11,7 @@ use crate::ids::{
     BLOCKS_PER_SEGMENT, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId,
 };
 use crate::store::Keep;
+use crate::store::disk::device::sealed::KeyCheck;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -37,6 +38,7 @@ fn superblock() -> Superblock {
         log_boot: 7,
         tail: 8 << 12,
         checkpoint: 9,
+        sealed: Some(KeyCheck([0xc5; 16])),
     }
 }
 
@@ -91,7 +93,7 @@ fn hex(bytes: &[u8]) -> String {
 fn the_superblock_is_these_bytes() {
     let encoded = superblock().encode();
     assert_eq!(
-        hex(&encoded[..96]),
+        hex(&encoded[..116]),
         "4843494449534b0002000000fecaad0ba1a2a3a4a5a6a7a8a9aaabacadaeafb00500000000000000060000000000000007000000000000000080000000000000090000000000000000000004000000000300000021000000803e00008a205e27"
     );
     assert_eq!(Superblock::decode(&encoded), Ok(superblock()));
@@ -171,8 +173,8 @@ fn of_two_places_the_later_good_one_counts() {
 fn another_version_is_told() {
     let mut encoded = superblock().encode();
     encoded[8] = 9;
-    let crc = crc32c::crc32c(&encoded[..92]);
-    encoded[92..96].copy_from_slice(&crc.to_le_bytes());
+    let crc = crc32c::crc32c(&encoded[..112]);
+    encoded[112..116].copy_from_slice(&crc.to_le_bytes());
     assert_eq!(Superblock::decode(&encoded), Err(NoSuperblock::Version(9)));
     encoded[20] ^= 1;
     assert_eq!(Superblock::decode(&encoded), Err(NoSuperblock::Damaged));

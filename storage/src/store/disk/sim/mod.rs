@@ -76,7 +76,7 @@ impl Sim {
     pub(super) fn new(dice: Dice, disk: DiskId, size: Size) -> Self {
         let sim = Self { medium: Arc::default(), size, dice, disk };
         let layout = Layout::with_log(size.bytes, size.log).unwrap();
-        recover::format_as(&sim.device(), sim.disk, STAMP, layout).unwrap();
+        recover::format_as(&sim.device(), sim.disk, STAMP, layout, None).unwrap();
         sim
     }
 
