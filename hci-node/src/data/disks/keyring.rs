@@ -1,8 +1,8 @@
 //! The keys of encrypted disks.
 //!
 //! A disk's key is made of two halves that are never in the same place but here: a salt in the cluster's state, which is the disk's own, and a secret of the node, which never leaves it and
-//! is in no backup of the state. So a disk that is taken out of its node cannot be read, and neither can one whose salt is gone: to evict an encrypted disk is
-//! to erase it. When a node's secret is lost its encrypted disks are, too; what they held is on other nodes.
+//! is in no backup of the state. So a disk that is taken out of its node cannot be read. One that left the pool cannot either, once its salt is gone from Raft's logs and snapshots, too.
+//! When a node's secret is lost its encrypted disks are, too; what they held is on other nodes.
 
 use std::{
     fs,
