@@ -10,7 +10,7 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 pub const DISK_KEY_BYTES: usize = 64;
 
 /// The key of a disk for AES-256-XTS (IEEE 1619): two halves, one for the data and one for the tweak. Erased from memory when dropped, and never shown.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Zeroize, ZeroizeOnDrop)]
+#[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop)]
 pub struct DiskKey {
     data: [u8; DISK_KEY_BYTES / 2],
     tweak: [u8; DISK_KEY_BYTES / 2],

@@ -14,6 +14,8 @@ use uuid::Uuid;
 pub(in crate::store::disk) const MAGIC: [u8; 8] = *b"HCIDISK\0";
 /// Bytes of a superblock that mean something; the rest of the page is zero.
 const LENGTH: usize = 116;
+/// The same in version 1: its checksum must be found, so that a disk of that version is not taken for a damaged one.
+const LENGTH_1: usize = 96;
 
 /// Ciphers.
 const PLAIN: u32 = 0;
@@ -79,8 +81,9 @@ impl Superblock {
         let mut reader = Reader(page);
         reader.bytes(MAGIC.len())?;
         let version = reader.u32()?;
-        let crc = Reader(page.get(LENGTH - 4..)?).u32()?;
-        if crc != crc32c::crc32c(page.get(..LENGTH - 4)?) {
+        let length = if version == 1 { LENGTH_1 } else { LENGTH };
+        let crc = Reader(page.get(length - 4..)?).u32()?;
+        if crc != crc32c::crc32c(page.get(..length - 4)?) {
             return None;
         }
         if version != FORMAT_VERSION {

@@ -179,6 +179,13 @@ fn another_version_is_told() {
     assert_eq!(Superblock::decode(&encoded), Err(NoSuperblock::Version(9)));
     encoded[20] ^= 1;
     assert_eq!(Superblock::decode(&encoded), Err(NoSuperblock::Damaged));
+    // Version 1 was shorter.
+    let mut first = superblock().encode();
+    first[8] = 1;
+    let crc = crc32c::crc32c(&first[..92]);
+    first[92..96].copy_from_slice(&crc.to_le_bytes());
+    first[96..].fill(0);
+    assert_eq!(Superblock::decode(&first), Err(NoSuperblock::Version(1)));
     assert_eq!(Superblock::decode(&[0; PAGE]), Err(NoSuperblock::Foreign));
 }
 
