@@ -1,0 +1,91 @@
+//! VMs: what they are, whether and where they are meant to run.
+
+use serde::{Deserialize, Serialize};
+
+use crate::state::ids::*;
+
+/// Whether a VM is meant to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DesiredRun {
+    /// It is.
+    Running,
+    /// It is not.
+    Stopped(StopMode),
+}
+
+/// How a VM is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StopMode {
+    /// Press the power button; kill after a minute.
+    Graceful,
+    /// Kill at once.
+    Force,
+}
+
+/// A run that is to end so that the next one starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restart {
+    /// Which run.
+    pub epoch: RunEpoch,
+    /// How it is ended.
+    pub mode: StopMode,
+}
+
+/// Where a VM runs now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Assignment {
+    /// The node.
+    pub node: NodeId,
+    /// The run epoch of this assignment.
+    pub epoch: RunEpoch,
+    /// Since when.
+    pub since: Timestamp,
+}
+
+/// A virtual machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vm {
+    /// Its id.
+    pub id: VmId,
+    /// Its name, unique; its hostname too.
+    pub name: String,
+    /// Number of virtual CPUs.
+    pub vcpus: u8,
+    /// Memory.
+    pub memory_bytes: u64,
+    /// The image that it boots.
+    pub image: ImageId,
+    /// Kernel command line; the image's when none.
+    pub cmdline: Option<String>,
+    /// Its disks in order.
+    pub disks: Vec<VolumeId>,
+    /// Its NICs in order.
+    pub ports: Vec<PortId>,
+    /// Whether it is meant to run.
+    pub desired: DesiredRun,
+    /// The node that it should run on when that is possible.
+    pub preferred_node: Option<NodeId>,
+    /// Raised at each assignment.
+    pub epoch: RunEpoch,
+    /// Where it runs; none while it is stopped or waits for a node.
+    pub assignment: Option<Assignment>,
+    /// The run that a restart asked to end: its node stops it, then the VM is assigned again.
+    pub restart: Option<Restart>,
+    /// How its last run ended.
+    pub last_exit: Option<VmExit>,
+    /// When it was created.
+    pub created: Timestamp,
+}
+
+/// How a run of a VM ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VmExit {
+    /// The guest shut itself down.
+    GuestShutdown,
+    /// It was stopped by order.
+    Stopped,
+    /// Its process died or could not start.
+    Crashed(String),
+    /// Its node was lost.
+    NodeLost,
+}
