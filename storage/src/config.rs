@@ -124,6 +124,19 @@ pub struct ReplicaConfig {
     pub node: NodeId,
     /// Whether it holds every completed write.
     pub state: ReplicaState,
+    /// Whether it is to stay.
+    pub tenure: Tenure,
+}
+
+/// Whether a replica stays in its set. One that holds every completed write leaves the set of an open volume by a commit of its
+/// coordinator ([`crate::control::ControlPlane::replica_left`]): nobody else knows whether the others still hold all of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum Tenure {
+    /// It does.
+    #[default]
+    Stays,
+    /// It is to leave as soon as the others hold everything without it.
+    Leaves,
 }
 
 /// Whether a replica is a member of its segment's in-sync set. Changes by Raft commit only.

@@ -56,6 +56,17 @@ pub trait ControlPlane: Send + Sync + 'static {
         disk: DiskId,
     ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>>;
 
+    /// A replica in sync that was to leave ([`crate::config::Tenure`]) leaves its set: the others have everything without it, durably up to a
+    /// moment ago. Returns the volume as it stands then; when the control plane has changed its mind, the replica is still in it
+    /// and stays.
+    fn replica_left(
+        &self,
+        volume: VolumeId,
+        generation: Generation,
+        segment: SegmentIndex,
+        disk: DiskId,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>>;
+
     /// Replicas are equal and I/O starts now: from here on the volume counts as unclean.
     fn opened(&self, volume: VolumeId, generation: Generation)
     -> BoxFuture<'static, Result<(), CommitError>>;

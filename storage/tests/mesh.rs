@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use storage::config::{
     Access, CleanState, DiskConfig, Durability, LayersConfig, Limits, ReplicaConfig, ReplicaState,
-    SegmentConfig, VolumeConfig,
+    SegmentConfig, Tenure, VolumeConfig,
 };
 use storage::control::{CommitError, ControlPlane, FreezeStep};
 use storage::device::BlockOp;
@@ -71,6 +71,20 @@ impl ControlPlane for Handle {
         self.0.commit(generation, |volume| {
             let replicas = volume.segments.iter_mut().flat_map(|s| &mut s.replicas);
             replicas.filter(|r| r.disk == disk).for_each(|r| r.state = ReplicaState::InSync);
+            volume.clone()
+        })
+    }
+
+    fn replica_left(
+        &self,
+        _: VolumeId,
+        generation: Generation,
+        segment: SegmentIndex,
+        disk: DiskId,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
+        self.0.commit(generation, |volume| {
+            let segments = volume.segments.iter_mut().filter(|s| s.index == segment);
+            segments.for_each(|s| s.replicas.retain(|r| r.disk != disk));
             volume.clone()
         })
     }
@@ -175,6 +189,7 @@ async fn three(dir: &std::path::Path) -> (Arc<Control>, Vec<Node>, VolumeConfig)
         disk: *disk,
         node: *node,
         state: ReplicaState::InSync,
+        tenure: Tenure::Stays,
     });
     let id = VolumeId::random();
     let volume = VolumeConfig {

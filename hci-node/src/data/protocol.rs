@@ -72,6 +72,7 @@ calls! { ControlCall:
     0x0205 ClosedClean => Result<(), CommitRefusal>;
     0x0206 FreezeProgress => Result<VolumeConfig, CommitRefusal>;
     0x0207 LayerMerged => Result<VolumeConfig, CommitRefusal>;
+    0x0208 ReplicaLeft => Result<VolumeConfig, CommitRefusal>;
 }
 
 /// One run of the data process. A new one knows nothing of what the last one had open.
@@ -342,6 +343,19 @@ pub struct ReplicasOut {
 /// Puts a resynced replica back; answers the volume as it now stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReplicaIn {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The coordinator's generation.
+    pub generation: Generation,
+    /// The segment.
+    pub segment: SegmentIndex,
+    /// The disk.
+    pub disk: DiskId,
+}
+
+/// A replica in sync that was to leave its set does so; answers the volume as it now stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaLeft {
     /// The volume.
     pub volume: VolumeId,
     /// The coordinator's generation.

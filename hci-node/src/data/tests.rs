@@ -17,7 +17,7 @@ use storage::store::disk::{Encryption, LogStore};
 use storage::{
     config::{
         Access, CleanState, DiskConfig, Durability, LayersConfig, Limits, ReplicaConfig, ReplicaState,
-        SegmentConfig, StorageConfig, VolumeConfig,
+        SegmentConfig, StorageConfig, Tenure, VolumeConfig,
     },
     ids::{ByteSize, DiskId, Generation, SegmentIndex, VolumeId},
     status::{DiskHealth, VolumeState},
@@ -53,6 +53,7 @@ prop_compose! {
             disk: DiskId(Uuid::from_u128(disk)),
             node: NodeId::from(Uuid::from_u128(node)),
             state: if in_sync { ReplicaState::InSync } else { ReplicaState::OutOfSync },
+            tenure: Tenure::Stays,
         });
         VolumeConfig {
             id: VolumeId(Uuid::from_u128(id)),
@@ -299,7 +300,7 @@ async fn a_volume_is_opened_written_closed_and_reopened_by_a_new_instance() {
 }
 
 fn volume(node: NodeId, disk: DiskId, generation: Generation, clean: CleanState) -> VolumeConfig {
-    let replica = ReplicaConfig { disk, node, state: ReplicaState::InSync };
+    let replica = ReplicaConfig { disk, node, state: ReplicaState::InSync, tenure: Tenure::Stays };
     VolumeConfig {
         id: VolumeId(Uuid::from_u128(1)),
         size: ByteSize(64 << 20),

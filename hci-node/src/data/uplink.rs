@@ -12,7 +12,7 @@ use storage::{
 
 use super::protocol::{
     ClosedClean, CommitRefusal, ControlCall, DataInstance, FreezeProgress, Hello, LayerMerged, Opened,
-    ReplicaIn, ReplicasOut,
+    ReplicaIn, ReplicaLeft, ReplicasOut,
 };
 
 /// How long a commit may take before storage is told to try again. A new leader is there within two seconds.
@@ -96,6 +96,16 @@ impl ControlPlane for Uplink {
         disk: DiskId,
     ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
         self.commit(ReplicaIn { volume, generation, segment, disk })
+    }
+
+    fn replica_left(
+        &self,
+        volume: VolumeId,
+        generation: Generation,
+        segment: SegmentIndex,
+        disk: DiskId,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
+        self.commit(ReplicaLeft { volume, generation, segment, disk })
     }
 
     fn opened(

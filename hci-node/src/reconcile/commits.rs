@@ -17,7 +17,7 @@ use super::{
 use crate::{
     data::protocol::{
         ClosedClean, CommitRefusal, ControlCall, DataInstance, FreezeProgress, Hello, LayerMerged, Opened,
-        ReplicaIn, ReplicasOut,
+        ReplicaIn, ReplicaLeft, ReplicasOut,
     },
     paths::NodePaths,
     state::{Cleanliness, FreezeId, Op, Outcome, RefusalKind, SegmentIndex, Volume, VolumeUse},
@@ -87,6 +87,16 @@ impl CommitServer {
                     departures,
                 };
                 answer::<ReplicaIn>(&self.volume(op).await)
+            }
+            ReplicaLeft::METHOD => {
+                let ReplicaLeft { volume, generation, segment, disk } = request.decode()?;
+                let op = Op::ReplicaLeft {
+                    volume: volume.into(),
+                    generation: generation.into(),
+                    segment: SegmentIndex(segment.0),
+                    disk: disk.into(),
+                };
+                answer::<ReplicaLeft>(&self.volume(op).await)
             }
             Opened::METHOD => {
                 let Opened { volume, generation } = request.decode()?;

@@ -282,6 +282,17 @@ pub enum Op {
         /// delayed must not undo a later departure.
         departures: u64,
     },
+    /// A complete copy that was to leave its set does so: the coordinator knows that the others have everything.
+    ReplicaLeft {
+        /// The volume.
+        volume: VolumeId,
+        /// The coordinator's generation.
+        generation: Generation,
+        /// The segment.
+        segment: SegmentIndex,
+        /// The disk.
+        disk: DiskId,
+    },
     /// The coordinator has put the starting content into a volume.
     VolumeFilled {
         /// The volume.
@@ -444,7 +455,8 @@ pub enum Op {
         /// The copy that leaves once this one is complete.
         replaces: Option<DiskId>,
     },
-    /// A copy leaves its set, if enough others are complete; its data are removed later.
+    /// A copy leaves its set, if enough others are complete; its data are removed later. A complete copy of an open volume is only
+    /// marked: it leaves when the coordinator says so ([`Self::ReplicaLeft`]).
     RemoveReplica {
         /// The volume.
         volume: VolumeId,

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     ClusterState, DiskId, DiskRoom, NodeId, NodeService, Refusal, RefusalKind, Replica, ReplicaState,
-    SEGMENT_BYTES, Segment,
+    SEGMENT_BYTES, Segment, Tenure,
 };
 
 /// How much more than its capacity may be promised on a disk.
@@ -174,6 +174,7 @@ fn place_segment(rooms: &mut [Room], wish: &Wish<'_>, bytes: u64) -> Result<Segm
             node: room.node,
             state: ReplicaState::InSync,
             replaces: None,
+            tenure: Tenure::Stays,
         });
     }
     Ok(Segment { replicas })

@@ -316,7 +316,7 @@ fn with_spare() -> (ClusterState, VolumeId, DiskId) {
 }
 
 #[test]
-fn a_move_never_leaves_fewer_complete_copies_and_ends_in_one_step() {
+fn a_move_never_leaves_fewer_complete_copies_and_ends_when_the_coordinator_says_so() {
     let (mut state, volume, spare) = with_spare();
     let (segment, generation) = (SegmentIndex(0), Generation(1));
     let old = set_of(&state, volume, 0)[2].0;
@@ -329,10 +329,40 @@ fn a_move_never_leaves_fewer_complete_copies_and_ends_in_one_step() {
         "the new one is not complete"
     );
     run(&mut state, Op::ReplicaIn { volume, generation, segment, disk: spare, departures: 0 }).unwrap();
+    assert_eq!(state.volumes[&volume].segments[0].in_sync(), 4, "the old one is only to leave");
+    let other = set_of(&state, volume, 0)[0].0;
+    let left = |disk, generation| Op::ReplicaLeft { volume, generation, segment, disk };
+    assert_eq!(refused(&mut state, left(old, Generation(0))), RefusalKind::Fenced);
+    run(&mut state, left(other, generation)).unwrap();
+    assert!(state.volumes[&volume].segments[0].on(other).is_some(), "nobody wants it to leave");
+    run(&mut state, left(old, generation)).unwrap();
+    run(&mut state, left(old, generation)).expect("asked twice");
     let disks = set_of(&state, volume, 0);
     assert!(disks.contains(&(spare, ReplicaState::InSync)) && disks.iter().all(|(disk, _)| *disk != old));
     assert_eq!((disks.len(), state.volumes[&volume].segments[0].in_sync()), (3, 3));
     assert!(state.retired[&volume].contains_key(&old));
+}
+
+#[test]
+fn a_copy_that_is_to_leave_stays_when_it_is_needed_after_all() {
+    let (mut state, volume, spare) = with_spare();
+    let (segment, generation) = (SegmentIndex(0), Generation(1));
+    let set = set_of(&state, volume, 0);
+    let (lost, old) = (set[1].0, set[2].0);
+    run(&mut state, Op::AddReplica { volume, segment, disk: spare, replaces: Some(old) }).unwrap();
+    run(&mut state, Op::ReplicaIn { volume, generation, segment, disk: spare, departures: 0 }).unwrap();
+    run(&mut state, Op::ReplicasOut { volume, generation, disk: lost, reason: "reset".into() }).unwrap();
+    let left = Op::ReplicaLeft { volume, generation, segment, disk: old };
+    run(&mut state, left.clone()).unwrap();
+    let replica = *state.volumes[&volume].segments[0].on(old).expect("only two others are complete");
+    assert_eq!((replica.state, replica.tenure), (ReplicaState::InSync, Tenure::Stays));
+    let departures = state.volumes[&volume].departures;
+    run(&mut state, Op::ReplicaIn { volume, generation, segment, disk: lost, departures }).unwrap();
+    run(&mut state, left.clone()).unwrap();
+    assert!(state.volumes[&volume].segments[0].on(old).is_some(), "it was not asked again");
+    run(&mut state, Op::RemoveReplica { volume, segment, disk: old }).unwrap();
+    run(&mut state, left).unwrap();
+    assert!(state.volumes[&volume].segments[0].on(old).is_none());
 }
 
 #[test]
@@ -342,6 +372,7 @@ fn data_of_a_copy_that_left_are_kept_until_the_coordinator_lets_go() {
     let old = set_of(&state, volume, 0)[2].0;
     run(&mut state, Op::AddReplica { volume, segment, disk: spare, replaces: Some(old) }).unwrap();
     run(&mut state, Op::ReplicaIn { volume, generation, segment, disk: spare, departures: 0 }).unwrap();
+    run(&mut state, Op::ReplicaLeft { volume, generation, segment, disk: old }).unwrap();
     let segments = vec![segment];
     let layers = vec![LayerRef { volume, number: 0 }];
     let purged = || Op::ReplicasPurged { volume, disk: old, segments: vec![segment], layers: layers.clone() };
@@ -618,6 +649,12 @@ fn any_change() -> impl Strategy<Value = Op> {
             segment: SegmentIndex(segment),
             disk: disk_id(disk),
         }),
+        3 => (picked.clone(), 0..3u64).prop_map(move |((n, segment, disk), generation)| Op::ReplicaLeft {
+            volume: volume(n),
+            generation: Generation(generation),
+            segment: SegmentIndex(segment),
+            disk: disk_id(disk),
+        }),
         // Departures are not guessed right often enough to have copies come in.
         6 => (picked.clone(), 0..3u64, 0..2u64).prop_map(move |((n, segment, disk), generation, departures)| {
             Op::ReplicaIn {
@@ -696,7 +733,11 @@ fn eight_disks() -> ClusterState {
 fn check_redundancy(op: &Op, before: &ClusterState, after: &ClusterState) -> Result<(), TestCaseError> {
     let own_decision = matches!(
         op,
-        Op::AddReplica { .. } | Op::RemoveReplica { .. } | Op::ReplicaIn { .. } | Op::SetVolume { .. }
+        Op::AddReplica { .. }
+            | Op::RemoveReplica { .. }
+            | Op::ReplicaIn { .. }
+            | Op::ReplicaLeft { .. }
+            | Op::SetVolume { .. }
     );
     for (id, volume) in &after.volumes {
         let Some(old) = before.volumes.get(id).filter(|_| own_decision) else { continue };

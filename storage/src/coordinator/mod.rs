@@ -15,6 +15,7 @@
 //! | `open` | announcing the generation, reconciliation, opening again |
 //! | `resync` | attaching replicas that come back, copying what they lack |
 //! | `commit` | changes of the in-sync set, one at a time |
+//! | `release` | replicas in sync that leave their sets |
 //! | `damage` | repair of what scrubs have found |
 //! | `copy` | carrying out the fixes that `diff` found |
 //! | `layers` | where reads look and writes go, and the door that holds a point in time |
@@ -43,6 +44,7 @@ mod members;
 mod merge;
 mod open;
 mod ranges;
+pub(crate) mod release;
 mod resync;
 
 use crate::config::{CleanState, Durability, VolumeConfig};
@@ -210,6 +212,7 @@ impl Coordinator {
         this.spawn(this.clone().run_freezes());
         this.spawn(this.clone().run_merges());
         this.spawn(this.clone().run_repairs());
+        this.spawn(this.clone().run_releases());
         this
     }
 

@@ -7,7 +7,7 @@ use super::net::{Network, NodeTransport};
 use super::raft::{NodeControl, Raft};
 use super::snapshots;
 use crate::config::{
-    Access, CleanState, Durability, LayersConfig, Limits, ReplicaConfig, ReplicaState, SegmentConfig,
+    Access, CleanState, Durability, LayersConfig, Limits, ReplicaConfig, ReplicaState, SegmentConfig, Tenure,
     VolumeConfig,
 };
 use crate::coordinator::{Coordinator, Rim, Timing, VolumeDevice};
@@ -86,7 +86,12 @@ impl Cluster {
             .collect();
         let replicas = nodes
             .iter()
-            .map(|n| ReplicaConfig { disk: n.disk_id, node: n.id, state: ReplicaState::InSync })
+            .map(|n| ReplicaConfig {
+                disk: n.disk_id,
+                node: n.id,
+                state: ReplicaState::InSync,
+                tenure: Tenure::Stays,
+            })
             .collect::<Vec<_>>();
         let volume = VolumeConfig {
             id: VolumeId(id(1000)),
@@ -206,7 +211,10 @@ impl Cluster {
                 && self.raft.reaches_majority(node.id)
             {
                 match &process.coordinator {
-                    Some((o, c)) if *o == opening && c.status().state != VolumeState::Fenced => return,
+                    Some((o, c)) if *o == opening && c.status().state != VolumeState::Fenced => {
+                        let config = self.raft.record.lock().volume.clone();
+                        return c.configure(&config);
+                    }
                     // The process restarted: the same generation again, or a new one.
                     _ if self.dice.percent(50) => {
                         let config = self.raft.reopen_same();
@@ -279,10 +287,18 @@ impl Cluster {
             Some(at) => {
                 let others = replicas.iter().filter(|r| r.disk != disk && r.state == ReplicaState::InSync);
                 if others.count() >= minimum {
-                    replicas.remove(at);
+                    match replicas[at].state {
+                        ReplicaState::InSync => replicas[at].tenure = Tenure::Leaves,
+                        ReplicaState::OutOfSync => drop(replicas.remove(at)),
+                    }
                 }
             }
-            None => replicas.push(ReplicaConfig { disk, node, state: ReplicaState::OutOfSync }),
+            None => replicas.push(ReplicaConfig {
+                disk,
+                node,
+                state: ReplicaState::OutOfSync,
+                tenure: Tenure::Stays,
+            }),
         });
     }
 
@@ -290,10 +306,16 @@ impl Cluster {
     pub(super) fn complete_sets(&self) {
         for segment in (0..2).map(SegmentIndex) {
             self.change_set(segment, |replicas| {
+                replicas.iter_mut().for_each(|r| r.tenure = Tenure::Stays);
                 for n in &self.nodes {
                     if replicas.iter().all(|r| r.disk != n.disk_id) {
                         let state = ReplicaState::OutOfSync;
-                        replicas.push(ReplicaConfig { disk: n.disk_id, node: n.id, state });
+                        replicas.push(ReplicaConfig {
+                            disk: n.disk_id,
+                            node: n.id,
+                            state,
+                            tenure: Tenure::Stays,
+                        });
                     }
                 }
             });
@@ -307,7 +329,12 @@ impl Cluster {
             let replicas: Vec<_> = self
                 .nodes
                 .iter()
-                .map(|n| ReplicaConfig { disk: n.disk_id, node: n.id, state: ReplicaState::InSync })
+                .map(|n| ReplicaConfig {
+                    disk: n.disk_id,
+                    node: n.id,
+                    state: ReplicaState::InSync,
+                    tenure: Tenure::Stays,
+                })
                 .collect();
             let known = record.volume.segments.len() as u32;
             let count = size.div_ceil(SEGMENT_SIZE) as u32;

@@ -5,14 +5,16 @@ use super::dice::Dice;
 use super::history::History;
 use super::net::Network;
 use super::snapshots::Snapshots;
-use crate::config::{CleanState, ReplicaState, VolumeConfig};
+use crate::config::{CleanState, ReplicaConfig, ReplicaState, Tenure, VolumeConfig};
 use crate::control::{CommitError, ControlPlane, FreezeStep};
+use crate::coordinator::release::PROOF;
 use crate::ids::{DiskId, FreezeId, Generation, LayerRef, SegmentIndex, VolumeId};
 use futures_util::future::BoxFuture;
 use netfabric::NodeId;
 use parking_lot::Mutex;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use tokio::time::Instant;
 
 /// The replicated record.
 pub(super) struct Record {
@@ -23,6 +25,8 @@ pub(super) struct Record {
     pub(super) snapshots: Snapshots,
     /// Disks that have all writes acknowledged so far, flushed or not: in sync since their last power cut.
     whole: BTreeSet<DiskId>,
+    /// When a disk last lost its cache.
+    cuts: BTreeMap<DiskId, Instant>,
     /// The opening that made its replicas equal. What it confirms later says nothing of them.
     made_equal: u64,
 }
@@ -51,8 +55,16 @@ impl Raft {
         let whole = volume.segments.iter().flat_map(|s| s.replicas.iter().map(|r| r.disk)).collect();
         let fewest_left = if dice.percent(50) { 1 } else { usize::from(volume.min_in_sync.max(1)) };
         let snapshots = Snapshots::new(volume.id);
-        let record =
-            Mutex::new(Record { volume, coordinator: None, opening: 0, snapshots, whole, made_equal: 0 });
+        let cuts = BTreeMap::new();
+        let record = Mutex::new(Record {
+            volume,
+            coordinator: None,
+            opening: 0,
+            snapshots,
+            whole,
+            cuts,
+            made_equal: 0,
+        });
         Arc::new(Self { record, history, nodes, network, dice, lossy_percent: 5, fewest_left })
     }
 
@@ -106,19 +118,14 @@ impl Raft {
         let mut record = self.record.lock();
         disks.iter().for_each(|d| {
             record.whole.remove(d);
+            record.cuts.insert(*d, Instant::now());
         });
         self.note_losses(&mut record);
     }
 
     /// Writes not flushed may be gone when no member of some segment's in-sync set has them.
     fn note_losses(&self, record: &mut Record) {
-        let lost = record.volume.segments.iter().any(|segment| {
-            !segment
-                .replicas
-                .iter()
-                .any(|r| r.state == ReplicaState::InSync && record.whole.contains(&r.disk))
-        });
-        if lost {
+        if record.is_any_lost(|disk| record.whole.contains(&disk)) {
             self.history.lock().lose_unflushed();
         }
     }
@@ -135,6 +142,14 @@ impl Raft {
                 .all(|s| s.replicas.iter().any(|r| r.disk == *d && r.state == ReplicaState::InSync))
         };
         first.replicas.iter().map(|r| r.disk).filter(|d| in_sync(d)).collect()
+    }
+}
+
+impl Record {
+    /// Whether some segment has no replica in sync that still has all that was acknowledged.
+    fn is_any_lost(&self, is_whole: impl Fn(DiskId) -> bool) -> bool {
+        let has_all = |r: &ReplicaConfig| r.state == ReplicaState::InSync && is_whole(r.disk);
+        self.volume.segments.iter().any(|segment| !segment.replicas.iter().any(has_all))
     }
 }
 
@@ -185,7 +200,7 @@ impl ControlPlane for NodeControl {
         self.commit(generation, move |raft, record| {
             let minimum = raft.fewest_left;
             for segment in &record.volume.segments {
-                let in_sync = |r: &&crate::config::ReplicaConfig| r.state == ReplicaState::InSync;
+                let in_sync = |r: &&ReplicaConfig| r.state == ReplicaState::InSync;
                 let is_in = segment.replicas.iter().filter(in_sync).any(|r| r.disk == disk);
                 if is_in && segment.replicas.iter().filter(in_sync).count() <= minimum {
                     return Err(CommitError::Refused("below the minimum".into()));
@@ -221,6 +236,34 @@ impl ControlPlane for NodeControl {
                 .all(|s| s.replicas.iter().any(|r| r.disk == disk && r.state == ReplicaState::InSync));
             if everywhere {
                 record.whole.insert(disk);
+            }
+            Ok(record.volume.clone())
+        })
+    }
+
+    fn replica_left(
+        &self,
+        _volume: VolumeId,
+        generation: Generation,
+        segment: SegmentIndex,
+        disk: DiskId,
+    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
+        let asked = Instant::now();
+        self.commit(generation, move |raft, record| {
+            let minimum = usize::from(record.volume.min_in_sync.max(1));
+            for segment in record.volume.segments.iter_mut().filter(|s| s.index == segment) {
+                let in_sync = |r: &&ReplicaConfig| r.state == ReplicaState::InSync && r.disk != disk;
+                if segment.replicas.iter().filter(in_sync).count() >= minimum {
+                    segment.replicas.retain(|r| r.disk != disk || r.tenure == Tenure::Stays);
+                }
+                segment.replicas.iter_mut().for_each(|r| r.tenure = Tenure::Stays);
+            }
+            // One that lost its cache before it was asked for a proof that it has everything excuses nothing.
+            let since = asked - PROOF;
+            let was_whole =
+                |d| record.whole.contains(&d) || record.cuts.get(&d).is_some_and(|at| *at >= since);
+            if !record.is_any_lost(was_whole) {
+                raft.note_losses(record);
             }
             Ok(record.volume.clone())
         })

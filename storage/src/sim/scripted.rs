@@ -5,7 +5,7 @@ use super::cluster::{Cluster, Setup};
 use super::dice::Dice;
 use super::media::Kind;
 use super::simulate;
-use crate::config::Durability;
+use crate::config::{Durability, ReplicaConfig, ReplicaState, Tenure};
 use crate::coordinator::VolumeDevice;
 use crate::device::{BlockDevice, BlockError, BlockOp};
 use crate::ids::{BLOCK_SIZE, LayerId, LayerRef, SECTOR_SIZE, SEGMENT_SIZE, SegmentIndex, SegmentKey};
@@ -296,7 +296,14 @@ fn a_replica_leaves_its_data_are_removed_and_a_new_one_is_filled() {
             let contents = cluster.nodes[leaving].disk.model().contents();
             contents.keys().filter(|(key, _)| key.segment == segment).count()
         };
-        cluster.change_set(LAST, |replicas| replicas.retain(|replica| replica.disk != disk));
+        cluster.change_set(LAST, |replicas| {
+            replicas.iter_mut().filter(|r| r.disk == disk).for_each(|r| r.tenure = Tenure::Leaves);
+        });
+        let has_left = |cluster: &Cluster| {
+            let record = cluster.raft.record.lock();
+            record.volume.segments[1].replicas.iter().all(|replica| replica.disk != disk)
+        };
+        assert!(cluster.run_until(LIMIT, has_left).await);
         assert!(timed_write(&mut cluster, &device, LAST_BLOCKS, 50).await < Duration::from_millis(500));
         let server = cluster.server(leaving).unwrap();
         let part = LayerRef { volume, layer: LayerId(0) }.key(LAST);
@@ -305,9 +312,9 @@ fn a_replica_leaves_its_data_are_removed_and_a_new_one_is_filled() {
         assert_eq!(read(&device, LAST_BLOCKS).await, Ok(50));
         assert_eq!(cluster.raft.record.lock().volume.segments[0].replicas.len(), 3);
 
-        let state = crate::config::ReplicaState::OutOfSync;
+        let state = ReplicaState::OutOfSync;
         cluster.change_set(LAST, |replicas| {
-            replicas.push(crate::config::ReplicaConfig { disk, node, state });
+            replicas.push(ReplicaConfig { disk, node, state, tenure: Tenure::Stays });
         });
         assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await, "the new replica is filled");
         assert_eq!(held(&cluster, LAST), 2);

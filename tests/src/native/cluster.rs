@@ -19,7 +19,7 @@ use nix::unistd::Pid;
 use parking_lot::Mutex;
 use storage::config::{
     Access, CleanState, DiskConfig, Durability, LayersConfig, Limits, ReplicaConfig, ReplicaState,
-    SegmentConfig, VolumeConfig,
+    SegmentConfig, Tenure, VolumeConfig,
 };
 use storage::ids::{
     BLOCKS_PER_SEGMENT, ByteSize, DiskId, Generation, LayerId, SEGMENT_SIZE, SegmentIndex, SegmentKey,
@@ -186,6 +186,7 @@ impl DataCluster {
             disk: node.disk.id,
             node: at.id,
             state: ReplicaState::InSync,
+            tenure: Tenure::Stays,
         };
         let replicas: Vec<_> = self.nodes.iter().zip(&record.nodes).map(replica).collect();
         let segments = (0..bytes.div_ceil(SEGMENT_SIZE) as u32)

@@ -12,7 +12,7 @@ use futures_util::future::BoxFuture;
 use hci_node::data::client::{DataClient, QUICK};
 use hci_node::data::protocol::{
     ClosedClean, CommitRefusal, ControlCall, DataConfig, DataInstance, Hello, MonotonicTime, Observed,
-    Opened, PeerConfig, Readiness, RenewLease, ReplicaIn, ReplicasOut, Status,
+    Opened, PeerConfig, Readiness, RenewLease, ReplicaIn, ReplicaLeft, ReplicasOut, Status,
 };
 use netfabric::NodeId;
 use netfabric::overlay::OverlayConfig;
@@ -142,6 +142,14 @@ impl Record {
         Ok(volume.clone())
     }
 
+    fn replica_left(&mut self, call: ReplicaLeft) -> Result<VolumeConfig, CommitRefusal> {
+        let volume = self.volume.as_mut().ok_or(CommitRefusal::Fenced)?;
+        for segment in volume.segments.iter_mut().filter(|segment| segment.index == call.segment) {
+            segment.replicas.retain(|replica| replica.disk != call.disk);
+        }
+        Ok(volume.clone())
+    }
+
     fn set_clean(&mut self, clean: CleanState) -> Result<(), CommitRefusal> {
         self.volume.as_mut().ok_or(CommitRefusal::Fenced)?.clean = clean;
         Ok(())
@@ -186,6 +194,10 @@ impl NodeControl {
             ReplicaIn::METHOD => {
                 let call: ReplicaIn = request.decode()?;
                 Response::new(&self.commit(call.generation, |record| record.replica_in(call)))?
+            }
+            ReplicaLeft::METHOD => {
+                let call: ReplicaLeft = request.decode()?;
+                Response::new(&self.commit(call.generation, |record| record.replica_left(call)))?
             }
             Opened::METHOD => {
                 let call: Opened = request.decode()?;

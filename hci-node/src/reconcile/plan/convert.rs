@@ -5,7 +5,7 @@ use storage::{config, control::FreezeStep, ids};
 
 use crate::state::{
     self, Cleanliness, DiskId, Durability, FreezeStage, Generation, LayerRef, MacAddr, PortId, Replica,
-    ReplicaState, Volume, VolumeId,
+    ReplicaState, Tenure, Volume, VolumeId,
 };
 
 impl From<DiskId> for ids::DiskId {
@@ -132,6 +132,10 @@ fn replica_config(replica: &Replica) -> config::ReplicaConfig {
         state: match replica.state {
             ReplicaState::InSync => config::ReplicaState::InSync,
             ReplicaState::OutOfSync => config::ReplicaState::OutOfSync,
+        },
+        tenure: match replica.tenure {
+            Tenure::Stays => config::Tenure::Stays,
+            Tenure::Leaves => config::Tenure::Leaves,
         },
     }
 }

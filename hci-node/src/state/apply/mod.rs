@@ -143,6 +143,9 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
         Op::AddReplica { volume, segment, disk, replaces } => {
             replicas::add(state, *volume, *segment, *disk, *replaces)
         }
+        Op::ReplicaLeft { volume, generation, segment, disk } => {
+            replicas::left(state, *volume, *generation, *segment, *disk)
+        }
         Op::RemoveReplica { volume, segment, disk } => replicas::remove(state, *volume, *segment, *disk),
         Op::ReplicasReleased { volume, generation, disk, segments } => {
             replicas::released(state, *volume, *generation, *disk, segments)

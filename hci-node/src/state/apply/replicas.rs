@@ -1,7 +1,8 @@
 //! Replica sets: copies of segments come and go.
 //!
 //! What keeps data safe: a copy comes out of sync and counts only once its coordinator has filled it; a copy leaves only
-//! when enough others are complete; and the data of one that has left are removed only when no coordinator can still
+//! when enough others are complete, and that of an open volume by a commit of its coordinator, because nobody else knows whether the
+//! others are complete still; and the data of one that has left are removed only when no coordinator can still
 //! be reading them.
 
 use std::collections::BTreeSet;
@@ -9,7 +10,7 @@ use std::collections::BTreeSet;
 use super::{Applied, conflict, not_found, storage};
 use crate::state::{
     ClusterState, Custody, DiskId, DiskState, Generation, LayerRef, Refusal, RefusalKind, Replica,
-    ReplicaState, Retired, SegmentIndex, Subject, Volume, VolumeId,
+    ReplicaState, Retired, SegmentIndex, Subject, Tenure, Volume, VolumeId,
 };
 
 pub(super) fn add(
@@ -44,7 +45,8 @@ pub(super) fn add(
     if replaces.is_none() && segment.staying() >= usize::from(volume.replicas) {
         return Err(conflict("the segment has all its copies", next));
     }
-    let replica = Replica { disk, node: target.node, state: ReplicaState::OutOfSync, replaces };
+    let replica =
+        Replica { disk, node: target.node, state: ReplicaState::OutOfSync, replaces, tenure: Tenure::Stays };
     let segment = state.volumes.get_mut(&id).and_then(|volume| volume.segments.get_mut(index.0 as usize));
     if let Some(segment) = segment {
         segment.replicas.push(replica);
@@ -66,8 +68,8 @@ fn no_segment(volume: &Volume) -> Refusal {
     not_found("segment of volume", &volume.name)
 }
 
-/// Takes a copy out of its set. A complete one leaves only when as many others are complete as there should be; one
-/// that is not complete when the volume keeps its minimum.
+/// Takes a copy out of its set. A complete one leaves only when as many others are complete as there should be, and of an
+/// open volume only when its coordinator says so; one that is not complete when the volume keeps its minimum.
 pub(super) fn retire(
     state: &mut ClusterState,
     id: VolumeId,
@@ -75,15 +77,14 @@ pub(super) fn retire(
     disk: DiskId,
 ) -> Result<(), Refusal> {
     let volume = state.volumes.get_mut(&id).ok_or_else(|| not_found("volume", id))?;
-    let (name, generation) = (volume.name.clone(), volume.generation);
-    let layers = volume.layers.all();
     let is_open = volume.coordinator.is_some();
     let (replicas, minimum) = (usize::from(volume.replicas), usize::from(volume.min_in_sync.max(1)));
+    let name = &volume.name;
     let segment = volume.segments.get_mut(index.0 as usize);
-    let segment = segment.ok_or_else(|| not_found("segment of volume", &name))?;
+    let segment = segment.ok_or_else(|| not_found("segment of volume", name))?;
     let Some(leaving) = segment.on(disk).copied() else { return Ok(()) };
     let (others, needed) = match leaving.state {
-        ReplicaState::InSync => (segment.in_sync() - 1, replicas),
+        ReplicaState::InSync => (segment.complete_without(disk), replicas),
         // On its way in, and what it replaces is still there.
         ReplicaState::OutOfSync if leaving.replaces.is_some() => (segment.in_sync(), 1),
         ReplicaState::OutOfSync => (segment.in_sync(), minimum),
@@ -95,6 +96,45 @@ pub(super) fn retire(
             "wait until another copy is complete: hci volume get",
         ));
     }
+    if is_open && leaving.state == ReplicaState::InSync {
+        segment.replicas.iter_mut().filter(|r| r.disk == disk).for_each(|r| r.tenure = Tenure::Leaves);
+        return Ok(());
+    }
+    take(state, id, index, disk)
+}
+
+/// The coordinator lets a complete copy go. When it is needed after all, it stays.
+pub(super) fn left(
+    state: &mut ClusterState,
+    id: VolumeId,
+    generation: Generation,
+    index: SegmentIndex,
+    disk: DiskId,
+) -> Result<Applied, Refusal> {
+    let volume = storage::current(state, id, generation)?;
+    let replicas = usize::from(volume.replicas);
+    if let Some(segment) = volume.segments.get_mut(index.0 as usize)
+        && segment.on(disk).is_some_and(|replica| replica.tenure == Tenure::Leaves)
+    {
+        if segment.complete_without(disk) >= replicas {
+            // A return of this copy that was asked for before must not come after.
+            volume.departures += 1;
+            take(state, id, index, disk)?;
+        } else {
+            segment.replicas.iter_mut().filter(|r| r.disk == disk).for_each(|r| r.tenure = Tenure::Stays);
+        }
+    }
+    Ok(storage::answer_volume(state, "replica left", id))
+}
+
+/// Its data are now to be removed.
+fn take(state: &mut ClusterState, id: VolumeId, index: SegmentIndex, disk: DiskId) -> Result<(), Refusal> {
+    let volume = state.volumes.get_mut(&id).ok_or_else(|| not_found("volume", id))?;
+    let (name, generation) = (volume.name.clone(), volume.generation);
+    let layers = volume.layers.all();
+    let is_open = volume.coordinator.is_some();
+    let segment = volume.segments.get_mut(index.0 as usize);
+    let segment = segment.ok_or_else(|| not_found("segment of volume", &name))?;
     segment.replicas.retain(|replica| replica.disk != disk);
     for replica in segment.replicas.iter_mut().filter(|replica| replica.replaces == Some(disk)) {
         replica.replaces = None;

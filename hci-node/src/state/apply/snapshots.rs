@@ -11,8 +11,8 @@ use super::{Applied, check_free, check_name, conflict, invalid, not_found, stora
 use crate::state::{
     Cleanliness, ClusterState, Custody, DeadLayer, DiskId, Freeze, FreezeId, FreezeStage, FreezeStep,
     Generation, Goal, LayerRef, Layers, PendingFreeze, Refusal, ReplicaState, Retired, SEGMENT_BYTES,
-    Segment, SegmentIndex, Severity, Snapshot, SnapshotId, Subject, TaskError, Timestamp, Volume, VolumeFill,
-    VolumeId, VolumeOwner,
+    Segment, SegmentIndex, Severity, Snapshot, SnapshotId, Subject, TaskError, Tenure, Timestamp, Volume,
+    VolumeFill, VolumeId, VolumeOwner,
     layers::{MAX_DEPTH, MAX_SNAPSHOTS},
 };
 
@@ -315,7 +315,7 @@ fn complete_copies(segment: &Segment) -> Segment {
     let twice: BTreeSet<_> = nodes.into_iter().filter(|node| !seen.insert(*node)).collect();
     replicas.retain(|replica| !(twice.contains(&replica.node) && segment.is_replaced(replica.disk)));
     for replica in &mut replicas {
-        replica.replaces = None;
+        (replica.replaces, replica.tenure) = (None, Tenure::Stays);
     }
     Segment { replicas }
 }

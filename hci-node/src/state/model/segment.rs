@@ -29,6 +29,18 @@ pub struct Replica {
     pub state: ReplicaState,
     /// The copy of the same segment that leaves once this one is complete.
     pub replaces: Option<DiskId>,
+    /// Whether it is to stay.
+    pub tenure: Tenure,
+}
+
+/// Whether a complete copy stays in its set. While its volume is open, only the coordinator can say when it may leave.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Tenure {
+    /// It does.
+    #[default]
+    Stays,
+    /// It is to leave as soon as the coordinator can do without it.
+    Leaves,
 }
 
 /// Data of former copies on a disk, still to be removed there. While there is an entry for a volume and a disk, the
@@ -75,6 +87,14 @@ impl Segment {
     /// How many copies there are, not counting those that are to leave.
     pub fn staying(&self) -> usize {
         self.replicas.iter().filter(|replica| !self.is_replaced(replica.disk)).count()
+    }
+
+    /// How many copies are complete and stay, not counting the one on this disk.
+    pub fn complete_without(&self, disk: DiskId) -> usize {
+        let counts = |replica: &&Replica| {
+            replica.disk != disk && replica.state == ReplicaState::InSync && replica.tenure == Tenure::Stays
+        };
+        self.replicas.iter().filter(counts).count()
     }
 
     /// How many copies are complete.

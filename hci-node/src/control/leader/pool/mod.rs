@@ -27,7 +27,7 @@ use std::{
 use self::{places::Places, standing::Standing};
 use crate::state::{
     ClusterState, DiskId, DiskRoom, DiskService, NodeId, Op, Replica, ReplicaState, Segment, SegmentIndex,
-    Severity, Subject, Timestamp, Volume, VolumeId, report::NodeReport,
+    Severity, Subject, Tenure, Timestamp, Volume, VolumeId, report::NodeReport,
 };
 
 /// Least time between two looks at all segments.
@@ -207,7 +207,11 @@ fn look<'a>(
 fn dispensable(view: View<'_>, volume: &Volume, segment: &Segment, good: usize) -> Option<DiskId> {
     let (wanted, minimum) = (usize::from(volume.replicas), usize::from(volume.min_in_sync.max(1)));
     let allowed = |replica: &&Replica| match replica.state {
-        ReplicaState::InSync => segment.in_sync() > wanted,
+        // One that is to leave already waits for its coordinator, if there is one.
+        ReplicaState::InSync => {
+            (replica.tenure == Tenure::Stays || volume.coordinator.is_none())
+                && segment.complete_without(replica.disk) >= wanted
+        }
         ReplicaState::OutOfSync => replica.replaces.is_some() || segment.in_sync() >= minimum,
     };
     let standing = |replica: &Replica| standing::of(view, replica);

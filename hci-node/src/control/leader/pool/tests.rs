@@ -158,6 +158,11 @@ impl World {
             let Some(node) = volume.coordinator.filter(|node| self.alive.contains(node)) else { continue };
             let (id, generation) = (volume.id, volume.generation);
             for (index, segment) in volume.numbered() {
+                // What is to leave goes while all that stay are there.
+                let all_there = segment
+                    .replicas
+                    .iter()
+                    .all(|copy| copy.state == ReplicaState::OutOfSync || reachable(self, copy));
                 for copy in &segment.replicas {
                     let departures = self.state.volumes[&id].departures;
                     let (disk, reach) = (copy.disk, reachable(self, copy));
@@ -167,6 +172,9 @@ impl World {
                         }
                         ReplicaState::OutOfSync if reach => {
                             Op::ReplicaIn { volume: id, generation, segment: index, disk, departures }
+                        }
+                        ReplicaState::InSync if copy.tenure == Tenure::Leaves && all_there => {
+                            Op::ReplicaLeft { volume: id, generation, segment: index, disk }
                         }
                         _ => continue,
                     };

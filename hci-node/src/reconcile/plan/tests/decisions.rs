@@ -276,6 +276,7 @@ fn a_copy_that_left_is_let_go_once_the_data_process_has_forgotten_it_and_removed
         },
     );
     apply(&mut state, Op::RemoveReplica { volume, segment, disk: disk(1) });
+    apply(&mut state, Op::ReplicaLeft { volume, generation, segment, disk: disk(1) });
     let plan = plan_for(&state, &now);
     assert_eq!(plan.actions, [], "the data process may still read from it");
     now.data.as_mut().unwrap().applied = plan.data.map(Arc::new);

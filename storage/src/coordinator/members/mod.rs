@@ -10,12 +10,15 @@
 //!   to be put in, is taken out by a commit that is answered, whatever it does meanwhile: else one that came back while the volume was
 //!   opened would be in sync here and out of the set in Raft for ever.
 
-use crate::config::{ReplicaConfig, ReplicaState, SegmentConfig, VolumeConfig};
+use crate::config::{ReplicaConfig, ReplicaState, SegmentConfig, Tenure, VolumeConfig};
 use crate::ids::{DiskId, SegmentIndex};
 use crate::replica::protocol::Session;
 use crate::status::{MemberState, ReplicaStatus, ResyncProgress};
 use netfabric::NodeId;
 use std::collections::{BTreeMap, BTreeSet};
+
+#[cfg(test)]
+mod tests;
 
 /// What this coordinator knows of one replica of a segment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,6 +39,7 @@ pub(crate) enum SlotState {
 struct Slot {
     sync: SlotState,
     committed: ReplicaState,
+    tenure: Tenure,
 }
 
 #[derive(Clone, Debug)]
@@ -121,7 +125,8 @@ impl MemberTable {
                     Link::Attached(_) => SlotState::Copying,
                     Link::Detached(_) => SlotState::Stale,
                 };
-                member.slots.entry(segment.index).or_insert(Slot { sync, committed: replica.state });
+                let new = Slot { sync, committed: replica.state, tenure: replica.tenure };
+                member.slots.entry(segment.index).or_insert(new).tenure = replica.tenure;
             }
         }
         for replica in new.iter().flat_map(|segment| &segment.replicas) {
@@ -177,7 +182,8 @@ impl MemberTable {
                     (Link::Attached(_), ReplicaState::OutOfSync) => SlotState::Copying,
                     (Link::Detached(_), _) => SlotState::Stale,
                 };
-                member.slots.insert(segment.index, Slot { sync, committed: replica.state });
+                let slot = Slot { sync, committed: replica.state, tenure: replica.tenure };
+                member.slots.insert(segment.index, slot);
             }
         }
         self.segments += growth.segments.len() as u32;
@@ -447,6 +453,36 @@ impl MemberTable {
             .collect()
     }
 
+    /// Replicas in sync that are to leave, and may: see [`Self::staying`].
+    pub(crate) fn leaving(&self) -> Vec<(DiskId, SegmentIndex)> {
+        let leaving = |(disk, member): (&DiskId, &Member)| {
+            let disk = *disk;
+            let slots = member
+                .slots
+                .iter()
+                .filter(|(_, slot)| slot.tenure == Tenure::Leaves && slot.committed == ReplicaState::InSync);
+            slots.map(|(segment, _)| (disk, *segment)).collect::<Vec<_>>()
+        };
+        let mut leaving: Vec<_> = self.members.iter().flat_map(leaving).collect();
+        leaving.retain(|(disk, segment)| self.staying(*disk, *segment).is_some());
+        leaving
+    }
+
+    /// The others of a segment that Raft holds as in sync when a replica of it leaves; none when one of them is not known to
+    /// have everything, or when there would be too few.
+    pub(crate) fn staying(&self, disk: DiskId, segment: SegmentIndex) -> Option<Vec<Target>> {
+        let others = self.members.iter().filter(|(other, _)| **other != disk);
+        let slots = others.filter_map(|(other, m)| Some((m.target(*other), m.slots.get(&segment)?)));
+        let mut staying = Vec::new();
+        for (target, slot) in slots.filter(|(_, slot)| slot.committed == ReplicaState::InSync) {
+            if slot.sync != SlotState::InSync {
+                return None;
+            }
+            staying.push(target?);
+        }
+        (staying.len() >= self.min_in_sync).then_some(staying)
+    }
+
     /// A commit took a member out: takes over its states from the volume as it stands now.
     pub(crate) fn taken_out(&mut self, disk: DiskId, config: &VolumeConfig) {
         self.unanswered.remove(&disk);
@@ -578,260 +614,5 @@ impl Member {
             Link::Attached(session) => Some(Target { disk, node: self.node, session }),
             Link::Detached(_) => None,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::{Access, CleanState, Durability, LayersConfig, Limits};
-    use crate::ids::{ByteSize, Generation, SEGMENT_SIZE, VolumeId};
-    use crate::replica::protocol::BootEpoch;
-    use uuid::Uuid;
-
-    const SEGMENT: SegmentIndex = SegmentIndex(0);
-
-    fn disk(n: u128) -> DiskId {
-        DiskId(Uuid::from_u128(n))
-    }
-
-    fn session(number: u64) -> Session {
-        Session { boot: BootEpoch(1), number }
-    }
-
-    fn config(min_in_sync: u8, states: [ReplicaState; 3]) -> VolumeConfig {
-        let replica = |(i, state)| ReplicaConfig {
-            disk: disk(i as u128 + 1),
-            node: NodeId::new(Uuid::from_u128(i as u128 + 1)),
-            state,
-        };
-        VolumeConfig {
-            id: VolumeId::default(),
-            size: ByteSize(SEGMENT_SIZE),
-            generation: Generation(1),
-            min_in_sync,
-            durability: Durability::WriteBack,
-            clean: CleanState::Clean,
-            segments: vec![SegmentConfig {
-                index: SEGMENT,
-                replicas: states.into_iter().enumerate().map(replica).collect(),
-            }],
-            access: Access::Internal,
-            limits: Limits::default(),
-            layers: LayersConfig::default(),
-        }
-    }
-
-    fn open(min_in_sync: u8) -> MemberTable {
-        let mut table = MemberTable::new(&config(min_in_sync, [ReplicaState::InSync; 3]));
-        for n in 1..4 {
-            assert!(!table.ready_to_open());
-            table.attached(disk(n), session(n as u64), true);
-        }
-        assert!(table.ready_to_open() && table.must_reopen());
-        table.opened();
-        assert!(!table.must_reopen());
-        table
-    }
-
-    #[test]
-    fn a_write_is_complete_only_when_all_in_sync_have_it() {
-        let table = open(2);
-        let all = table.write_targets(SEGMENT);
-        assert!(!table.write_complete(SEGMENT, &all[..2]));
-        assert!(table.write_complete(SEGMENT, &all));
-    }
-
-    #[test]
-    fn a_lost_member_holds_up_writes_until_raft_has_taken_it_out() {
-        let mut table = open(2);
-        let all = table.write_targets(SEGMENT);
-        assert!(table.lose(disk(3), session(3), "gone"));
-        assert!(!table.lose(disk(3), session(3), "gone"), "said once");
-        assert!(!table.write_complete(SEGMENT, &all), "an old session's acknowledgement does not count");
-        assert_eq!(table.to_take_out()[0].0, disk(3));
-        use ReplicaState::{InSync, OutOfSync};
-        table.taken_out(disk(3), &config(2, [InSync, InSync, OutOfSync]));
-        assert!(table.write_complete(SEGMENT, &all[..2]));
-    }
-
-    #[test]
-    fn a_member_that_came_back_before_the_commit_is_not_trusted() {
-        let mut table = open(1);
-        table.lose(disk(3), session(3), "restarted");
-        table.attached(disk(3), session(9), false);
-        let all = table.write_targets(SEGMENT);
-        assert_eq!(all.len(), 3, "it gets new writes");
-        assert!(!table.write_complete(SEGMENT, &all), "and yet Raft holds it as in sync and it is not equal");
-        assert_eq!(table.to_take_out().len(), 1);
-        assert!(table.begin_join(&all[2], SEGMENT));
-        assert!(table.to_take_out().is_empty());
-        assert!(table.write_complete(SEGMENT, &all));
-    }
-
-    #[test]
-    fn a_commit_that_was_not_answered_is_asked_for_again_though_the_member_came_back() {
-        use ReplicaState::{InSync, OutOfSync};
-        let mut table = MemberTable::new(&config(1, [InSync; 3]));
-        table.attached(disk(1), session(1), true);
-        table.attached(disk(2), session(2), true);
-        table.not_answered(disk(3));
-        table.attached(disk(3), session(3), true);
-        assert!(table.ready_to_open());
-        table.opened();
-        assert_eq!(table.to_take_out().len(), 1, "Raft may hold it as out of sync");
-        table.taken_out(disk(3), &config(1, [InSync, InSync, OutOfSync]));
-        assert!(table.to_take_out().is_empty());
-        assert_eq!(table.to_copy().len(), 1, "it comes back by a resync");
-        table.not_answered(disk(2));
-        table.stays_in(disk(2));
-        assert!(table.to_take_out().is_empty());
-    }
-
-    #[test]
-    fn a_member_lost_while_it_is_put_in_is_taken_out_though_the_volume_opens_again_with_it() {
-        use ReplicaState::{InSync, OutOfSync};
-        let mut table = MemberTable::new(&config(1, [InSync, InSync, OutOfSync]));
-        table.attached(disk(1), session(1), true);
-        table.attached(disk(2), session(2), true);
-        table.opened();
-        table.attached(disk(3), session(3), false);
-        let third = table.to_copy()[0].0;
-        assert!(table.begin_join(&third, SEGMENT));
-        table.detach_all("opening again");
-        for n in 1..4 {
-            table.attached(disk(n), session(10 + n as u64), true);
-        }
-        table.opened();
-        assert_eq!(table.to_take_out().iter().map(|(d, _)| *d).collect::<Vec<_>>(), [disk(3)]);
-    }
-
-    #[test]
-    fn a_member_whose_joining_has_begun_may_not_be_left_out() {
-        use ReplicaState::{InSync, OutOfSync};
-        let mut table = MemberTable::new(&config(1, [InSync, InSync, OutOfSync]));
-        table.attached(disk(1), session(1), true);
-        table.attached(disk(2), session(2), true);
-        assert!(table.ready_to_open());
-        table.opened();
-        table.attached(disk(3), session(3), false);
-        let all = table.write_targets(SEGMENT);
-        assert!(table.write_complete(SEGMENT, &all[..2]));
-        assert!(table.begin_join(&all[2], SEGMENT));
-        assert!(!table.write_complete(SEGMENT, &all[..2]));
-        table.lose(disk(3), session(3), "gone again");
-        assert!(!table.write_complete(SEGMENT, &all[..2]), "Raft may hold it as in sync by now");
-        assert_eq!(table.to_take_out().len(), 1);
-    }
-
-    #[test]
-    fn below_the_minimum_nothing_completes() {
-        use ReplicaState::{InSync, OutOfSync};
-        let mut table = open(2);
-        for n in [2, 3] {
-            table.lose(disk(n), session(n as u64), "gone");
-        }
-        table.taken_out(disk(3), &config(2, [InSync, InSync, OutOfSync]));
-        table.taken_out(disk(2), &config(2, [InSync, OutOfSync, OutOfSync]));
-        let all = table.write_targets(SEGMENT);
-        assert_eq!(all.len(), 1);
-        assert!(!table.write_complete(SEGMENT, &all));
-        assert!(!table.flush_complete(&all));
-    }
-
-    #[test]
-    fn a_flush_asks_only_members_that_have_something_to_flush() {
-        let mut table = open(2);
-        let targets = table.flush_targets();
-        assert_eq!(targets.len(), 3, "what a member had before its session is not known to be durable");
-        for (target, written) in &targets {
-            table.note_flushed(target, *written);
-        }
-        assert!(table.flush_targets().is_empty());
-        assert!(table.flush_complete(&table.flushed_members()));
-        table.note_written(&targets[1].0);
-        assert_eq!(table.flush_targets().len(), 1);
-        assert!(!table.flush_complete(&table.flushed_members()));
-    }
-
-    #[test]
-    fn an_older_configuration_does_not_bring_a_member_back() {
-        use ReplicaState::{InSync, OutOfSync};
-        let mut table = open(2);
-        table.lose(disk(3), session(3), "gone");
-        table.taken_out(disk(3), &config(2, [InSync, InSync, OutOfSync]));
-        table.configure(&config(2, [InSync; 3]));
-        assert!(table.to_take_out().is_empty());
-        assert!(table.write_complete(SEGMENT, &table.write_targets(SEGMENT)));
-    }
-
-    /// The volume with a second segment on disks 1, 2 and another one.
-    fn grown(last: u128) -> VolumeConfig {
-        let mut config = config(2, [ReplicaState::InSync; 3]);
-        let mut second = config.segments[0].clone();
-        second.index = SegmentIndex(1);
-        second.replicas[2].disk = disk(last);
-        config.segments.push(second);
-        config.size = ByteSize(2 * SEGMENT_SIZE);
-        config
-    }
-
-    #[test]
-    fn a_volume_grows_on_replicas_that_are_attached_and_none_is_distrusted() {
-        let mut table = open(2);
-        table.configure(&grown(3));
-        table.grow(Patience::Waits);
-        assert_eq!((table.size(), table.is_growing()), (2 * SEGMENT_SIZE, false));
-        assert!(table.to_take_out().is_empty() && table.to_copy().is_empty() && !table.must_reopen());
-        let all = table.write_targets(SegmentIndex(1));
-        assert!(all.len() == 3 && table.write_complete(SegmentIndex(1), &all));
-        table.configure(&config(2, [ReplicaState::InSync; 3]));
-        assert_eq!(table.size(), 2 * SEGMENT_SIZE, "it does not shrink");
-        assert_eq!(table.write_targets(SegmentIndex(1)).len(), 3);
-    }
-
-    #[test]
-    fn a_volume_waits_with_growing_for_a_new_disk_but_not_for_ever() {
-        let mut table = open(2);
-        table.configure(&grown(4));
-        table.grow(Patience::Waits);
-        assert_eq!((table.size(), table.is_growing()), (SEGMENT_SIZE, true));
-        assert!(table.to_take_out().is_empty() && !table.must_reopen(), "the old segment is as it was");
-        assert_eq!(table.detached().len(), 1, "the new disk is to be attached");
-        table.grow(Patience::Over);
-        assert_eq!(table.size(), 2 * SEGMENT_SIZE);
-        assert_eq!(table.to_take_out()[0].0, disk(4));
-
-        let mut table = open(2);
-        table.configure(&grown(4));
-        table.attached(disk(4), session(4), false);
-        table.grow(Patience::Waits);
-        assert_eq!(table.size(), 2 * SEGMENT_SIZE);
-        assert!(table.to_take_out().is_empty());
-    }
-
-    #[test]
-    fn readers_are_local_first_and_in_sync_only() {
-        let mut table = open(1);
-        let third = NodeId::new(Uuid::from_u128(3));
-        assert_eq!(table.readers(SEGMENT, third, 0)[0].disk, disk(3));
-        table.lose(disk(3), session(3), "gone");
-        table.attached(disk(3), session(4), false);
-        assert!(table.readers(SEGMENT, third, 0).iter().all(|t| t.disk != disk(3)));
-    }
-    #[test]
-    fn reads_spread_over_the_others_when_none_is_local() {
-        let table = open(1);
-        let first = |turn| table.readers(SEGMENT, NodeId::new(Uuid::from_u128(9)), turn)[0].disk;
-        let firsts: std::collections::BTreeSet<_> = (0..3).map(first).collect();
-        assert_eq!(firsts.len(), 3);
-    }
-
-    #[test]
-    fn a_disk_is_spare_only_while_enough_others_are_in_sync() {
-        let mut table = open(2);
-        assert!(table.is_spare(disk(1)));
-        table.lose(disk(2), session(2), "gone");
-        assert!(!table.is_spare(disk(1)) && table.is_spare(disk(2)));
     }
 }
