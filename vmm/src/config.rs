@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::layout::{CMDLINE_MAX, MIB};
 
-/// Devices on bus 0 besides the host bridge and the random number generator.
-const MAX_DEVICES: usize = 30;
+/// Disks and NICs on bus 0, besides the host bridge, the random number generator and the seed disk.
+const MAX_DEVICES: usize = 29;
 /// Most vCPUs that the (xAPIC) topology describes.
 const MAX_VCPUS: u8 = 254;
 /// Below this no kernel and initramfs fit beside the boot structures.
@@ -48,6 +48,9 @@ pub struct VmConfig {
     /// NICs, in the order in which the guest finds them, after the disks.
     #[serde(default)]
     pub nics: Vec<NicConfig>,
+    /// Content of the seed disk, a small read-only disk behind all other devices that tells cloud-init who the guest is.
+    #[serde(default)]
+    pub seed: Option<PathBuf>,
     /// Unix socket on which the serial console is served; made by the VMM.
     pub console_socket: PathBuf,
     /// How long a start waits for the vhost-user sockets to answer before it fails. A running guest waits for ever.
@@ -155,7 +158,7 @@ pub enum ConfigError {
     /// The memory size is out of range or not aligned.
     #[error("memory_bytes is {0}; it must be a multiple of 1 MiB from 16 MiB to 512 GiB")]
     Memory(u64),
-    /// The kernel or initramfs cannot be read.
+    /// The kernel, initramfs or seed cannot be read.
     #[error("{what} {path}: {error}")]
     File {
         /// Which file.
@@ -213,7 +216,11 @@ impl VmConfig {
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory_bytes) || !self.memory_bytes.is_multiple_of(MIB) {
             errors.push(ConfigError::Memory(self.memory_bytes));
         }
-        let files = [("kernel", Some(&self.kernel)), ("initramfs", self.initramfs.as_ref())];
+        let files = [
+            ("kernel", Some(&self.kernel)),
+            ("initramfs", self.initramfs.as_ref()),
+            ("seed", self.seed.as_ref()),
+        ];
         for (what, path) in files.into_iter().filter_map(|(what, path)| Some((what, path?))) {
             if let Err(error) = std::fs::File::open(path) {
                 errors.push(ConfigError::File { what, path: path.clone(), error: error.to_string() });
@@ -283,6 +290,7 @@ mod tests {
                 mac: MacAddr([2, 0, 0, 0, 0, 1]),
                 mtu: Some(1450),
             }],
+            seed: None,
             console_socket: "/c".into(),
             backend_timeout_ms: 1000,
         }

@@ -10,7 +10,7 @@
 //! - `vcpuN`: runs one vCPU and handles its exits on the buses (`bus`). Nothing it calls waits for a client or, beyond a bound, for a backend.
 //! - `console`: feeds the console's clients.
 //! - one for each disk and NIC: keeps the connection to the backend (`virtio::vhost_user`), for ever.
-//! - `rng`: serves the random number generator.
+//! - `rng`, `seed`: serve the random number generator and the seed disk.
 //!
 //! There is no async runtime. Whoever calls [`Vm::wait`] drives the end: first vCPUs, then devices, then the console.
 //!

@@ -33,6 +33,7 @@ use crate::vcpu::{self, VcpuContext, registers};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::pci::{Parts, VirtioPci};
 use crate::virtio::rng::Rng;
+use crate::virtio::seed::Seed;
 use crate::virtio::vhost_user::blk::Disk;
 use crate::virtio::vhost_user::device::VhostUser;
 use crate::virtio::vhost_user::net::Nic;
@@ -212,6 +213,12 @@ impl<'a> Builder<'a> {
             let parts = self.parts(&device, slots.len())?;
             device.set_change(parts.change.clone());
             slots.push(Arc::new(VirtioPci::new(Box::new(device), parts)?));
+        }
+        // Last, so that disks and NICs are where they would be without.
+        if let Some(path) = &self.config.seed {
+            let seed = Seed::read(path).map_err(resource("seed disk"))?;
+            let parts = self.parts(&seed, slots.len())?;
+            slots.push(Arc::new(VirtioPci::new(Box::new(seed), parts)?));
         }
         let root = Arc::new(PciRoot::new(slots.clone()));
         ports.insert(

@@ -47,6 +47,7 @@ impl Lab {
             cmdline: "hello".into(),
             disks: vec![],
             nics: vec![],
+            seed: None,
             console_socket: self.console_path(),
             backend_timeout_ms: 300,
         }

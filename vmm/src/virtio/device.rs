@@ -1,11 +1,13 @@
 //! What the transport needs from a device.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::local::ServiceError;
 use crate::memory::Memory;
 
 /// Virtio device ids.
@@ -47,6 +49,18 @@ pub(crate) struct Activation {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct ActivateError(pub(crate) String);
+
+impl From<ServiceError> for ActivateError {
+    fn from(error: ServiceError) -> Self {
+        Self(error.to_string())
+    }
+}
+
+impl From<io::Error> for ActivateError {
+    fn from(error: io::Error) -> Self {
+        Self(error.to_string())
+    }
+}
 
 /// A virtio device. The transport calls these on a vCPU thread, under the function's lock.
 pub(crate) trait VirtioDevice: Send {

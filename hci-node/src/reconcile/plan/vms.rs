@@ -124,6 +124,7 @@ fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
         cmdline,
         disks: disks.collect::<Result<_, String>>()?,
         nics: nics.collect::<Result<_, String>>()?,
+        seed: None,
         console_socket: view.paths.vm(vm.id).console(),
         backend_timeout_ms: u64::try_from(BACKEND_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
     })
