@@ -10,12 +10,14 @@
 //! | [`reconcile`] | makes what runs on this node match the state: volumes, ports, VMs, disks |
 //! | [`data`] | `hci data run`: storage and overlay of this node in a process of its own |
 //! | [`vmm_role`] | `hci vmm run`: the process around one guest |
+//! | [`cloud_init`] | the disk that tells a guest who it is |
 //! | [`images`] | `hci image-worker` and the reader of images that come from outside |
 //! | [`paths`] | where a node keeps its files |
 //! | [`cli`] | the command line: parses, calls the API of a node, prints |
 
 pub mod api;
 pub mod cli;
+pub mod cloud_init;
 pub mod consensus;
 pub mod control;
 pub mod data;

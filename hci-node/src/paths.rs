@@ -148,6 +148,11 @@ impl VmPaths {
         self.dir.join("console.sock")
     }
 
+    /// The seed disk that tells the guest's cloud-init who it is.
+    pub fn seed(&self) -> PathBuf {
+        self.dir.join("seed.iso")
+    }
+
     /// What the VMM logs.
     pub fn log(&self) -> PathBuf {
         self.dir.join("vmm.log")

@@ -15,9 +15,9 @@ use super::{
     types as api,
 };
 use crate::state::{
-    ClusterState, DesiredRun, Disk, DiskId, DiskService, DiskState, Durability, FreezeId, ImageId, ImagePart,
-    NetworkId, Node, NodeId, NodeService, Op, PoolPolicy, PortId, Rebalancing, Segment, SnapshotId, StopMode,
-    Subject, VmId, VolumeId, VolumeLimits, WipePolicy,
+    CloudInit, ClusterState, DesiredRun, Disk, DiskId, DiskService, DiskState, Durability, FreezeId, ImageId,
+    ImagePart, NetworkId, Node, NodeId, NodeService, Op, PoolPolicy, PortId, Rebalancing, Segment,
+    SnapshotId, StopMode, Subject, VmId, VolumeId, VolumeLimits, WipePolicy,
     command::{NewPort, NewVm, NewVolume, VolumeChange},
     report::NodeReport,
 };
@@ -421,6 +421,12 @@ impl Context<'_> {
             preferred_node: node,
             near: node.filter(|node| !self.silent.contains(node)).or_else(|| self.roomiest()),
             desired,
+            cloud_init: request.cloud_init.map(|given| CloudInit {
+                user_data: given.user_data,
+                network_config: given.network_config,
+                ssh_keys: given.ssh_keys,
+                hostname: given.hostname,
+            }),
         };
         Ok(Op::CreateVm { vm, unreachable: self.silent.clone() })
     }

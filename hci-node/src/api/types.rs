@@ -2,8 +2,10 @@
 //!
 //! Stable: fields are added, never changed in meaning. Ids are strings, sizes are in bytes, times are RFC 3339.
 
+mod guest;
 mod storage;
 
+pub use guest::*;
 use serde::{Deserialize, Serialize};
 pub use storage::*;
 
@@ -432,6 +434,8 @@ pub struct Vm {
     pub nics: Vec<VmNic>,
     /// When it was created.
     pub created: String,
+    /// What its guest's cloud-init is told, if anything.
+    pub cloud_init: Option<CloudInitGiven>,
 }
 
 /// A disk of a VM.
@@ -511,6 +515,9 @@ pub struct CreateVm {
     /// Whether it is only created, not started.
     #[serde(default)]
     pub stopped: bool,
+    /// What its guest's cloud-init is told.
+    #[serde(default)]
+    pub cloud_init: Option<CloudInit>,
 }
 
 /// A disk in `POST /v1/vms`.

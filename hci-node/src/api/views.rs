@@ -1,6 +1,7 @@
 //! From cluster state and reports to the resources of the API. Pure. Volumes, and what may happen to them, are in
-//! `volumes`.
+//! `volumes`; what is told of a VM's inside is in `guest`.
 
+mod guest;
 mod smart;
 pub mod volumes;
 
@@ -307,6 +308,7 @@ impl Views<'_> {
             disks: vm.disks.iter().filter_map(disk).collect(),
             nics: vm.ports.iter().filter_map(nic).collect(),
             created: vm.created.to_string(),
+            cloud_init: vm.cloud_init.as_ref().map(|given| guest::cloud_init(given, &vm.name)),
         }
     }
 

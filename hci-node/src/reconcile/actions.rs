@@ -16,6 +16,7 @@ use super::{
     vm_process::{self, Log},
 };
 use crate::{
+    cloud_init,
     data::{
         client::{DataClient, SLOW},
         protocol::{CopyVolume, DataInstance, DeleteParts, DeleteVolume, FormatDisk, VolumeFlush, Wipe},
@@ -161,8 +162,9 @@ impl Tools {
                 boot_files::remove(&self.paths, file).map_err(io("remove a boot file"))?;
             }
             Action::SpreadBootFile { image, part, file, to } => self.spread(image, part, file, to).await?,
-            Action::StartVm { vm, epoch, config } => {
-                self.start_vm(RunFile { vm, epoch, config: *config }).await?
+            Action::StartVm { vm, epoch, config, cloud_init } => {
+                let seed = cloud_init.map(|given| cloud_init::disk(vm, &config.name, &given));
+                self.start_vm(RunFile { vm, epoch, config: *config }, seed.as_deref()).await?
             }
             Action::PressPowerButton { vm, epoch } => {
                 vm_process::press_power_button(&self.paths.vm(vm)).await.map_err(ActionError::Vmm)?;
@@ -265,10 +267,10 @@ impl Tools {
         Ok(())
     }
 
-    async fn start_vm(&self, run: RunFile) -> Result<(), ActionError> {
+    async fn start_vm(&self, run: RunFile, seed: Option<&[u8]>) -> Result<(), ActionError> {
         let (vm, epoch) = (run.vm, run.epoch);
         tracing::info!(%vm, epoch = epoch.0, name = run.config.name, "starting a VM");
-        let mut child = match vm_process::start(&self.paths, &run) {
+        let mut child = match vm_process::start(&self.paths, &run, seed) {
             Ok(child) => child,
             Err(error) => {
                 let ended = Ended::Crashed(format!("its VMM cannot be started: {error}"));

@@ -17,7 +17,7 @@ use netfabric::rpc::CallError;
 use nix::unistd::User;
 
 use crate::{
-    files::remove_if_there,
+    files::{self, Durability, remove_if_there},
     paths::{NodePaths, VmPaths},
     state::{RunEpoch, VmId},
     vmm_role::{
@@ -123,13 +123,17 @@ fn log_tail(paths: &VmPaths) -> String {
     }
 }
 
-/// Starts a VMM. It is the child of this process but does not depend on it.
-pub fn start(paths: &NodePaths, run: &RunFile) -> io::Result<tokio::process::Child> {
+/// Starts a VMM, with the content of its seed disk if it has one. It is the child of this process but does not depend on it.
+pub fn start(paths: &NodePaths, run: &RunFile, seed: Option<&[u8]>) -> io::Result<tokio::process::Child> {
     let vm = paths.vm(run.vm);
     make_directory(paths, &vm)?;
     // Nothing of an earlier run may be taken for this one's.
     for stale in [vm.exit(), vm.socket(), vm.console()] {
         remove_if_there(&stale)?;
+    }
+    if let (Some(path), Some(content)) = (&run.config.seed, seed) {
+        // Only the VMM's user gets into the directory, so that nobody else reads what may hold secrets.
+        files::replace(path, content, 0o644, Durability::Volatile)?;
     }
     record::write_run_file(&vm, run)?;
     let log = OpenOptions::new().create(true).append(true).mode(0o600).open(vm.log())?;
@@ -239,7 +243,9 @@ pub fn forget(paths: &VmPaths, log: Log) -> io::Result<()> {
     match log {
         Log::Keep => {
             // The run file last: without it there is no run.
-            for file in [paths.exit(), paths.socket(), paths.console(), paths.config()] {
+            for file in
+                [paths.exit(), paths.socket(), paths.console(), paths.seed(), paths.config()]
+            {
                 remove_if_there(&file)?;
             }
             Ok(())

@@ -119,6 +119,8 @@ pub struct NewVm {
     pub near: Option<NodeId>,
     /// Whether it is started at once.
     pub desired: DesiredRun,
+    /// What its guest's cloud-init is told, if anything.
+    pub cloud_init: Option<CloudInit>,
 }
 
 /// Why a VM is assigned.

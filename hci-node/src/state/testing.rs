@@ -130,5 +130,6 @@ pub(crate) fn new_vm(n: u128, disks: Vec<NewVolume>) -> NewVm {
         preferred_node: None,
         near: None,
         desired: DesiredRun::Running,
+        cloud_init: None,
     }
 }

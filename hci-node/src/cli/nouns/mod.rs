@@ -1,5 +1,6 @@
 //! The nouns of the command line, one module each: the verbs, and how they call the API and show its answer.
 
+mod cloud_init;
 pub mod cluster;
 pub mod disk;
 pub mod event;

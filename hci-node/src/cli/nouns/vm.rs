@@ -3,7 +3,7 @@
 use clap::Subcommand;
 use serde_json::{Value, json};
 
-use super::{Context, object_path, say, snapshot};
+use super::{Context, cloud_init::CloudInitArgs, object_path, say, snapshot};
 use crate::cli::completion::names;
 use crate::cli::console;
 use crate::cli::exit::CliError;
@@ -25,7 +25,7 @@ pub enum Verb {
     },
     /// Create a VM from an image and start it.
     #[command(
-        after_help = "Examples:\n  hci vm create web1 --image debian12 --disk 40GiB --network lan\n  hci vm create web2 --image debian12 --cpu 4 --memory 8GiB --disk 40GiB --network lan --node n2 --no-start\nAPI: POST /v1/vms"
+        after_help = "Examples:\n  hci vm create web1 --image debian12 --disk 40GiB --network lan\n  hci vm create web2 --image debian12 --cpu 4 --memory 8GiB --disk 40GiB --network lan --ssh-key ~/.ssh/id_ed25519.pub\nAPI: POST /v1/vms"
     )]
     Create {
         /// The VM's name.
@@ -57,6 +57,9 @@ pub enum Verb {
         /// Create it only.
         #[arg(long)]
         no_start: bool,
+        /// What the guest's cloud-init is told.
+        #[command(flatten)]
+        cloud_init: CloudInitArgs,
     },
     /// Start a VM.
     #[command(
@@ -137,7 +140,19 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
     match verb {
         Verb::List => context.list("/v1/vms", COLUMNS).await,
         Verb::Get { name } => context.show("/v1/vms", &name).await,
-        Verb::Create { name, image, cpu, memory, disk, network, replicas, node, cmdline, no_start } => {
+        Verb::Create {
+            name,
+            image,
+            cpu,
+            memory,
+            disk,
+            network,
+            replicas,
+            node,
+            cmdline,
+            no_start,
+            cloud_init,
+        } => {
             let disk = match disk {
                 Some(size) => Some(size),
                 None => image_disk(context, &image).await?,
@@ -147,6 +162,7 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
             let body = json!({
                 "name": name, "image": image, "vcpus": cpu, "memory_bytes": memory, "disks": disks,
                 "networks": network, "node": node, "cmdline": cmdline, "stopped": no_start,
+                "cloud_init": cloud_init.body()?,
             });
             let answer = context.client.post("/v1/vms", &body).await?;
             context.change(answer, "/v1/vms", &name, COLUMNS).await

@@ -29,8 +29,8 @@ use crate::{
     data::protocol::DataConfig,
     paths::NodePaths,
     state::{
-        BootFile, Cleanliness, ClusterState, DiskId, Generation, ImageId, ImagePart, LayerRef, NodeId,
-        RunEpoch, SegmentIndex, VmExit, VmId, VolumeId, WipePolicy, report::VmReport,
+        BootFile, Cleanliness, CloudInit, ClusterState, DiskId, Generation, ImageId, ImagePart, LayerRef,
+        NodeId, RunEpoch, SegmentIndex, VmExit, VmId, VolumeId, WipePolicy, report::VmReport,
     },
     vmm_role::record::Ended,
 };
@@ -176,6 +176,8 @@ pub enum Action {
         epoch: RunEpoch,
         /// What it is made of.
         config: Box<VmConfig>,
+        /// What its seed disk is made from.
+        cloud_init: Option<CloudInit>,
     },
     /// Press a VM's power button.
     PressPowerButton {

@@ -97,7 +97,7 @@ fn plan_start(view: View<'_>, vm: &Vm, assignment: Assignment) -> Option<Action>
         return Some(Action::ReportExit { vm: vm.id, epoch, exit: VmExit::Stopped });
     }
     let config = Box::new(config(view, vm).ok()?);
-    Some(Action::StartVm { vm: vm.id, epoch, config })
+    Some(Action::StartVm { vm: vm.id, epoch, config, cloud_init: vm.cloud_init.clone() })
 }
 
 /// What a VMM is told, or what is still missing for it.
@@ -124,7 +124,7 @@ fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
         cmdline,
         disks: disks.collect::<Result<_, String>>()?,
         nics: nics.collect::<Result<_, String>>()?,
-        seed: None,
+        seed: vm.cloud_init.is_some().then(|| view.paths.vm(vm.id).seed()),
         console_socket: view.paths.vm(vm.id).console(),
         backend_timeout_ms: u64::try_from(BACKEND_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
     })

@@ -2,6 +2,7 @@
 //!
 //! Every function checks first and changes afterwards, so that a refusal leaves the state as it was.
 
+mod cloud_init;
 mod cluster;
 mod disks;
 mod exports;

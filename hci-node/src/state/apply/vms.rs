@@ -5,7 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Applied, check_free, check_name, conflict, images, invalid, networks, not_found, storage};
+use super::{
+    Applied, check_free, check_name, cloud_init, conflict, images, invalid, networks, not_found, storage,
+};
 use crate::state::{
     Assignment, ClusterState, DesiredRun, Goal, ImagePart, NodeId, Port, Refusal, RefusalKind, Restart,
     RunEpoch, Severity, StopMode, Subject, Timestamp, Vm, VmExit, VmId, VolumeFill, VolumeOwner,
@@ -82,6 +84,7 @@ pub(super) fn create(
             restart: None,
             last_exit: None,
             created: at,
+            cloud_init: new.cloud_init.clone(),
         },
     );
     Ok(done)
@@ -120,6 +123,9 @@ fn check_shape(state: &ClusterState, new: &NewVm) -> Result<(), Refusal> {
     }
     if let Some(cmdline) = &new.cmdline {
         images::check_cmdline(cmdline)?;
+    }
+    if let Some(given) = &new.cloud_init {
+        cloud_init::check(given)?;
     }
     let image = state.images.get(&new.image).ok_or_else(|| not_found("image", new.image))?;
     if !image.is_ready() {

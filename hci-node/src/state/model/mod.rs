@@ -3,6 +3,7 @@
 //! All of them are stored with postcard, which does not describe itself: no `skip`, `flatten`, `untagged`, and
 //! new fields or variants only at the end of a type.
 
+mod cloud_init;
 mod cluster;
 mod disk;
 mod image;
@@ -13,6 +14,7 @@ mod task;
 mod vm;
 mod volume;
 
+pub use cloud_init::*;
 pub use cluster::*;
 pub use disk::*;
 pub use image::*;

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::cloud_init::CloudInit;
 use crate::state::ids::*;
 
 /// Whether a VM is meant to run.
@@ -75,6 +76,8 @@ pub struct Vm {
     pub last_exit: Option<VmExit>,
     /// When it was created.
     pub created: Timestamp,
+    /// What its guest's cloud-init is told, if anything.
+    pub cloud_init: Option<CloudInit>,
 }
 
 /// How a run of a VM ended.

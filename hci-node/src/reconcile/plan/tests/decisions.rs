@@ -43,13 +43,19 @@ fn an_assigned_vm_is_configured_and_started_when_all_is_there() {
     assert!(matches!(&first.vms[0].state, VmRunState::Waiting(why) if why.contains("opened")));
 
     let ready = plan_for(&state, &observed(Some(serving(&state))));
-    let [Action::StartVm { vm: started, epoch: RunEpoch(1), config }] = &ready.actions[..] else {
+    let [Action::StartVm { vm: started, epoch: RunEpoch(1), config, cloud_init: Some(told) }] =
+        &ready.actions[..]
+    else {
         panic!("{:?}", ready.actions)
     };
     assert_eq!(*started, vm());
     assert_eq!(config.disks[0].socket, paths().block_socket(volume()));
     assert_eq!(config.nics[0].mtu, Some(1500));
     assert_eq!(config.cmdline, "console=ttyS0");
+    assert_eq!(
+        (config.seed.clone(), told.hostname.as_deref()),
+        (Some(paths().vm(vm()).seed()), Some("front"))
+    );
     assert!(first.data.is_some_and(|one| crate::reconcile::link::same(&one, &ready.data.unwrap())));
 }
 
@@ -367,6 +373,7 @@ fn ports_elsewhere_are_forwarded_to_and_own_ones_are_not() {
                 preferred_node: None,
                 near: None,
                 desired: DesiredRun::Running,
+                cloud_init: None,
             },
             unreachable: Vec::new(),
         },

@@ -155,6 +155,7 @@ pub(super) fn cluster() -> ClusterState {
                 preferred_node: None,
                 near: Some(me()),
                 desired: DesiredRun::Running,
+                cloud_init: Some(CloudInit { hostname: Some("front".to_owned()), ..Default::default() }),
             },
             unreachable: Vec::new(),
         },
