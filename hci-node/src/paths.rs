@@ -148,6 +148,11 @@ impl VmPaths {
         self.dir.join("console.sock")
     }
 
+    /// Socket of the guest agent's port.
+    pub fn agent(&self) -> PathBuf {
+        self.dir.join("agent.sock")
+    }
+
     /// The seed disk that tells the guest's cloud-init who it is.
     pub fn seed(&self) -> PathBuf {
         self.dir.join("seed.iso")

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::layout::{CMDLINE_MAX, MIB};
 
-/// Disks and NICs on bus 0, besides the host bridge, the random number generator and the seed disk.
-const MAX_DEVICES: usize = 29;
+/// Disks and NICs on bus 0, besides the host bridge, the random number generator, the guest agent's port and the seed disk.
+const MAX_DEVICES: usize = 28;
 /// Most vCPUs that the (xAPIC) topology describes.
 const MAX_VCPUS: u8 = 254;
 /// Below this no kernel and initramfs fit beside the boot structures.
@@ -51,6 +51,9 @@ pub struct VmConfig {
     /// Content of the seed disk, a small read-only disk behind all other devices that tells cloud-init who the guest is.
     #[serde(default)]
     pub seed: Option<PathBuf>,
+    /// Unix socket on which the QEMU guest agent's port is served; made by the VMM.
+    #[serde(default)]
+    pub agent_socket: Option<PathBuf>,
     /// Unix socket on which the serial console is served; made by the VMM.
     pub console_socket: PathBuf,
     /// How long a start waits for the vhost-user sockets to answer before it fails. A running guest waits for ever.
@@ -291,6 +294,7 @@ mod tests {
                 mtu: Some(1450),
             }],
             seed: None,
+            agent_socket: None,
             console_socket: "/c".into(),
             backend_timeout_ms: 1000,
         }

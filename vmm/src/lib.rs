@@ -10,7 +10,7 @@
 //! - `vcpuN`: runs one vCPU and handles its exits on the buses (`bus`). Nothing it calls waits for a client or, beyond a bound, for a backend.
 //! - `console`: feeds the console's clients.
 //! - one for each disk and NIC: keeps the connection to the backend (`virtio::vhost_user`), for ever.
-//! - `rng`, `seed`: serve the random number generator and the seed disk.
+//! - `rng`, `seed`, `agent-port`: serve the random number generator, the seed disk and the guest agent's port.
 //!
 //! There is no async runtime. Whoever calls [`Vm::wait`] drives the end: first vCPUs, then devices, then the console.
 //!
@@ -38,6 +38,7 @@ mod layout;
 mod lifecycle;
 mod memory;
 mod pci;
+mod socket;
 mod vcpu;
 mod virtio;
 mod vm;

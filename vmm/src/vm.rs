@@ -32,6 +32,7 @@ use crate::vcpu::gate::{Gate, Wanted, install_kick_handler};
 use crate::vcpu::{self, VcpuContext, registers};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::pci::{Parts, VirtioPci};
+use crate::virtio::port::Port;
 use crate::virtio::rng::Rng;
 use crate::virtio::seed::Seed;
 use crate::virtio::vhost_user::blk::Disk;
@@ -39,6 +40,8 @@ use crate::virtio::vhost_user::device::VhostUser;
 use crate::virtio::vhost_user::net::Nic;
 use crate::virtio::vhost_user::worker::{self, WorkerHandle};
 
+/// Where the QEMU guest agent looks for its host.
+const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 /// Between complaints about vCPUs that do not stop.
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -215,6 +218,11 @@ impl<'a> Builder<'a> {
             slots.push(Arc::new(VirtioPci::new(Box::new(device), parts)?));
         }
         // Last, so that disks and NICs are where they would be without.
+        if let Some(path) = &self.config.agent_socket {
+            let port = Port::new(AGENT_PORT, path).map_err(resource("guest agent's socket"))?;
+            let parts = self.parts(&port, slots.len())?;
+            slots.push(Arc::new(VirtioPci::new(Box::new(port), parts)?));
+        }
         if let Some(path) = &self.config.seed {
             let seed = Seed::read(path).map_err(resource("seed disk"))?;
             let parts = self.parts(&seed, slots.len())?;

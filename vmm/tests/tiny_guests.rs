@@ -48,6 +48,7 @@ impl Lab {
             disks: vec![],
             nics: vec![],
             seed: None,
+            agent_socket: None,
             console_socket: self.console_path(),
             backend_timeout_ms: 300,
         }

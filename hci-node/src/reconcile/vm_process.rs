@@ -128,7 +128,7 @@ pub fn start(paths: &NodePaths, run: &RunFile, seed: Option<&[u8]>) -> io::Resul
     let vm = paths.vm(run.vm);
     make_directory(paths, &vm)?;
     // Nothing of an earlier run may be taken for this one's.
-    for stale in [vm.exit(), vm.socket(), vm.console()] {
+    for stale in [vm.exit(), vm.socket(), vm.console(), vm.agent()] {
         remove_if_there(&stale)?;
     }
     if let (Some(path), Some(content)) = (&run.config.seed, seed) {
@@ -244,7 +244,7 @@ pub fn forget(paths: &VmPaths, log: Log) -> io::Result<()> {
         Log::Keep => {
             // The run file last: without it there is no run.
             for file in
-                [paths.exit(), paths.socket(), paths.console(), paths.seed(), paths.config()]
+                [paths.exit(), paths.socket(), paths.console(), paths.agent(), paths.seed(), paths.config()]
             {
                 remove_if_there(&file)?;
             }

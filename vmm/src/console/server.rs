@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,6 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::ring::Ring;
 use super::serial::SerialPort;
+use crate::socket;
 
 /// What those who attach late get to see.
 const RING_SIZE: usize = 64 << 10;
@@ -78,9 +78,7 @@ impl ConsoleServer {
         serial: Arc<SerialPort>,
         drained: EventFd,
     ) -> io::Result<Self> {
-        remove_stale_socket(path)?;
-        let listener = UnixListener::bind(path)?;
-        listener.set_nonblocking(true)?;
+        let listener = socket::listen(path)?;
         let stop = Arc::new(AtomicBool::new(false));
         let epoll = Epoll::new()?;
         let mut server = Server {
@@ -108,16 +106,6 @@ impl Drop for ConsoleServer {
             let _ = thread.join();
         }
         let _ = fs::remove_file(&self.path);
-    }
-}
-
-/// A socket left by a VMM that was killed goes; anything else at that path is not ours to remove.
-fn remove_stale_socket(path: &Path) -> io::Result<()> {
-    match fs::symlink_metadata(path) {
-        Ok(meta) if meta.file_type().is_socket() => fs::remove_file(path),
-        Ok(_) => Err(io::Error::new(ErrorKind::AlreadyExists, "is there and is not a socket")),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
     }
 }
 
@@ -393,15 +381,5 @@ mod tests {
             }
         }
         assert_eq!(received, sent);
-    }
-
-    #[test]
-    fn a_stale_socket_is_replaced_but_no_other_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("console.sock");
-        drop(UnixListener::bind(&path).unwrap());
-        drop(console(&path));
-        fs::write(&path, "precious").unwrap();
-        assert!(remove_stale_socket(&path).is_err());
     }
 }

@@ -16,6 +16,7 @@ use crate::memory::Memory;
 pub(crate) enum DeviceType {
     Net = 1,
     Block = 2,
+    Console = 3,
     Rng = 4,
 }
 

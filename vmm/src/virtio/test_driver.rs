@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -81,7 +82,8 @@ impl Driver {
             kick: queue.kick.try_clone().unwrap(),
             call: queue.call.try_clone().unwrap(),
         });
-        let activation = Activation { features: 0, memory: memory.clone(), queues: active.collect() };
+        let features = device.features() & !(1 << VIRTIO_RING_F_EVENT_IDX);
+        let activation = Activation { features, memory: memory.clone(), queues: active.collect() };
         device.activate(activation).unwrap();
         Self { memory, queues }
     }
@@ -146,5 +148,11 @@ impl Driver {
             data.extend(part);
         }
         Some(Used { written, data })
+    }
+
+    /// Whether the device has used everything so far on a queue.
+    pub(crate) fn is_used(&self, queue: usize) -> bool {
+        let queue = &self.queues[queue];
+        self.memory.read_obj::<u16>(GuestAddress(queue.at + USED_AT + 2)).unwrap() == queue.next
     }
 }

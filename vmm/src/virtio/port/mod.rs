@@ -1,0 +1,105 @@
+//! virtio-console with one port: a channel between a program in the guest, which finds the port by its name, and whoever connects to a
+//! unix socket outside. The QEMU guest agent is such a program.
+//!
+//! One client at a time; a new one takes the place of the one before. The guest learns when there is a client, and a client is
+//! turned away, by the end of its stream, while nobody in the guest has the port open. What each side may have under way is bounded: a
+//! side that does not read makes the other one wait. See [`control`] for the protocol and [`server`] for the thread.
+
+mod control;
+mod server;
+#[cfg(test)]
+mod tests;
+
+use std::fs;
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use self::server::{Rings, Server};
+use super::device::{ActivateError, Activation, DeviceType, VirtioDevice, read_config_bytes};
+use super::local::{RING_FEATURES, Ring, Worker};
+use crate::socket;
+
+/// `VIRTIO_CONSOLE_F_MULTIPORT`: ports have names and are opened and closed.
+const MULTIPORT: u64 = 1 << 1;
+/// Ports in the device's numbering: number 0 is never added.
+const PORTS: u32 = 2;
+const QUEUE_SIZE: u16 = 64;
+/// Queues: two for each port, and two for control behind those of port 0.
+const QUEUES: usize = 6;
+const CONTROL_TO_GUEST: u16 = 2;
+const CONTROL_FROM_GUEST: u16 = 3;
+const TO_GUEST: u16 = 4;
+const FROM_GUEST: u16 = 5;
+
+/// The device.
+pub(crate) struct Port {
+    name: &'static str,
+    listener: UnixListener,
+    path: PathBuf,
+    worker: Option<Worker>,
+}
+
+impl Port {
+    /// A port of this name, served on the socket at `path`.
+    pub(crate) fn new(name: &'static str, path: &Path) -> io::Result<Self> {
+        Ok(Self { name, listener: socket::listen(path)?, path: path.to_owned(), worker: None })
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        self.worker = None;
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+impl VirtioDevice for Port {
+    fn id(&self) -> &str {
+        self.name
+    }
+
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Console
+    }
+
+    fn features(&self) -> u64 {
+        RING_FEATURES | MULTIPORT
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; QUEUES]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut config = [0; 8];
+        config[4..].copy_from_slice(&PORTS.to_le_bytes());
+        read_config_bytes(&config, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation { features, memory, mut queues } = activation;
+        if features & MULTIPORT == 0 {
+            // Its only port would be the console that there is none of.
+            return Ok(());
+        }
+        let mut ring = |index| -> Result<Ring, ActivateError> {
+            let at = queues.iter().position(|queue| queue.index == index);
+            let at = at.ok_or_else(|| ActivateError(format!("queue {index} is not set up")))?;
+            Ok(Ring::new(queues.swap_remove(at), features, memory.clone())?)
+        };
+        let rings = Rings {
+            control_to_guest: ring(CONTROL_TO_GUEST)?,
+            control_from_guest: ring(CONTROL_FROM_GUEST)?,
+            to_guest: ring(TO_GUEST)?,
+            from_guest: ring(FROM_GUEST)?,
+        };
+        let server = Server::new(self.name, self.listener.try_clone()?, memory)?;
+        self.worker = Some(Worker::spawn("agent-port", move |stop| server.run(rings, stop))?);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.worker = None;
+    }
+}
