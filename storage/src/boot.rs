@@ -1,9 +1,11 @@
-//! The boot epoch: a durable count of the starts of this node's data process.
+//! The boot epoch: a durable count of the starts of this node's data process; and the power epoch, which tells the starts of its
+//! machine apart.
 
-use crate::replica::protocol::BootEpoch;
+use crate::replica::protocol::{BootEpoch, PowerEpoch};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
+use uuid::Uuid;
 
 const FILE: &str = "boot-epoch";
 /// Boot epochs are the upper bits of the sequence in a version: more starts than this cannot be told apart.
@@ -31,6 +33,13 @@ pub(crate) fn next(dir: &Path) -> io::Result<BootEpoch> {
     fs::rename(&new, &path)?;
     File::open(dir)?.sync_all()?;
     Ok(BootEpoch(epoch))
+}
+
+/// Since when this machine has had power, as the kernel tells it (proc(5), `/proc/sys/kernel/random/boot_id`). Where it does not, each
+/// start of the process counts as one of the machine.
+pub(crate) fn power_epoch() -> PowerEpoch {
+    let told = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
+    PowerEpoch(told.and_then(|text| Uuid::parse_str(text.trim()).ok()).unwrap_or_else(Uuid::new_v4))
 }
 
 #[cfg(test)]

@@ -147,7 +147,8 @@ impl Storage {
     ) -> Result<Self, StorageError> {
         let boot = crate::boot::next(&options.state_dir)?;
         let metrics = Metrics::new()?;
-        let replicas = Arc::new(ReplicaServer::new(options.node, boot, metrics.clone()));
+        let replicas =
+            Arc::new(ReplicaServer::new(options.node, boot, crate::boot::power_epoch(), metrics.clone()));
         let rim = Rim {
             node: options.node,
             boot,

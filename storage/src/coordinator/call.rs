@@ -149,7 +149,9 @@ impl Coordinator {
         let started = Instant::now();
         match self.call(target, op, self.deadline(target)).await? {
             ReplicaOutcome::Done => {
-                self.table.lock().note_written(&target);
+                if ack == AckWhen::Logged {
+                    self.table.lock().note_written(&target);
+                }
                 self.observe(target, started);
                 Ok(())
             }

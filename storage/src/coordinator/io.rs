@@ -67,6 +67,12 @@ impl Coordinator {
             }
             BlockOp::Flush => {
                 self.flush_replicas().await;
+                // Told once, as the kernel does with its files: a file system stops trusting its disk then.
+                if self.loss.swap(false, Ordering::AcqRel) {
+                    return Err(BlockError::Io(
+                        "all copies lost power, and writes not flushed with it".into(),
+                    ));
+                }
                 Ok(Bytes::new())
             }
         }

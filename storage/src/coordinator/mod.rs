@@ -69,7 +69,7 @@ use members::{MemberTable, Patience};
 use netfabric::NodeId;
 use parking_lot::Mutex;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -158,6 +158,8 @@ pub(crate) struct Coordinator {
     layers: Layers,
     sequence: AtomicU64,
     sessions: AtomicU64,
+    /// Writes that were complete and not flushed may be gone, and nobody was told yet.
+    loss: AtomicBool,
     /// How often the volume was opened again.
     reopenings: AtomicU64,
     /// Requests that wait for replicas.
@@ -194,6 +196,7 @@ impl Coordinator {
             layers: Layers::new(&config.layers),
             sequence: AtomicU64::new((rim.boot.0 << SEQUENCE_BITS) + 1),
             sessions: AtomicU64::new(1),
+            loss: AtomicBool::new(false),
             reopenings: AtomicU64::new(0),
             waiting: AtomicUsize::new(0),
             commits: tokio::sync::Mutex::default(),

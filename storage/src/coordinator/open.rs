@@ -6,12 +6,12 @@
 
 use super::geometry;
 use super::layers::Part;
-use super::members::{SlotState, Target};
+use super::members::{Contents, SlotState, Target};
 use super::{Coordinator, Phase, diff};
 use crate::config::CleanState;
 use crate::control::CommitError;
 use crate::ids::{DiskId, SegmentIndex};
-use crate::replica::protocol::{ReplicaOp, ReplicaOutcome};
+use crate::replica::protocol::{PowerEpoch, ReplicaOp, ReplicaOutcome};
 use futures_util::StreamExt;
 use futures_util::future::{join_all, try_join_all};
 use netfabric::NodeId;
@@ -29,8 +29,8 @@ pub(super) struct Interrupted;
 
 /// How a replica answered the announcement.
 pub(super) enum Attached {
-    /// A session began; the flag says whether this generation was announced to it before.
-    Session { target: Target, known: bool },
+    /// A session began; `known` says whether this generation was announced to it before.
+    Session { target: Target, power: PowerEpoch, known: bool },
     /// It did not, and why.
     Failed(String),
 }
@@ -77,7 +77,10 @@ impl Coordinator {
         if first && !self.record_opening().await {
             return;
         }
-        self.change(|table| table.opened());
+        if self.change(|table| table.opened()) == Contents::Incomplete {
+            tracing::error!(volume = %self.id, "all replicas in sync lost power: writes that were not flushed may be gone");
+            self.loss.store(true, Ordering::Release);
+        }
         self.phase.change_if(|phase| {
             let opens = *phase == Phase::Opening;
             if opens {
@@ -141,9 +144,9 @@ impl Coordinator {
             let attempts = missing.iter().map(|(disk, node)| self.attach(*disk, *node));
             for ((disk, _), attached) in missing.iter().zip(join_all(attempts).await) {
                 match attached {
-                    Attached::Session { target, known } => {
+                    Attached::Session { target, power, known } => {
                         known_before |= known;
-                        self.change(|table| table.attached(target.disk, target.session, true));
+                        self.change(|table| table.attached(target.disk, target.session, power, true));
                     }
                     Attached::Failed(reason) => {
                         tracing::debug!(volume = %self.id, %disk, reason, "replica not attached");
@@ -168,8 +171,8 @@ impl Coordinator {
     pub(super) async fn attach(&self, disk: DiskId, node: NodeId) -> Attached {
         let target = Target { disk, node, session: self.next_session() };
         match self.call(target, ReplicaOp::Attach { disk }, self.rim.timing.member_deadline).await {
-            Ok(ReplicaOutcome::Attached { previous }) => {
-                Attached::Session { target, known: previous >= self.generation }
+            Ok(ReplicaOutcome::Attached { previous, power }) => {
+                Attached::Session { target, power, known: previous >= self.generation }
             }
             Ok(_) => Attached::Failed("the answer does not fit the request".into()),
             Err(error) => Attached::Failed(error.reason().to_owned()),

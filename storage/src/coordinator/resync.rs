@@ -101,13 +101,13 @@ impl Coordinator {
 
     /// Starts a session with a member that was away.
     async fn bring_back(self: Arc<Self>, disk: DiskId, node: NodeId) {
-        let Attached::Session { target, .. } = self.attach(disk, node).await else { return };
+        let Attached::Session { target, power, .. } = self.attach(disk, node).await else { return };
         // A volume that is being opened again attaches its members itself, and another attempt may have been faster.
         let attached = {
             let mut table = self.table.lock();
             let wanted = self.phase.get() == Phase::Open && table.detached().iter().any(|(d, _)| *d == disk);
             if wanted {
-                table.attached(disk, target.session, false);
+                table.attached(disk, target.session, power, false);
                 table.progress(disk, |p| *p = ResyncProgress::default());
             }
             wanted

@@ -9,10 +9,15 @@ use crate::store::{BlockVersion, DamagedBlocks, Keep, ReadReply, ReplicaWrite};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use thiserror::Error;
+use uuid::Uuid;
 
 /// Counts the starts of a node's data process; durable, so that a new one is always higher.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug, Serialize, Deserialize)]
 pub struct BootEpoch(pub u64);
+
+/// From one start of a replica's machine to the next: what was written and not flushed in another one may be lost.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PowerEpoch(pub Uuid);
 
 /// One attachment of a coordinator to a replica. Higher ones end lower ones of the same generation.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug, Serialize, Deserialize)]
@@ -145,7 +150,7 @@ impl ReplicaOp {
 /// The answer of a replica server.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ReplicaReply {
-    /// Boot epoch of the answering process: a new one means that it may have lost what was logged and not flushed.
+    /// Boot epoch of the answering process.
     pub boot: BootEpoch,
     /// Microseconds from the request's arrival to its answer.
     pub served_us: u32,
@@ -160,6 +165,8 @@ pub enum ReplicaOutcome {
     Attached {
         /// The generation that the disk had stored before.
         previous: Generation,
+        /// Since when the disk's machine has had power.
+        power: PowerEpoch,
     },
     /// Written or flushed.
     Done,

@@ -5,7 +5,8 @@
 //! later is refused. Sessions live in memory: after a restart nobody is attached, so a coordinator learns of it by its next request.
 
 use super::protocol::{
-    AckWhen, BootEpoch, ReplicaError, ReplicaOp, ReplicaOutcome, ReplicaReply, ReplicaRequest, Session,
+    AckWhen, BootEpoch, PowerEpoch, ReplicaError, ReplicaOp, ReplicaOutcome, ReplicaReply, ReplicaRequest,
+    Session,
 };
 use crate::ids::{
     BLOCK_SIZE, BLOCKS_PER_SEGMENT, DiskId, Generation, MAX_DEPTH, SegmentKey, Version, VolumeId,
@@ -49,14 +50,15 @@ pub(crate) struct ServedDisk {
 pub(crate) struct ReplicaServer {
     node: NodeId,
     boot: BootEpoch,
+    power: PowerEpoch,
     disks: RwLock<BTreeMap<DiskId, ServedDisk>>,
     metrics: Metrics,
     gates: Mutex<BTreeMap<(VolumeId, DiskId), Gate>>,
 }
 
 impl ReplicaServer {
-    pub(crate) fn new(node: NodeId, boot: BootEpoch, metrics: Metrics) -> Self {
-        Self { node, boot, disks: RwLock::default(), metrics, gates: Mutex::default() }
+    pub(crate) fn new(node: NodeId, boot: BootEpoch, power: PowerEpoch, metrics: Metrics) -> Self {
+        Self { node, boot, power, disks: RwLock::default(), metrics, gates: Mutex::default() }
     }
 
     /// Adds a disk, or replaces its store; sessions with it end.
@@ -123,7 +125,8 @@ impl ReplicaServer {
             Attachment { coordinator: from, generation: request.generation, session: request.session };
         if let ReplicaOp::Attach { .. } = request.op {
             let gate = self.gate(request.volume, disk);
-            return attach(&gate, store.as_ref(), request.volume, caller).await;
+            let previous = attach(&gate, store.as_ref(), request.volume, caller).await?;
+            return Ok(ReplicaOutcome::Attached { previous, power: self.power });
         }
         let known = self.gates.lock().get(&(request.volume, disk)).cloned();
         let gate = known.ok_or(ReplicaError::NotAttached)?;
@@ -257,7 +260,7 @@ async fn attach(
     store: &dyn DiskStore,
     volume: VolumeId,
     caller: Attachment,
-) -> Result<ReplicaOutcome, ReplicaError> {
+) -> Result<Generation, ReplicaError> {
     let mut attachment = gate.write().await;
     let previous = store.generation(volume).await?;
     if caller.generation < previous {
@@ -277,7 +280,7 @@ async fn attach(
         store.set_generation(volume, caller.generation).await?;
     }
     *attachment = Some(caller);
-    Ok(ReplicaOutcome::Attached { previous })
+    Ok(previous)
 }
 
 fn check_range(block: u32, blocks: u32) -> Result<(), ReplicaError> {

@@ -1,7 +1,7 @@
 //! Replica messages as bytes: a postcard header (versioned by the RPC layer) and the data, raw.
 
 use super::protocol::{
-    AckWhen, BootEpoch, ReplicaAddress, ReplicaError, ReplicaOp, ReplicaOutcome, ReplicaReply,
+    AckWhen, BootEpoch, PowerEpoch, ReplicaAddress, ReplicaError, ReplicaOp, ReplicaOutcome, ReplicaReply,
     ReplicaRequest, Session,
 };
 use crate::ids::{DiskId, Generation, LayerRef, Version, VolumeId};
@@ -44,7 +44,7 @@ struct ReplyHeader {
 /// Append only: the order is the wire format.
 #[derive(Serialize, Deserialize)]
 enum Outcome {
-    Attached { previous: Generation },
+    Attached { previous: Generation, power: PowerEpoch },
     Done,
     Data { crcs: Vec<u32> },
     Versions(Vec<BlockVersion>),
@@ -103,7 +103,7 @@ pub(crate) fn decode_request(request: &Request) -> Result<ReplicaRequest, Decode
 pub(crate) fn encode_reply(reply: ReplicaReply) -> Result<Response, EncodeError> {
     let mut bulk = Bytes::new();
     let result = reply.result.map(|outcome| match outcome {
-        ReplicaOutcome::Attached { previous } => Outcome::Attached { previous },
+        ReplicaOutcome::Attached { previous, power } => Outcome::Attached { previous, power },
         ReplicaOutcome::Done => Outcome::Done,
         ReplicaOutcome::Data(read) => {
             bulk = read.data;
@@ -118,7 +118,7 @@ pub(crate) fn encode_reply(reply: ReplicaReply) -> Result<Response, EncodeError>
 pub(crate) fn decode_reply(response: &Response) -> Result<ReplicaReply, DecodeError> {
     let header: ReplyHeader = response.decode()?;
     let result = header.result.map(|outcome| match outcome {
-        Outcome::Attached { previous } => ReplicaOutcome::Attached { previous },
+        Outcome::Attached { previous, power } => ReplicaOutcome::Attached { previous, power },
         Outcome::Done => ReplicaOutcome::Done,
         Outcome::Data { crcs } => ReplicaOutcome::Data(ReadReply { data: response.bulk.clone(), crcs }),
         Outcome::Versions(versions) => ReplicaOutcome::Versions(versions),
@@ -246,7 +246,7 @@ mod tests {
                 Ok(ReplicaOutcome::Damaged(damaged)),
                 Ok(ReplicaOutcome::Versions(versions)),
                 Ok(ReplicaOutcome::Data(ReadReply { data: data.clone().into(), crcs: vec![1, 2] })),
-                Ok(ReplicaOutcome::Attached { previous: Generation(boot) }),
+                Ok(ReplicaOutcome::Attached { previous: Generation(boot), power: PowerEpoch(uuid::Uuid::from_u128(boot.into())) }),
                 Err(ReplicaError::Fenced { current: Generation(7) }),
             ] {
                 let reply = ReplicaReply { boot: BootEpoch(boot), served_us: boot as u32, result };

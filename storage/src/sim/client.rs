@@ -122,9 +122,15 @@ async fn step(
         }
         50..60 => {
             let submitted = history.lock().tick();
-            request(device, BlockOp::Flush).await?;
-            history.lock().acknowledge_flush(opening, submitted);
-            tracing::trace!(submitted, "flush acknowledged");
+            match request(device, BlockOp::Flush).await {
+                // It says that something was lost; whether that can be, the reads will tell.
+                Err(BlockError::Io(_)) => history.lock().fail_flush(opening),
+                done => {
+                    done?;
+                    history.lock().acknowledge_flush(opening, submitted);
+                    tracing::trace!(submitted, "flush acknowledged");
+                }
+            }
         }
         _ => read_and_check(device, opening, history, sectors).await?,
     }

@@ -14,7 +14,7 @@ use crate::coordinator::{Coordinator, Rim, Timing, VolumeDevice};
 use crate::ids::{BLOCK_SIZE, ByteSize, DiskId, Generation, SEGMENT_SIZE, SegmentIndex, VolumeId};
 use crate::lease::Lease;
 use crate::metrics::Metrics;
-use crate::replica::protocol::BootEpoch;
+use crate::replica::protocol::{BootEpoch, PowerEpoch};
 use crate::replica::server::ReplicaServer;
 use crate::scrub::{ScrubPolicy, Scrubber};
 use crate::status::VolumeState;
@@ -47,6 +47,7 @@ pub(super) struct Node {
     pub(super) disk_id: DiskId,
     pub(super) disk: Disk,
     boots: u64,
+    power: PowerEpoch,
     process: Option<Process>,
 }
 
@@ -81,6 +82,7 @@ impl Cluster {
                 disk_id: DiskId(id(n + 100)),
                 disk: Disk::new(setup.disks, DiskId(id(n + 100)), dice.clone()),
                 boots: 0,
+                power: PowerEpoch(Uuid::from_u128(1)),
                 process: None,
             })
             .collect();
@@ -140,7 +142,7 @@ impl Cluster {
         }
         node.boots += 1;
         let boot = BootEpoch(node.boots);
-        let server = Arc::new(ReplicaServer::new(node.id, boot, self.metrics.clone()));
+        let server = Arc::new(ReplicaServer::new(node.id, boot, node.power, self.metrics.clone()));
         let store = match node.disk.open() {
             Ok(store) => store,
             Err(error) => {
@@ -183,6 +185,7 @@ impl Cluster {
         for n in nodes {
             self.kill(*n);
             self.nodes[*n].disk.power_cut();
+            self.nodes[*n].power.0 = Uuid::from_u128(self.nodes[*n].power.0.as_u128() + 1);
             disks.push(self.nodes[*n].disk_id);
         }
         self.raft.power_cut(&disks);

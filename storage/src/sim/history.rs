@@ -27,6 +27,8 @@ struct Write {
     over: Option<Time>,
     acknowledged: bool,
     flushed: bool,
+    /// What `certain` was until a loss of power. Its opening must not say now that it is flushed, unless it still is there.
+    doubtful: Option<Time>,
     /// From here on a read has shown that it is not there (any more).
     gone: Option<Time>,
 }
@@ -67,6 +69,7 @@ impl History {
                 over: Some(0),
                 acknowledged: true,
                 flushed: true,
+                doubtful: None,
                 gone: None,
             }]
         })
@@ -84,6 +87,7 @@ impl History {
                 over: None,
                 acknowledged: false,
                 flushed: false,
+                doubtful: None,
                 gone: None,
             });
         }
@@ -110,9 +114,20 @@ impl History {
         self.flushes += 1;
         self.check_serving(opening, "flush");
         for write in self.sectors.values_mut().flatten() {
+            if write.opening == opening && write.doubtful.is_some_and(|t| t < submitted) {
+                write.certain = write.doubtful.take();
+            }
             if write.certain.is_some_and(|t| t < submitted) {
                 write.flushed = true;
             }
+        }
+    }
+
+    /// A flush failed: whoever wrote knows that something may be gone.
+    pub(super) fn fail_flush(&mut self, opening: u64) {
+        self.tick();
+        for write in self.sectors.values_mut().flatten().filter(|write| write.opening == opening) {
+            write.doubtful = None;
         }
     }
 
@@ -168,7 +183,7 @@ impl History {
             write.gone = None;
             if !write.flushed && write.certain.is_some() {
                 // One that is not acknowledged may still be done again.
-                write.certain = None;
+                write.doubtful = write.certain.take().filter(|_| write.acknowledged);
             }
         }
     }

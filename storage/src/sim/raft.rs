@@ -256,7 +256,8 @@ impl ControlPlane for NodeControl {
                 if segment.replicas.iter().filter(in_sync).count() >= minimum {
                     segment.replicas.retain(|r| r.disk != disk || r.tenure == Tenure::Stays);
                 }
-                segment.replicas.iter_mut().for_each(|r| r.tenure = Tenure::Stays);
+                let stays = segment.replicas.iter_mut().filter(|r| r.disk == disk);
+                stays.for_each(|r| r.tenure = Tenure::Stays);
             }
             // One that lost its cache before it was asked for a proof that it has everything excuses nothing.
             let since = asked - PROOF;

@@ -10,6 +10,7 @@ use crate::coordinator::VolumeDevice;
 use crate::device::{BlockDevice, BlockError, BlockOp};
 use crate::ids::{BLOCK_SIZE, LayerId, LayerRef, SECTOR_SIZE, SEGMENT_SIZE, SegmentIndex, SegmentKey};
 use crate::status::{MemberState, ScrubState, VolumeState};
+use bytes::Bytes;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -450,5 +451,47 @@ fn layers_without_a_snapshot_are_merged_and_nothing_changes() {
         cluster.run_until(Duration::from_secs(4), |_| false).await;
         let held = cluster.nodes[0].disk.model().contents();
         assert_eq!(held.len(), 5, "one copy of each block is left: {:?}", held.keys());
+    });
+}
+
+#[test]
+fn a_flush_says_once_that_writes_were_lost_under_a_running_guest() {
+    simulate(async {
+        let (mut cluster, device, n) = healthy(4, 1).await;
+        let last = (n + 1) % 3;
+        let disk = cluster.nodes[last].disk_id;
+        for segment in (0..2).map(SegmentIndex) {
+            cluster.change_set(segment, |replicas| {
+                replicas.iter_mut().filter(|r| r.disk != disk).for_each(|r| r.tenure = Tenure::Leaves);
+            });
+        }
+        let is_alone = |cluster: &Cluster| {
+            cluster.raft.in_sync() == [disk] && {
+                let record = cluster.raft.record.lock();
+                record.volume.segments.iter().all(|segment| segment.replicas.len() == 1)
+            }
+        };
+        assert!(cluster.run_until(LIMIT, is_alone).await);
+        write(&device, 0, 1).await;
+        request(&device, BlockOp::Flush).await.unwrap();
+        cluster.kill(last);
+        cluster.start(last);
+        timed_write(&mut cluster, &device, 1, 1).await;
+        assert_eq!(
+            request(&device, BlockOp::Flush).await,
+            Ok(Bytes::new()),
+            "a process that was killed loses nothing"
+        );
+        write(&device, 1, 2).await;
+        cluster.power_cut(&[last]);
+        cluster.start(last);
+        timed_write(&mut cluster, &device, 2, 1).await;
+        assert!(matches!(request(&device, BlockOp::Flush).await, Err(BlockError::Io(_))));
+        assert_eq!(request(&device, BlockOp::Flush).await, Ok(Bytes::new()), "said once");
+        assert_eq!(read(&device, 0).await, Ok(1), "it was flushed");
+        cluster.power_cut(&[last]);
+        cluster.start(last);
+        timed_write(&mut cluster, &device, 2, 2).await;
+        assert_eq!(request(&device, BlockOp::Flush).await, Ok(Bytes::new()), "nothing was lost");
     });
 }

@@ -12,7 +12,7 @@
 
 use crate::config::{ReplicaConfig, ReplicaState, SegmentConfig, Tenure, VolumeConfig};
 use crate::ids::{DiskId, SegmentIndex};
-use crate::replica::protocol::Session;
+use crate::replica::protocol::{PowerEpoch, Session};
 use crate::status::{MemberState, ReplicaStatus, ResyncProgress};
 use netfabric::NodeId;
 use std::collections::{BTreeMap, BTreeSet};
@@ -40,6 +40,16 @@ struct Slot {
     sync: SlotState,
     committed: ReplicaState,
     tenure: Tenure,
+    contents: Contents,
+}
+
+/// Whether a replica still has what it acknowledged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Contents {
+    /// It has.
+    Complete,
+    /// Its machine lost power before everything was flushed.
+    Incomplete,
 }
 
 #[derive(Clone, Debug)]
@@ -54,6 +64,8 @@ struct Member {
     link: Link,
     slots: BTreeMap<SegmentIndex, Slot>,
     progress: Option<ResyncProgress>,
+    /// As of its latest session.
+    power: Option<PowerEpoch>,
     /// Writes acknowledged by it in this session, and how many of them a flush has covered.
     written: u64,
     flushed: u64,
@@ -125,7 +137,12 @@ impl MemberTable {
                     Link::Attached(_) => SlotState::Copying,
                     Link::Detached(_) => SlotState::Stale,
                 };
-                let new = Slot { sync, committed: replica.state, tenure: replica.tenure };
+                let new = Slot {
+                    sync,
+                    committed: replica.state,
+                    tenure: replica.tenure,
+                    contents: Contents::Complete,
+                };
                 member.slots.entry(segment.index).or_insert(new).tenure = replica.tenure;
             }
         }
@@ -153,6 +170,7 @@ impl MemberTable {
             link: Link::Detached("not reached yet".into()),
             slots: BTreeMap::new(),
             progress: None,
+            power: None,
             written: 0,
             flushed: 0,
         })
@@ -182,7 +200,12 @@ impl MemberTable {
                     (Link::Attached(_), ReplicaState::OutOfSync) => SlotState::Copying,
                     (Link::Detached(_), _) => SlotState::Stale,
                 };
-                let slot = Slot { sync, committed: replica.state, tenure: replica.tenure };
+                let slot = Slot {
+                    sync,
+                    committed: replica.state,
+                    tenure: replica.tenure,
+                    contents: Contents::Complete,
+                };
                 member.slots.insert(segment.index, slot);
             }
         }
@@ -228,8 +251,12 @@ impl MemberTable {
 
     /// A session began. While opening, replicas in the in-sync set wait to be made equal with each other; at any other
     /// time, and for replicas out of sync, it is resync that brings them back.
-    pub(crate) fn attached(&mut self, disk: DiskId, session: Session, opening: bool) {
+    pub(crate) fn attached(&mut self, disk: DiskId, session: Session, power: PowerEpoch, opening: bool) {
         let Some(member) = self.members.get_mut(&disk) else { return };
+        let before = member.power.replace(power);
+        if before.is_some_and(|before| before != power) && member.flushed < member.written {
+            member.slots.values_mut().for_each(|slot| slot.contents = Contents::Incomplete);
+        }
         member.link = Link::Attached(session);
         (member.written, member.flushed) = (1, 0);
         for slot in member.slots.values_mut() {
@@ -281,13 +308,16 @@ impl MemberTable {
         })
     }
 
-    /// Opening is done: all replicas that took part are equal and durable.
-    pub(crate) fn opened(&mut self) {
+    /// Opening is done: all replicas that took part are equal and durable. What one of them still had all of them have now.
+    pub(crate) fn opened(&mut self) -> Contents {
+        let has_all = |slot: &Slot| slot.sync == SlotState::Opening && slot.contents == Contents::Complete;
+        let is_whole = (0..self.segments).all(|s| self.slots(SegmentIndex(s)).any(|(_, slot)| has_all(slot)));
         for member in self.members.values_mut() {
             for slot in member.slots.values_mut().filter(|s| s.sync == SlotState::Opening) {
-                slot.sync = SlotState::InSync;
+                (slot.sync, slot.contents) = (SlotState::InSync, Contents::Complete);
             }
         }
+        if is_whole { Contents::Complete } else { Contents::Incomplete }
     }
 
     /// Some segment has lost every replica in sync: only opening again can tell what is the truth.
@@ -519,6 +549,7 @@ impl MemberTable {
         match slot {
             Some(slot) if slot.sync == SlotState::Copying => {
                 (slot.sync, slot.committed) = (SlotState::Joining, ReplicaState::InSync);
+                slot.contents = Contents::Complete;
                 true
             }
             _ => false,

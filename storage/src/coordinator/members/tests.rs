@@ -7,6 +7,9 @@ use crate::replica::protocol::BootEpoch;
 use uuid::Uuid;
 
 const SEGMENT: SegmentIndex = SegmentIndex(0);
+const POWER: PowerEpoch = PowerEpoch(Uuid::from_u128(1));
+/// After a loss of power.
+const NEXT_POWER: PowerEpoch = PowerEpoch(Uuid::from_u128(2));
 
 fn disk(n: u128) -> DiskId {
     DiskId(Uuid::from_u128(n))
@@ -44,7 +47,7 @@ fn open(min_in_sync: u8) -> MemberTable {
     let mut table = MemberTable::new(&config(min_in_sync, [ReplicaState::InSync; 3]));
     for n in 1..4 {
         assert!(!table.ready_to_open());
-        table.attached(disk(n), session(n as u64), true);
+        table.attached(disk(n), session(n as u64), POWER, true);
     }
     assert!(table.ready_to_open() && table.must_reopen());
     table.opened();
@@ -77,7 +80,7 @@ fn a_lost_member_holds_up_writes_until_raft_has_taken_it_out() {
 fn a_member_that_came_back_before_the_commit_is_not_trusted() {
     let mut table = open(1);
     table.lose(disk(3), session(3), "restarted");
-    table.attached(disk(3), session(9), false);
+    table.attached(disk(3), session(9), POWER, false);
     let all = table.write_targets(SEGMENT);
     assert_eq!(all.len(), 3, "it gets new writes");
     assert!(!table.write_complete(SEGMENT, &all), "and yet Raft holds it as in sync and it is not equal");
@@ -91,10 +94,10 @@ fn a_member_that_came_back_before_the_commit_is_not_trusted() {
 fn a_commit_that_was_not_answered_is_asked_for_again_though_the_member_came_back() {
     use ReplicaState::{InSync, OutOfSync};
     let mut table = MemberTable::new(&config(1, [InSync; 3]));
-    table.attached(disk(1), session(1), true);
-    table.attached(disk(2), session(2), true);
+    table.attached(disk(1), session(1), POWER, true);
+    table.attached(disk(2), session(2), POWER, true);
     table.not_answered(disk(3));
-    table.attached(disk(3), session(3), true);
+    table.attached(disk(3), session(3), POWER, true);
     assert!(table.ready_to_open());
     table.opened();
     assert_eq!(table.to_take_out().len(), 1, "Raft may hold it as out of sync");
@@ -110,15 +113,15 @@ fn a_commit_that_was_not_answered_is_asked_for_again_though_the_member_came_back
 fn a_member_lost_while_it_is_put_in_is_taken_out_though_the_volume_opens_again_with_it() {
     use ReplicaState::{InSync, OutOfSync};
     let mut table = MemberTable::new(&config(1, [InSync, InSync, OutOfSync]));
-    table.attached(disk(1), session(1), true);
-    table.attached(disk(2), session(2), true);
+    table.attached(disk(1), session(1), POWER, true);
+    table.attached(disk(2), session(2), POWER, true);
     table.opened();
-    table.attached(disk(3), session(3), false);
+    table.attached(disk(3), session(3), POWER, false);
     let third = table.to_copy()[0].0;
     assert!(table.begin_join(&third, SEGMENT));
     table.detach_all("opening again");
     for n in 1..4 {
-        table.attached(disk(n), session(10 + n as u64), true);
+        table.attached(disk(n), session(10 + n as u64), POWER, true);
     }
     table.opened();
     assert_eq!(table.to_take_out().iter().map(|(d, _)| *d).collect::<Vec<_>>(), [disk(3)]);
@@ -128,11 +131,11 @@ fn a_member_lost_while_it_is_put_in_is_taken_out_though_the_volume_opens_again_w
 fn a_member_whose_joining_has_begun_may_not_be_left_out() {
     use ReplicaState::{InSync, OutOfSync};
     let mut table = MemberTable::new(&config(1, [InSync, InSync, OutOfSync]));
-    table.attached(disk(1), session(1), true);
-    table.attached(disk(2), session(2), true);
+    table.attached(disk(1), session(1), POWER, true);
+    table.attached(disk(2), session(2), POWER, true);
     assert!(table.ready_to_open());
     table.opened();
-    table.attached(disk(3), session(3), false);
+    table.attached(disk(3), session(3), POWER, false);
     let all = table.write_targets(SEGMENT);
     assert!(table.write_complete(SEGMENT, &all[..2]));
     assert!(table.begin_join(&all[2], SEGMENT));
@@ -222,7 +225,7 @@ fn a_volume_waits_with_growing_for_a_new_disk_but_not_for_ever() {
 
     let mut table = open(2);
     table.configure(&grown(4));
-    table.attached(disk(4), session(4), false);
+    table.attached(disk(4), session(4), POWER, false);
     table.grow(Patience::Waits);
     assert_eq!(table.size(), 2 * SEGMENT_SIZE);
     assert!(table.to_take_out().is_empty());
@@ -234,7 +237,7 @@ fn readers_are_local_first_and_in_sync_only() {
     let third = NodeId::new(Uuid::from_u128(3));
     assert_eq!(table.readers(SEGMENT, third, 0)[0].disk, disk(3));
     table.lose(disk(3), session(3), "gone");
-    table.attached(disk(3), session(4), false);
+    table.attached(disk(3), session(4), POWER, false);
     assert!(table.readers(SEGMENT, third, 0).iter().all(|t| t.disk != disk(3)));
 }
 #[test]
@@ -265,7 +268,7 @@ fn a_member_leaves_only_while_all_others_in_the_set_have_everything() {
     assert_eq!(staying.iter().map(|target| target.disk).collect::<Vec<_>>(), [disk(2), disk(3)]);
     table.lose(disk(3), session(3), "gone");
     assert!(table.leaving().is_empty(), "Raft counts on one that is lost");
-    table.attached(disk(3), session(9), false);
+    table.attached(disk(3), session(9), POWER, false);
     assert!(table.leaving().is_empty(), "it lacks something");
     use ReplicaState::{InSync, OutOfSync};
     table.taken_out(disk(3), &config(1, [InSync, InSync, OutOfSync]));
@@ -286,4 +289,50 @@ fn a_member_stays_when_too_few_would_be_left_or_the_control_plane_changes_its_mi
     assert_eq!(table.leaving().len(), 1);
     table.configure(&config(2, [ReplicaState::InSync; 3]));
     assert!(table.leaving().is_empty());
+}
+
+/// All members have written something that was not flushed, are gone, and come back; those named after a loss of power.
+fn come_back(table: &mut MemberTable, without_power: &[u128]) -> Contents {
+    let flushed: Vec<_> = table.flush_targets();
+    flushed.iter().for_each(|(target, written)| table.note_flushed(target, *written));
+    flushed.iter().for_each(|(target, _)| table.note_written(target));
+    table.detach_all("opening again");
+    for n in 1..4 {
+        let power = if without_power.contains(&n) { NEXT_POWER } else { POWER };
+        table.attached(disk(n), session(20 + n as u64), power, true);
+    }
+    table.opened()
+}
+
+#[test]
+fn writes_are_lost_only_when_all_in_the_set_lost_power_with_something_not_flushed() {
+    assert_eq!(come_back(&mut open(2), &[]), Contents::Complete);
+    assert_eq!(come_back(&mut open(2), &[1, 3]), Contents::Complete, "the second has everything");
+    let mut table = open(2);
+    assert_eq!(come_back(&mut table, &[1, 2, 3]), Contents::Incomplete);
+    table.detach_all("opening again");
+    (1..4).for_each(|n| table.attached(disk(n), session(30 + n as u64), NEXT_POWER, true));
+    assert_eq!(table.opened(), Contents::Complete, "said once");
+
+    let mut table = open(2);
+    for (target, written) in table.flush_targets() {
+        table.note_flushed(&target, written);
+    }
+    table.detach_all("opening again");
+    (1..4).for_each(|n| table.attached(disk(n), session(20 + n as u64), NEXT_POWER, true));
+    assert_eq!(table.opened(), Contents::Complete, "all was flushed");
+}
+
+#[test]
+fn a_member_that_lost_power_and_was_not_copied_to_yet_does_not_count_as_whole() {
+    let mut table = open(1);
+    table.flush_targets().iter().for_each(|(target, _)| table.note_written(target));
+    table.lose(disk(1), session(1), "gone");
+    table.attached(disk(1), session(9), NEXT_POWER, false);
+    table.detach_all("opening again");
+    table.attached(disk(1), session(10), NEXT_POWER, true);
+    for n in [2, 3] {
+        table.attached(disk(n), session(20 + n as u64), NEXT_POWER, true);
+    }
+    assert_eq!(table.opened(), Contents::Incomplete);
 }
