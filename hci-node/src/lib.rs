@@ -10,11 +10,13 @@
 //! | [`reconcile`] | makes what runs on this node match the state: volumes, ports, VMs, disks |
 //! | [`data`] | `hci data run`: storage and overlay of this node in a process of its own |
 //! | [`vmm_role`] | `hci vmm run`: the process around one guest |
+//! | [`agent`] | the QEMU guest agent in guests: what they say, and how they are asked to do something |
 //! | [`cloud_init`] | the disk that tells a guest who it is |
 //! | [`images`] | `hci image-worker` and the reader of images that come from outside |
 //! | [`paths`] | where a node keeps its files |
 //! | [`cli`] | the command line: parses, calls the API of a node, prints |
 
+pub mod agent;
 pub mod api;
 pub mod cli;
 pub mod cloud_init;

@@ -14,6 +14,7 @@ use super::{
     replicated::Replicated,
 };
 use crate::{
+    agent::{self, AgentFailure},
     data::{
         client::QUICK,
         protocol::{DiskUsage, ListDisks, LocalDisk, Metrics, VolumeFlush, VolumeRead, VolumeWrite},
@@ -177,5 +178,15 @@ impl LocalNode for Local {
     fn console_log(&self, node: NodeId, vm: VmId) -> BoxFuture<'static, Result<Bytes, String>> {
         let reconciler = self.0.clone();
         async move { reconciler.console_log(node, vm).await.map_err(|error| error.to_string()) }.boxed()
+    }
+
+    fn ask_agent(
+        &self,
+        node: NodeId,
+        vm: VmId,
+        request: agent::Request,
+    ) -> BoxFuture<'static, Result<agent::Answer, AgentFailure>> {
+        let reconciler = self.0.clone();
+        async move { reconciler.ask_agent(node, vm, request).await }.boxed()
     }
 }

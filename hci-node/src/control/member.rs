@@ -14,6 +14,7 @@ use super::{
     rpc::{self, ApiAnswer, ApiCall},
 };
 use crate::{
+    agent::{self, AgentFailure},
     api::{
         problem::{Problem, ProblemKind},
         service::{ApiRequest, ApiResponse},
@@ -68,6 +69,13 @@ pub trait LocalNode: Send + Sync + 'static {
     ) -> BoxFuture<'static, Result<Box<dyn ConsoleStream>, String>>;
     /// The last output of a VM that runs on that node.
     fn console_log(&self, node: NodeId, vm: VmId) -> BoxFuture<'static, Result<Bytes, String>>;
+    /// Asks the agent in the guest of a VM that runs on that node.
+    fn ask_agent(
+        &self,
+        node: NodeId,
+        vm: VmId,
+        request: agent::Request,
+    ) -> BoxFuture<'static, Result<agent::Answer, AgentFailure>>;
 }
 
 /// Calls to other nodes over the control mesh.

@@ -16,6 +16,7 @@ use super::{
     vm_process::{self, Log},
 };
 use crate::{
+    agent::{self, Agents},
     cloud_init,
     data::{
         client::{DataClient, SLOW},
@@ -45,6 +46,8 @@ pub(super) struct Tools {
     pub(super) data: DataClient,
     /// Told when a VMM that was started here has ended.
     pub(super) vm_ended: Arc<Notify>,
+    /// The agents in the guests.
+    pub(super) agents: Agents,
 }
 
 /// What the reconciler has to remember of an action that succeeded.
@@ -167,7 +170,7 @@ impl Tools {
                 self.start_vm(RunFile { vm, epoch, config: *config }, seed.as_deref()).await?
             }
             Action::PressPowerButton { vm, epoch } => {
-                vm_process::press_power_button(&self.paths.vm(vm)).await.map_err(ActionError::Vmm)?;
+                self.shut_down(vm).await?;
                 return Ok(Remember::Pressed(vm, epoch));
             }
             Action::KillVm { vm, epoch, why } => {
@@ -204,6 +207,20 @@ impl Tools {
         tracing::info!(%volume, %source, bytes = written, "filled a volume");
         self.propose(Op::VolumeFilled { volume, generation }).await?;
         Ok(())
+    }
+
+    /// By the guest's agent when it answers, which works in guests that do not look at their power button.
+    async fn shut_down(&self, vm: VmId) -> Result<(), ActionError> {
+        match self.agents.ask(vm, agent::Request::Shutdown).await {
+            Ok(_) => {
+                tracing::info!(%vm, "the guest's agent shuts it down");
+                Ok(())
+            }
+            Err(failure) => {
+                tracing::info!(%vm, %failure, "pressing the power button");
+                vm_process::press_power_button(&self.paths.vm(vm)).await.map_err(ActionError::Vmm)
+            }
+        }
     }
 
     async fn prepare_disk(

@@ -149,7 +149,8 @@ impl Executor {
             };
             (vm, Run { epoch: found.epoch, phase })
         });
-        let runs = runs.collect();
+        let runs: BTreeMap<VmId, Run> = runs.collect();
+        self.attend_agents(&runs);
         Ok(Observed {
             standing,
             data: self.data_view(),
@@ -157,6 +158,12 @@ impl Executor {
             boot_files: boot_files::held(&self.tools.paths)?,
             purgeable_for: self.purgeable_for(state, now),
         })
+    }
+
+    /// Guests that run have an agent perhaps.
+    fn attend_agents(&self, runs: &BTreeMap<VmId, Run>) {
+        let alive = runs.iter().filter(|(_, run)| matches!(run.phase, RunPhase::Alive { .. }));
+        self.tools.agents.attend(&alive.map(|(vm, run)| (*vm, run.epoch)).collect());
     }
 
     /// Time counts from when exactly these data were free.
@@ -182,7 +189,10 @@ impl Executor {
 
     fn converge(&mut self, state: &ClusterState, observed: &Observed) {
         let view = View { me: self.tools.me, paths: &self.tools.paths, state, observed };
-        let plan = plan::plan(view);
+        let mut plan = plan::plan(view);
+        for report in &mut plan.vms {
+            report.agent = self.tools.agents.seen(report.vm);
+        }
         *self.shown.lock() = Shown {
             report: local_report(observed.data.as_ref(), plan.vms),
             boot_files: observed.boot_files.iter().copied().collect(),

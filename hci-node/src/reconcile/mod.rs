@@ -52,9 +52,10 @@ use self::{
     commits::{CommitHandler, CommitServer},
     console::{Console, ConsoleError},
     executor::{Executor, Shown},
-    peers::PeerHandler,
+    peers::{AskAgent, PeerHandler},
 };
 use crate::{
+    agent::{AgentFailure, Agents, Answer, Request},
     data::client::DataClient,
     paths::NodePaths,
     state::{ContentHash, NodeId, VmId, report::LocalReport},
@@ -86,6 +87,7 @@ pub struct Reconciler {
     data: DataClient,
     shown: Arc<Mutex<Shown>>,
     peers: PeerHandler,
+    agents: Agents,
     tasks: TaskTracker,
 }
 
@@ -98,7 +100,9 @@ impl Reconciler {
         let (started_in, started) = mpsc::channel(GREETINGS);
         let commits = Arc::new(CommitServer::new(cluster.clone(), paths.clone(), started_in));
         let link = link::start(data.clone(), lease.clone(), started, shutdown.clone(), &tasks);
+        let agents = Agents::new(paths.clone());
         let tools = Tools {
+            agents: agents.clone(),
             me,
             paths: paths.clone(),
             cluster: cluster.clone(),
@@ -106,7 +110,12 @@ impl Reconciler {
             vm_ended: Arc::new(Notify::new()),
         };
         let shown = Arc::new(Mutex::new(Shown::default()));
-        tasks.spawn(Executor::new(tools, lease, node_lease, link, shown.clone()).run(shutdown.clone()));
+        let executor = Executor::new(tools, lease, node_lease, link, shown.clone());
+        let (stop, attended) = (shutdown.clone(), agents.clone());
+        tasks.spawn(async move {
+            executor.run(stop).await;
+            attended.dismiss();
+        });
         let socket = paths.control_socket();
         tasks.spawn(async move {
             let served: Result<(), ServeError> =
@@ -116,8 +125,8 @@ impl Reconciler {
             }
         });
         tasks.close();
-        let peers = PeerHandler::new(paths.clone());
-        Self { me, paths, cluster, data, shown, peers, tasks }
+        let peers = PeerHandler::new(paths.clone(), agents.clone());
+        Self { me, paths, cluster, data, shown, peers, agents, tasks }
     }
 
     /// What this node sees, for the renewal of its lease.
@@ -148,6 +157,20 @@ impl Reconciler {
     /// The last output of a VM that runs on `node`.
     pub async fn console_log(&self, node: NodeId, vm: VmId) -> Result<Bytes, ConsoleError> {
         console::log(self.cluster.clone(), &self.paths, self.me, node, vm).await
+    }
+
+    /// Asks the agent in the guest of a VM that runs on `node`.
+    pub async fn ask_agent(&self, node: NodeId, vm: VmId, request: Request) -> Result<Answer, AgentFailure> {
+        if node == self.me {
+            return self.agents.ask(vm, request).await;
+        }
+        match peers::call(self.cluster.as_ref(), node, &AskAgent { vm, request }, Bytes::new()).await {
+            Ok((answer, _)) => answer,
+            Err(error) => {
+                tracing::debug!(%vm, %error, "the agent of another node's guest cannot be asked");
+                Err(AgentFailure::Silent)
+            }
+        }
     }
 
     /// Returns when everything has ended after the shutdown. VMMs go on.

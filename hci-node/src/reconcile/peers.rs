@@ -1,4 +1,4 @@
-//! What reconcilers of different nodes ask each other over the control mesh: boot files, and guests' consoles.
+//! What reconcilers of different nodes ask each other over the control mesh: boot files, guests' consoles and agents.
 //!
 //! A call is one request and one answer, so a console that is attached from another node is a session: its reads wait
 //! for output, up to [`CONSOLE_WAIT`], and a session that nobody reads from ends by itself.
@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::{boot_files, cluster::Cluster, console::Sessions};
 use crate::{
+    agent::{self, AgentFailure, Agents},
     paths::NodePaths,
     state::{ContentHash, NodeId, VmId},
 };
@@ -82,6 +83,15 @@ pub struct CloseConsole {
     pub console: ConsoleId,
 }
 
+/// Asks the agent in the guest of a VM that runs on the called node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AskAgent {
+    /// The VM.
+    pub vm: VmId,
+    /// For what.
+    pub request: agent::Request,
+}
+
 /// Whether a console goes on after a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ConsoleFlow {
@@ -116,6 +126,7 @@ peer_calls! {
     0x0412 ReadConsole => ConsoleFlow;
     0x0413 WriteConsole => ();
     0x0414 CloseConsole => ();
+    0x0421 AskAgent => Result<agent::Answer, AgentFailure>;
 }
 
 /// Calls the reconciler of another node.
@@ -135,12 +146,13 @@ pub async fn call<C: PeerCall>(
 pub struct PeerHandler {
     paths: NodePaths,
     consoles: Arc<Sessions>,
+    agents: Agents,
 }
 
 impl PeerHandler {
     /// A handler for the node with these paths.
-    pub fn new(paths: NodePaths) -> Self {
-        Self { consoles: Arc::new(Sessions::new(paths.clone())), paths }
+    pub fn new(paths: NodePaths, agents: Agents) -> Self {
+        Self { consoles: Arc::new(Sessions::new(paths.clone())), paths, agents }
     }
 
     async fn dispatch(self, request: Request) -> Result<Response, RpcError> {
@@ -175,6 +187,10 @@ impl PeerHandler {
                 let CloseConsole { console } = request.decode()?;
                 self.consoles.close(console);
                 Ok(Response::new(&())?)
+            }
+            AskAgent::METHOD => {
+                let AskAgent { vm, request } = request.decode()?;
+                Ok(Response::new(&self.agents.ask(vm, request).await)?)
             }
             other => Err(RpcError::unknown_method(other)),
         }

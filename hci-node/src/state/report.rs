@@ -2,6 +2,8 @@
 //!
 //! It is never replicated; the leader keeps the latest report of each node in memory.
 
+use std::net::IpAddr;
+
 use serde::{Deserialize, Serialize};
 
 use super::ids::*;
@@ -159,6 +161,28 @@ pub struct VmReport {
     pub epoch: RunEpoch,
     /// What it does.
     pub state: VmRunState,
+    /// What the agent in its guest says, if there is one that answers.
+    pub agent: Option<AgentReport>,
+}
+
+/// What the agent in a guest says. It is the guest's word.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentReport {
+    /// Its version.
+    pub version: String,
+    /// The guest's network interfaces.
+    pub interfaces: Vec<GuestInterface>,
+}
+
+/// A network interface of a guest, as the guest has set it up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestInterface {
+    /// The guest's name for it.
+    pub name: String,
+    /// Its Ethernet address, if it has one.
+    pub mac: Option<String>,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// What a run of a VM does.

@@ -62,7 +62,7 @@ impl World {
                 .filter_map(|vm| {
                     let run = vm.assignment?;
                     let state = VmRunState::Running;
-                    Some((run.node, VmReport { vm: vm.id, epoch: run.epoch, state }))
+                    Some((run.node, VmReport { vm: vm.id, epoch: run.epoch, state, agent: None }))
                 })
                 .collect();
         }

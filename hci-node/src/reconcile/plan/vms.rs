@@ -188,7 +188,7 @@ pub fn reports(view: View<'_>) -> Vec<VmReport> {
                 RunPhase::Alive { .. } if stopping => VmRunState::Stopping,
                 RunPhase::Alive { .. } => VmRunState::Running,
             };
-            VmReport { vm: *vm, epoch: run.epoch, state }
+            VmReport { vm: *vm, epoch: run.epoch, state, agent: None }
         })
         .collect();
     for vm in view.state.vms_on(view.me) {
@@ -196,7 +196,12 @@ pub fn reports(view: View<'_>) -> Vec<VmReport> {
             && !view.observed.runs.contains_key(&vm.id)
         {
             let why = config(view, vm).err().unwrap_or_else(|| "its VMM starts".to_owned());
-            reports.push(VmReport { vm: vm.id, epoch: assignment.epoch, state: VmRunState::Waiting(why) });
+            reports.push(VmReport {
+                vm: vm.id,
+                epoch: assignment.epoch,
+                state: VmRunState::Waiting(why),
+                agent: None,
+            });
         }
     }
     reports

@@ -93,7 +93,7 @@ impl World {
         });
         let vms = self.state.vms_on(node).filter_map(|vm| {
             let epoch = vm.assignment?.epoch;
-            Some(VmReport { vm: vm.id, epoch, state: VmRunState::Running })
+            Some(VmReport { vm: vm.id, epoch, state: VmRunState::Running, agent: None })
         });
         NodeReport {
             machine: MachineReport { memory_bytes: 4 * GIB, ..Default::default() },
