@@ -35,6 +35,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
+    guest,
     problem::{MEDIA_TYPE, Problem, ProblemKind},
     requests::not_found,
     service::{self, ApiRequest, ApiResponse},
@@ -100,6 +101,8 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/volumes/{volume}/export", get(export_volume))
         .route("/v1/vms/{vm}/console", get(console))
         .route("/v1/vms/{vm}/console/log", get(console_log))
+        .route("/v1/vms/{vm}/exec", post(guest::exec))
+        .route("/v1/vms/{vm}/exec/{pid}", get(guest::exec_progress))
         .fallback(other)
         .method_not_allowed_fallback(other)
         .layer(middleware::from_fn_with_state(app.clone(), authorize))
@@ -166,7 +169,7 @@ fn only_local(peer: Peer) -> Result<(), Problem> {
     ))
 }
 
-fn member(app: &App) -> Result<Arc<Member>, Problem> {
+pub(super) fn member(app: &App) -> Result<Arc<Member>, Problem> {
     app.member().ok_or_else(|| {
         Problem::new(
             ProblemKind::Unavailable,
@@ -314,7 +317,10 @@ fn announced(image: String, part: ImagePart, headers: &HeaderMap) -> Result<Uplo
 }
 
 /// The VM's id and node.
-fn running(member: &Member, name: &str) -> Result<(crate::state::NodeId, crate::state::VmId), Problem> {
+pub(super) fn running(
+    member: &Member,
+    name: &str,
+) -> Result<(crate::state::NodeId, crate::state::VmId), Problem> {
     let state = member.state();
     let vm = state.find_vm(name).ok_or_else(|| not_found("vm", name))?;
     let run = vm.assignment.ok_or_else(|| {

@@ -9,6 +9,7 @@
 //! | [`requests`] | from requests to commands |
 //! | [`views`] | from state and reports to resources: pure |
 
+mod guest;
 pub mod http;
 pub mod problem;
 pub mod requests;

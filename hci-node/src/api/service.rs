@@ -10,6 +10,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
+    guest,
     problem::{Problem, ProblemKind},
     requests::{Context, not_found},
     types as api,
@@ -27,7 +28,7 @@ use crate::{
     },
     state::{
         ClusterState, Command, DesiredRun, NodeId, NodeService, Op, Outcome, Refusal, RefusalKind, StopMode,
-        TaskId, Timestamp, Token, TokenId, TokenKind, report::NodeReport,
+        Task, TaskId, Timestamp, Token, TokenId, TokenKind, report::NodeReport,
     },
 };
 
@@ -296,7 +297,9 @@ async fn write(member: &Arc<Member>, request: &ApiRequest, path: &[&str]) -> Res
             context.clone_snapshot(volume, snapshot, parse::<api::CloneSnapshot>(body)?.name)?
         }
         ("POST", ["vms", vm, "snapshots"]) => {
-            context.take_vm_snapshot(vm, parse::<api::TakeSnapshot>(body)?.name)?
+            let op = context.take_vm_snapshot(vm, parse::<api::TakeSnapshot>(body)?.name)?;
+            let vm = state.find_vm(vm).ok_or_else(|| not_found("vm", vm))?;
+            return guest::snapshot(member, vm, op).await;
         }
         ("POST", ["volumes"]) => context.create_volume(parse(body)?),
         ("DELETE", ["volumes", name]) => {
@@ -335,12 +338,15 @@ async fn write(member: &Arc<Member>, request: &ApiRequest, path: &[&str]) -> Res
 
 /// Has something committed that somebody asked for; answers its task.
 pub async fn ask(member: &Arc<Member>, op: Op) -> Result<ApiResponse, Problem> {
+    let task = propose(member, op).await?;
+    ApiResponse::json(202, &api::Accepted { task: views::task(&task) })
+}
+
+/// Has something committed that somebody asked for; returns its task.
+pub(super) async fn propose(member: &Arc<Member>, op: Op) -> Result<Task, Problem> {
     let command = Command::asked(op);
     match member.replicated.propose(command).await?? {
-        Outcome::Task(id) => {
-            let task = task_of(member, id).await?;
-            ApiResponse::json(202, &api::Accepted { task: views::task(&task) })
-        }
+        Outcome::Task(id) => task_of(member, id).await,
         other => Err(Problem::new(
             ProblemKind::Internal,
             format!("the change was made, but answered {other:?}"),
@@ -349,7 +355,7 @@ pub async fn ask(member: &Arc<Member>, op: Op) -> Result<ApiResponse, Problem> {
     }
 }
 
-async fn task_of(member: &Arc<Member>, id: TaskId) -> Result<crate::state::Task, Problem> {
+async fn task_of(member: &Arc<Member>, id: TaskId) -> Result<Task, Problem> {
     let mut state = member.replicated.state();
     let seen = tokio::time::timeout(CATCH_UP, state.wait_for(|state| state.tasks.contains_key(&id))).await;
     match seen {

@@ -436,6 +436,10 @@ pub struct Vm {
     pub created: String,
     /// What its guest's cloud-init is told, if anything.
     pub cloud_init: Option<CloudInitGiven>,
+    /// By which addresses it is reached: its guest's, if its agent tells them, or else those of its NICs.
+    pub addresses: Vec<String>,
+    /// What the agent in its guest says, if one answers.
+    pub agent: Option<GuestAgent>,
 }
 
 /// A disk of a VM.

@@ -15,7 +15,8 @@ use crate::{
         Network, Node, NodeId, NodeService, PartState, Rebalancing, Severity, Subject, Task, TaskState,
         Token, TokenKind, Vm, VmExit, VolumeId,
         report::{
-            CandidateDisk, DiskHealth, NodeReport, ProcessState, ScrubProgress, ScrubReport, VmRunState,
+            CandidateDisk, DiskHealth, NodeReport, ProcessState, ScrubProgress, ScrubReport, VmReport,
+            VmRunState,
         },
     },
 };
@@ -236,6 +237,13 @@ impl Views<'_> {
         }
     }
 
+    /// What the node of a VM says of its present run.
+    fn vm_report(&self, vm: &Vm) -> Option<&VmReport> {
+        let run = vm.assignment?;
+        let told = &self.reports.get(&run.node)?.local.vms;
+        told.iter().find(|seen| seen.vm == vm.id && seen.epoch == run.epoch)
+    }
+
     fn vm_state(&self, vm: &Vm) -> (api::VmState, Option<String>) {
         let wanted = vm.desired == DesiredRun::Running;
         let Some(run) = vm.assignment else {
@@ -257,14 +265,13 @@ impl Views<'_> {
                 (false, _) => (api::VmState::Stopped, ended),
             };
         };
-        let Some(report) = self.reports.get(&run.node) else {
+        if !self.reports.contains_key(&run.node) {
             return (
                 api::VmState::Unknown,
                 Some(format!("node {} does not answer", self.node_name(run.node))),
             );
-        };
-        let seen = report.local.vms.iter().find(|seen| seen.vm == vm.id && seen.epoch == run.epoch);
-        match seen.map(|seen| &seen.state) {
+        }
+        match self.vm_report(vm).map(|seen| &seen.state) {
             _ if !wanted => (api::VmState::Stopping, None),
             Some(VmRunState::Running) => (api::VmState::Running, None),
             Some(VmRunState::Waiting(why)) => (api::VmState::Starting, Some(why.clone())),
@@ -286,6 +293,8 @@ impl Views<'_> {
             let network = self.state.subject_name(&Subject::Network(port.network));
             Some(api::VmNic { network, mac: port.mac.to_string(), ip: port.ip.to_string() })
         };
+        let agent = self.vm_report(vm).and_then(|report| report.agent.as_ref());
+        let nics: Vec<_> = vm.ports.iter().filter_map(nic).collect();
         api::Vm {
             id: vm.id.to_string(),
             name: vm.name.clone(),
@@ -306,7 +315,9 @@ impl Views<'_> {
                 .or_else(|| image.map(|image| image.cmdline.clone()))
                 .unwrap_or_default(),
             disks: vm.disks.iter().filter_map(disk).collect(),
-            nics: vm.ports.iter().filter_map(nic).collect(),
+            addresses: guest::addresses(agent, &nics),
+            agent: agent.map(guest::agent),
+            nics,
             created: vm.created.to_string(),
             cloud_init: vm.cloud_init.as_ref().map(|given| guest::cloud_init(given, &vm.name)),
         }

@@ -195,7 +195,7 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
             let outcome = runtime.block_on(ask(cli.global, command));
             // A terminal's read cannot be cancelled: do not wait for the next key.
             runtime.shutdown_background();
-            return outcome.map(ExitCode::from);
+            return outcome;
         }
     }
     Ok(Exit::Ok.into())
@@ -211,7 +211,7 @@ fn version(format: Format) -> Result<(), CliError> {
     Ok(())
 }
 
-async fn ask(global: Global, command: Command) -> Result<Exit, CliError> {
+async fn ask(global: Global, command: Command) -> Result<ExitCode, CliError> {
     let credentials = Credentials { token: global.token, ca_fingerprint: global.ca_fingerprint };
     let context = Context {
         client: Client::new(global.endpoint, credentials),
@@ -220,8 +220,8 @@ async fn ask(global: Global, command: Command) -> Result<Exit, CliError> {
         yes: global.yes,
     };
     match command {
-        Command::Status => return nouns::status::run(&context, false).await,
-        Command::Health => return nouns::status::run(&context, true).await,
+        Command::Status => return nouns::status::run(&context, false).await.map(ExitCode::from),
+        Command::Health => return nouns::status::run(&context, true).await.map(ExitCode::from),
         Command::Cluster(verb) => nouns::cluster::run(&context, verb).await?,
         Command::Node(NodeCommand::Ask(verb)) => nouns::node::run(&context, verb).await?,
         Command::Disk(verb) => nouns::disk::run(&context, verb).await?,
@@ -229,7 +229,7 @@ async fn ask(global: Global, command: Command) -> Result<Exit, CliError> {
         Command::Volume(verb) => nouns::volume::run(&context, verb).await?,
         Command::Image(verb) => nouns::image::run(&context, verb).await?,
         Command::Network(verb) => nouns::network::run(&context, verb).await?,
-        Command::Vm(verb) => nouns::vm::run(&context, verb).await?,
+        Command::Vm(verb) => return nouns::vm::run(&context, verb).await,
         Command::Task(verb) => nouns::task::run(&context, verb).await?,
         Command::Event(verb) => nouns::event::run(&context, verb).await?,
         Command::Api { method, path, body } => {
@@ -257,7 +257,7 @@ async fn ask(global: Global, command: Command) -> Result<Exit, CliError> {
             return Err(CliError::new(Exit::Usage, "this is not a question to the API"));
         }
     }
-    Ok(Exit::Ok)
+    Ok(Exit::Ok.into())
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ mod cloud_init;
 pub mod cluster;
 pub mod disk;
 pub mod event;
+mod exec;
 pub mod export;
 pub mod image;
 pub mod network;

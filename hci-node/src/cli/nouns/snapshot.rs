@@ -1,7 +1,7 @@
 //! `hci volume snapshot` and `hci vm snapshot`: points in time that volumes can go back to, or be cloned from.
 
 use clap::Subcommand;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Context, object_path, say};
 use crate::cli::{
@@ -65,7 +65,8 @@ pub enum VolumeVerb {
 /// The verbs of `hci vm snapshot`.
 #[derive(Debug, Subcommand)]
 pub enum VmVerb {
-    /// Take a snapshot of all disks of a VM at one point in time; it goes on running.
+    /// Take a snapshot of all disks of a VM at one point in time; it goes on running. Its file systems are frozen meanwhile if its guest agent
+    /// answers.
     #[command(
         after_help = "Examples:\n  hci vm snapshot create web1 --name before-upgrade\n  hci vm snapshot create web1 --name nightly --no-wait\nAPI: POST /v1/vms/NAME/snapshots"
     )]
@@ -118,7 +119,36 @@ pub async fn run_vm(context: &Context, verb: VmVerb) -> Result<(), CliError> {
     let VmVerb::Create { vm, name } = verb;
     let path = format!("{}/snapshots", object_path("/v1/vms", &vm));
     let answer = context.client.post(&path, &json!({ "name": name })).await?;
+    let consistency = consistency(&answer);
     finish(&context.client, context.wait, answer).await?;
-    say(&format!("snapshot {name} of the disks of {vm}"));
+    say(&format!("snapshot {name} of the disks of {vm}; {consistency}"));
     Ok(())
+}
+
+/// What a VM's snapshot is good for, in the node's answer to its order.
+fn consistency(answer: &Value) -> String {
+    let text = |key: &str| answer.get(key).and_then(Value::as_str);
+    match (text("consistency"), text("why")) {
+        (Some("file-systems"), _) => "consistent: file systems frozen".to_owned(),
+        (Some("crash"), Some(why)) => format!("crash-consistent: {why}"),
+        (Some("at-rest"), _) => "the VM does not run".to_owned(),
+        _ => "crash-consistent".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_are_told_what_a_snapshot_is_good_for() {
+        assert_eq!(
+            consistency(&json!({ "consistency": "file-systems", "why": null })),
+            "consistent: file systems frozen"
+        );
+        assert_eq!(
+            consistency(&json!({ "consistency": "crash", "why": "no guest agent answers" })),
+            "crash-consistent: no guest agent answers"
+        );
+    }
 }

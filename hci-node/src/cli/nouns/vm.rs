@@ -1,12 +1,14 @@
 //! `hci vm`: virtual machines.
 
+use std::process::ExitCode;
+
 use clap::Subcommand;
 use serde_json::{Value, json};
 
-use super::{Context, cloud_init::CloudInitArgs, object_path, say, snapshot};
+use super::{Context, cloud_init::CloudInitArgs, exec, object_path, say, snapshot};
 use crate::cli::completion::names;
 use crate::cli::console;
-use crate::cli::exit::CliError;
+use crate::cli::exit::{CliError, Exit};
 use crate::cli::output::{Column, Show, column};
 use crate::cli::size::parse_size;
 
@@ -70,7 +72,7 @@ pub enum Verb {
         #[arg(add = names("/v1/vms"))]
         name: String,
     },
-    /// Stop a VM by its power button; it is switched off when it does not react within a minute.
+    /// Stop a VM by its guest agent or its power button; it is switched off when it does not react within a minute.
     #[command(
         after_help = "Examples:\n  hci vm stop web1\n  hci vm stop web1 --force\nAPI: POST /v1/vms/NAME/stop"
     )]
@@ -82,7 +84,7 @@ pub enum Verb {
         #[arg(long)]
         force: bool,
     },
-    /// Stop a VM by its power button and start it again; it is switched off when it does not react within a minute.
+    /// Stop a VM by its guest agent or its power button and start it again; it is switched off when it does not react within a minute.
     #[command(
         after_help = "Examples:\n  hci vm restart web1\n  hci vm restart web1 --force\nAPI: POST /v1/vms/NAME/restart"
     )]
@@ -106,6 +108,18 @@ pub enum Verb {
         #[arg(long)]
         log: bool,
     },
+    /// Run a program in a VM's guest by its guest agent, and end with the program's exit code.
+    #[command(
+        after_help = "Examples:\n  hci vm exec web1 -- /bin/uname -a\n  hci vm exec web1 --timeout 5m -- /bin/sh -c 'apt-get update && apt-get -y upgrade'\nAPI: POST /v1/vms/NAME/exec, GET /v1/vms/NAME/exec/PID"
+    )]
+    Exec {
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
+        name: String,
+        /// The program, and its arguments; no shell is between.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
     /// Points in time of all disks of a VM.
     Snapshot {
         /// What to do.
@@ -127,7 +141,7 @@ const COLUMNS: &[Column] = &[
     column("NAME", "/name"),
     column("STATE", "/state"),
     column("NODE", "/node"),
-    column("ADDRESS", "/nics").shown(Show::Each("/ip")),
+    column("ADDRESS", "/addresses"),
     column("CPU", "/vcpus"),
     column("MEMORY", "/memory_bytes").shown(Show::Bytes),
     column("IMAGE", "/image").wide(),
@@ -136,8 +150,9 @@ const COLUMNS: &[Column] = &[
 ];
 
 /// Runs a verb of `hci vm`.
-pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
+pub async fn run(context: &Context, verb: Verb) -> Result<ExitCode, CliError> {
     match verb {
+        Verb::Exec { name, command } => return exec::run(context, &name, &command).await,
         Verb::List => context.list("/v1/vms", COLUMNS).await,
         Verb::Get { name } => context.show("/v1/vms", &name).await,
         Verb::Create {
@@ -173,7 +188,8 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
         Verb::Console { name, log } => {
             let path = format!("{}/console", object_path("/v1/vms", &name));
             if log {
-                return console::log(&context.client, &path).await;
+                console::log(&context.client, &path).await?;
+                return Ok(Exit::Ok.into());
             }
             say(&format!("attached to {name}; Ctrl-] detaches"));
             console::attach(&context.client, &path).await
@@ -184,7 +200,8 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
                 .delete("/v1/vms", &name, &format!("destroys VM {name} with its disks and their snapshots"))
                 .await
         }
-    }
+    }?;
+    Ok(Exit::Ok.into())
 }
 
 /// The size of an image's disk, when it has one.
