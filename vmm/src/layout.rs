@@ -70,6 +70,8 @@ pub(crate) const RESET_PORT: u16 = 0xcf9;
 pub(crate) const I8042_COMMAND_PORT: u16 = 0x64;
 /// ACPI PM1 event block (status and enable).
 pub(crate) const PM1_EVENT_PORT: u16 = 0x600;
+/// Where guests say that they have panicked, as with QEMU.
+pub(crate) const PANIC_PORT: u16 = 0x505;
 /// ACPI PM1 control block.
 pub(crate) const PM1_CONTROL_PORT: u16 = 0x604;
 /// System control interrupt of ACPI.

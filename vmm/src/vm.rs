@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::acpi::panic::PanicDevice;
 use crate::acpi::power::{self, KeyboardController, PowerDevice};
 use crate::acpi::tables;
 use crate::boot::{self, BootError, BootSource};
@@ -197,6 +198,7 @@ impl<'a> Builder<'a> {
         ports.insert(layout::PM1_EVENT_PORT.into(), power::PM1_LEN, device.clone());
         let keyboard = Arc::new(KeyboardController::new(self.lifecycle.clone()));
         ports.insert(layout::I8042_COMMAND_PORT.into(), 1, keyboard);
+        ports.insert(layout::PANIC_PORT.into(), 1, Arc::new(PanicDevice::new(self.lifecycle.clone())));
         device
     }
 

@@ -134,6 +134,13 @@ fn the_three_ways_to_reset_are_told_from_a_shutdown() {
 }
 
 #[test]
+fn a_guest_that_says_that_it_panicked_has_crashed() {
+    let Some(lab) = Lab::new() else { return };
+    let reason = wait(lab.start(&[out8(0x505, 1), vec![0xf4]].concat()));
+    assert!(matches!(&reason, ExitReason::Crashed(why) if why.contains("panicked")), "{reason:?}");
+}
+
+#[test]
 fn a_spinning_guest_is_paused_resumed_and_killed() {
     let Some(lab) = Lab::new() else { return };
     // Prints for ever.

@@ -1,5 +1,5 @@
 //! The DSDT: what the guest cannot discover by itself. The PCI root with its windows, the ECAM area as a motherboard resource (Linux uses
-//! it only then), the serial port, the processors, and the sleep type of S5.
+//! it only then), the serial port, the port for panics, the processors, and the sleep type of S5.
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path,
@@ -11,7 +11,8 @@ use acpi_tables::{Aml, AmlSink};
 use super::power::SLEEP_TYPE_S5;
 use super::tables::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::layout::{
-    COM1_IRQ, COM1_PORT, ECAM_SIZE, ECAM_START, PCI_CONFIG_PORT, PCI_MMIO_END, PCI_MMIO_START, PM1_EVENT_PORT,
+    COM1_IRQ, COM1_PORT, ECAM_SIZE, ECAM_START, PANIC_PORT, PCI_CONFIG_PORT, PCI_MMIO_END, PCI_MMIO_START,
+    PM1_EVENT_PORT,
 };
 
 /// Builds the DSDT of a guest with so many processors.
@@ -21,6 +22,7 @@ pub(super) fn build(vcpus: u8) -> Sdt {
     pci_root(&mut aml);
     motherboard(&mut aml);
     serial_port(&mut aml);
+    panic_port(&mut aml);
     processors(&mut aml, vcpus);
     let s5 = SLEEP_TYPE_S5;
     Name::new(Path::new("_S5_"), &Package::new(vec![&s5, &s5, &0u8, &0u8])).to_aml_bytes(&mut aml);
@@ -90,6 +92,22 @@ fn serial_port(aml: &mut dyn AmlSink) {
                     &Interrupt::new(true, true, false, false, COM1_IRQ),
                     &IO::new(COM1_PORT, COM1_PORT, 1, 8),
                 ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// The identity that drivers of pvpanic look for.
+fn panic_port(aml: &mut dyn AmlSink) {
+    Device::new(
+        Path::new("_SB_.PEVT"),
+        vec![
+            &Name::new(Path::new("_HID"), &"QEMU0001"),
+            &Name::new(Path::new("_STA"), &0x0fu8),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![&IO::new(PANIC_PORT, PANIC_PORT, 1, 1)]),
             ),
         ],
     )

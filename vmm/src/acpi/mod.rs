@@ -1,6 +1,7 @@
 //! ACPI: the tables that describe the machine to the guest ([`tables`], [`dsdt`]) and the power-management registers that
-//! they point to ([`power`]).
+//! they point to ([`power`]), and the port for panics that they name ([`panic`]).
 
 pub(crate) mod dsdt;
+pub(crate) mod panic;
 pub(crate) mod power;
 pub(crate) mod tables;
