@@ -47,7 +47,7 @@ simulation:
 HOSTILE := garbage any_bytes hostile_ random_descriptors changed_on_its_way malformed damaged_
 
 fuzz: ## Hostile input for every decoder, much longer than the unit tests do (CASES=200000)
-	PROPTEST_CASES=$(or $(CASES),200000) cargo test -p storage -p netfabric -p vmm --lib --release --locked -- $(HOSTILE)
+	PROPTEST_CASES=$(or $(CASES),200000) cargo test -p storage -p netfabric -p vmm -p hci-node --lib --release --locked -- $(HOSTILE)
 
 soak: ## The storage engine simulated with as many seeds as you like (SEEDS=10000, FROM=0)
 	STORAGE_SIM_FROM=$(or $(FROM),0) STORAGE_SIM_SEEDS=$(or $(SEEDS),10000) STORE_SEEDS=$(or $(SEEDS),10000) cargo test -p storage --lib --release --locked -- --nocapture \

@@ -179,7 +179,8 @@ impl Task {
             }
             Request::Thaw => self.thaw(agent).await.map(Answer::Thawed),
             Request::Shutdown => match agent.call(&Command::Shutdown, REFUSAL_PATIENCE).await {
-                Ok(_) | Err(AgentFailure::Silent) => Ok(Answer::ShuttingDown),
+                // It was there a moment ago: what ends it is the shutdown.
+                Ok(_) | Err(AgentFailure::Silent | AgentFailure::Away) => Ok(Answer::ShuttingDown),
                 Err(failure) => Err(failure),
             },
             Request::Start { command } => {

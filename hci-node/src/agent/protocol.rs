@@ -337,7 +337,7 @@ mod tests {
         }
 
         #[test]
-        fn anything_is_taken_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..400), skip: bool) {
+        fn hostile_answers_are_taken_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..400), skip: bool) {
             let mut decoder = Decoder::default();
             if skip {
                 decoder.skip_to_mark();

@@ -271,10 +271,15 @@ async fn a_freeze_that_is_not_confirmed_is_thawed() {
 
 #[tokio::test]
 async fn a_guest_that_shuts_down_says_nothing_and_that_is_fine() {
-    let agent = FakeAgent::start(|name| healthy(name, "thawed"));
-    let keeper = keeper(&agent.socket);
-    seen(&keeper).await;
-    assert_eq!(ask(&keeper, Request::Shutdown).await, Ok(Answer::ShuttingDown));
+    for ends_at_once in [false, true] {
+        let agent = FakeAgent::start(move |name| match name {
+            "guest-shutdown" if ends_at_once => panic!("the agent ends with its guest"),
+            name => healthy(name, "thawed"),
+        });
+        let keeper = keeper(&agent.socket);
+        seen(&keeper).await;
+        assert_eq!(ask(&keeper, Request::Shutdown).await, Ok(Answer::ShuttingDown));
+    }
 }
 
 #[tokio::test]

@@ -124,7 +124,7 @@ pub(super) mod tests {
 
     proptest! {
         #[test]
-        fn any_messages_leave_little_to_tell(messages in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..12), 0..50)) {
+        fn hostile_messages_leave_little_to_tell(messages in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..12), 0..50)) {
             let mut control = Control::default();
             for message in &messages {
                 control.receive(message);
