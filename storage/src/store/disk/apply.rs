@@ -16,14 +16,14 @@ use super::cache::{InfoId, InfoPage};
 use super::core::{Core, LoggedBatch, LoggedWhat, by_slot};
 use super::device::Device;
 use super::device::buffer::AlignedBuf;
-use super::format::directory::{self, DirectoryEntry, EntryNumber};
-use super::format::info::{self, BlockInfo, PAGES_PER_SLOT};
+use super::format::directory::{self, Birth, DirectoryEntry, EntryNumber, SegmentEntry};
+use super::format::info::{self, BlockInfo, InfoIdentity, PAGES_PER_SLOT};
 use super::format::layout::{Layout, PAIR, SLOT, SLOT_BLOCKS, SUPERBLOCKS, SlotNumber};
 use super::format::owner::{self, Owner};
 use super::format::page::{self, HEADER, PAGE, PageId, PageKind, Pair};
 use super::format::superblock::Superblock;
 use super::index::RecordNumber;
-use crate::ids::{BLOCK_SIZE, SegmentKey, Version, VolumeId};
+use crate::ids::{BLOCK_SIZE, Version, VolumeId};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
@@ -76,9 +76,9 @@ struct Outcome {
 /// Where the blocks of a position go.
 struct Assigned {
     at: At,
-    key: SegmentKey,
     data: Option<SlotNumber>,
-    info: (u16, SlotNumber),
+    info: SlotNumber,
+    identity: InfoIdentity,
 }
 
 /// What changes on the disk and in the index.
@@ -86,7 +86,9 @@ struct Assigned {
 struct Changes {
     owners: BTreeMap<SlotNumber, Owner>,
     directory: BTreeMap<EntryNumber, DirectoryEntry>,
-    new_info: BTreeMap<(EntryNumber, u16), (SlotNumber, SegmentKey)>,
+    new_info: BTreeMap<(EntryNumber, u16), (SlotNumber, InfoIdentity)>,
+    /// Segments that are new, or have new slots of info.
+    recorded: BTreeSet<EntryNumber>,
     assigned: Vec<Assigned>,
     /// Data slots that hold no data any more.
     emptied: Vec<(At, SlotNumber)>,
@@ -227,11 +229,25 @@ impl Applier {
         for ats in ats.chunks(LOCKED_AT_ONCE) {
             let mut core = self.core.lock();
             for at in ats {
-                assign(&mut core, &mut changes, **at, &outcome.pieces[*at])?;
+                assign(
+                    &mut core,
+                    &mut changes,
+                    **at,
+                    &outcome.pieces[*at],
+                    Birth(self.superblock.checkpoint),
+                )?;
             }
         }
         let mut core = self.core.lock();
         let index = &mut core.index;
+        for entry in &changes.recorded {
+            let Some(segment) = index.segments.get(entry) else { continue };
+            let new = changes.new_info.range((*entry, 0)..=(*entry, u16::MAX)).map(|((_, index), _)| *index);
+            let infos = segment.info_slots().map(|(index, _)| index).chain(new).collect();
+            let birth = segment.birth.unwrap_or_default();
+            let recorded = SegmentEntry { key: segment.key, birth, infos };
+            changes.directory.insert(*entry, DirectoryEntry::Segment(recorded));
+        }
         for volume in &outcome.generations {
             // One that is gone again needs no entry.
             let Some(stored) = index.generations.get_mut(volume) else { continue };
@@ -250,12 +266,12 @@ impl Applier {
 
     /// Gets the pages of block info that change.
     fn load_pages(&self, changes: &mut Changes) -> io::Result<()> {
-        let mut missing: BTreeMap<InfoId, (SegmentKey, u16)> = BTreeMap::new();
+        let mut missing: BTreeMap<InfoId, InfoIdentity> = BTreeMap::new();
         for assigned in &changes.assigned {
-            let (index, slot) = assigned.info;
-            let id = (slot, info::place(assigned.at.1).page);
-            if changes.new_info.contains_key(&(assigned.at.0, index)) {
-                let blank = || Arc::new(info::filled(assigned.key, index, BlockInfo::Absent));
+            let identity = assigned.identity;
+            let id = (assigned.info, info::place(assigned.at.1).page);
+            if changes.new_info.contains_key(&(assigned.at.0, identity.index)) {
+                let blank = || Arc::new(info::filled(identity, BlockInfo::Absent));
                 changes.pages.entry(id).or_insert_with(blank);
                 continue;
             }
@@ -267,7 +283,7 @@ impl Applier {
                     changes.pages.insert(id, page);
                 }
                 None => {
-                    missing.insert(id, (assigned.key, index));
+                    missing.insert(id, identity);
                 }
             }
         }
@@ -275,8 +291,8 @@ impl Applier {
         let mut reads: Vec<_> =
             missing.keys().map(|id| (info_offset(&layout, *id), AlignedBuf::zeroed(PAIR as usize))).collect();
         self.device.read(&mut reads)?;
-        for ((id, (key, index)), (_, bytes)) in missing.into_iter().zip(&reads) {
-            changes.pages.insert(id, info_page(bytes, id, key, index, self.superblock.stamp));
+        for ((id, identity), (_, bytes)) in missing.into_iter().zip(&reads) {
+            changes.pages.insert(id, info_page(bytes, id, identity, self.superblock.stamp));
         }
         Ok(())
     }
@@ -287,9 +303,9 @@ impl Applier {
             return Ok(());
         }
         let layout = self.layout();
-        let fill = |((_, index), (slot, key)): (&(EntryNumber, u16), &(SlotNumber, SegmentKey))| {
+        let fill = |(slot, identity): &(SlotNumber, InfoIdentity)| {
             let mut filled = AlignedBuf::zeroed(SLOT as usize);
-            let blank = info::filled(*key, *index, BlockInfo::Absent);
+            let blank = info::filled(*identity, BlockInfo::Absent);
             for (pair, number) in filled.chunks_mut(PAIR as usize).zip(0..) {
                 for place in pair.chunks_mut(PAGE) {
                     place.copy_from_slice(&blank);
@@ -298,7 +314,7 @@ impl Applier {
             }
             (layout.slot(*slot), Source(Arc::new(filled), 0, SLOT as usize))
         };
-        let filled: Vec<_> = changes.new_info.iter().map(fill).collect();
+        let filled: Vec<_> = changes.new_info.values().map(fill).collect();
         self.device.write(&slices(&filled).collect::<Vec<_>>())?;
         self.device.sync()?;
         // What is written into these pages now is later than what they were filled with, also when only one place gets it.
@@ -319,7 +335,7 @@ impl Applier {
         for assigned in &changes.assigned {
             let pieces = &outcome.pieces[&assigned.at];
             let place = info::place(assigned.at.1);
-            let Some(page) = changes.pages.get_mut(&(assigned.info.1, place.page)) else { continue };
+            let Some(page) = changes.pages.get_mut(&(assigned.info, place.page)) else { continue };
             let bytes = Arc::make_mut(page);
             let Some(mut record) = info::get(bytes, place.record) else { continue };
             for (i, piece) in pieces.blocks.iter().enumerate() {
@@ -477,7 +493,6 @@ impl Applier {
             let id = PageId { kind, number: u64::from(*number) };
             let mut page = match page::pair(bytes, id, self.superblock.stamp) {
                 Pair::Page(latest) => AlignedBuf::copy_of(latest),
-                Pair::Blank => AlignedBuf::zeroed(PAGE),
                 Pair::Damaged => {
                     return Err(io::Error::other(format!("{kind:?} page {number} is damaged")));
                 }
@@ -505,7 +520,7 @@ impl Applier {
             self.write_round(&owners, &BTreeMap::new(), Vec::new())?;
         }
         let recorded = |entry: &&EntryNumber| {
-            self.core.lock().index.segments.get(entry).is_some_and(|segment| segment.recorded)
+            self.core.lock().index.segments.get(entry).is_some_and(|segment| segment.birth.is_some())
         };
         let directory: BTreeMap<_, _> =
             outcome.deleted.iter().filter(recorded).map(|entry| (*entry, DirectoryEntry::Free)).collect();
@@ -577,7 +592,7 @@ impl Applier {
 }
 
 /// Finds the slots of one position.
-fn assign(core: &mut Core, changes: &mut Changes, at: At, pieces: &Pieces) -> io::Result<()> {
+fn assign(core: &mut Core, changes: &mut Changes, at: At, pieces: &Pieces, now: Birth) -> io::Result<()> {
     let no_room = || io::Error::other("applying the log found no free slot");
     let (entry, position) = at;
     let index = &mut core.index;
@@ -597,10 +612,11 @@ fn assign(core: &mut Core, changes: &mut Changes, at: At, pieces: &Pieces) -> io
     if info.is_none() && !has_data && !segment.wants_info.contains(&info_index) {
         return Ok(());
     }
-    if !segment.recorded {
-        segment.recorded = true;
-        changes.directory.insert(entry, DirectoryEntry::Segment(key));
+    if segment.birth.is_none() {
+        changes.recorded.insert(entry);
     }
+    let birth = *segment.birth.get_or_insert(now);
+    let identity = InfoIdentity { key, birth, index: info_index };
     if info.is_none() {
         let slot = match index.slots.take() {
             Some(slot) => slot,
@@ -612,7 +628,8 @@ fn assign(core: &mut Core, changes: &mut Changes, at: At, pieces: &Pieces) -> io
             None => return Err(no_room()),
         };
         changes.owners.insert(slot, Owner::Info(entry, info_index));
-        changes.new_info.insert((entry, info_index), (slot, key));
+        changes.new_info.insert((entry, info_index), (slot, identity));
+        changes.recorded.insert(entry);
         info = Some(slot);
     }
     if let Some(slot) = pieces.slot {
@@ -633,7 +650,7 @@ fn assign(core: &mut Core, changes: &mut Changes, at: At, pieces: &Pieces) -> io
         data = Some(slot);
     }
     if let Some(info) = info {
-        changes.assigned.push(Assigned { at, key, data, info: (info_index, info) });
+        changes.assigned.push(Assigned { at, data, info, identity });
     }
     Ok(())
 }
@@ -657,14 +674,15 @@ pub(super) fn info_offset(layout: &Layout, (slot, page): InfoId) -> u64 {
 }
 
 /// The page of block info in these bytes. A damaged one vouches for nothing.
-pub(super) fn info_page(bytes: &[u8], id: InfoId, key: SegmentKey, index: u16, stamp: u32) -> InfoPage {
+pub(super) fn info_page(bytes: &[u8], id: InfoId, identity: InfoIdentity, stamp: u32) -> InfoPage {
     let page = PageId { kind: PageKind::Info, number: info::page_number(id.0, id.1) };
     match page::pair(bytes, page, stamp) {
-        Pair::Page(found) if info::identity(found) == Some((key, index)) => Arc::new(found.to_vec()),
+        Pair::Page(found) if info::identity(found) == Some(identity) => Arc::new(found.to_vec()),
         _ => {
+            let key = identity.key;
             tracing::error!(slot = id.0.0, page = id.1, volume = %key.volume, segment = %key.segment,
                 "the checksums of some blocks are damaged: they must be copied from another replica");
-            Arc::new(info::filled(key, index, BlockInfo::Lost))
+            Arc::new(info::filled(identity, BlockInfo::Lost))
         }
     }
 }

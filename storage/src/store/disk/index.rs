@@ -3,7 +3,7 @@
 //! For each segment a flat map from positions to slots (4 bytes each, in chunks made when used), and an **overlay**: what is in the log and not in its slot yet. The overlay
 //! has the last word. The segments' slots are known from the owners on disk, read at the opening.
 
-use super::format::directory::EntryNumber;
+use super::format::directory::{Birth, EntryNumber};
 use super::format::info::{INFO_SLOTS_PER_SEGMENT, PER_SLOT};
 use super::format::layout::{SLOT_BLOCKS, SLOTS_PER_SEGMENT, SlotNumber};
 use crate::ids::{Generation, SegmentKey, Version, VolumeId};
@@ -105,8 +105,8 @@ impl SlotMap {
 /// A segment of which something is stored, or about to be.
 pub(super) struct Segment {
     pub(super) key: SegmentKey,
-    /// Its entry is in the directory on the disk.
-    pub(super) recorded: bool,
+    /// Known when its entry is in the directory on the disk.
+    pub(super) birth: Option<Birth>,
     data: SlotMap,
     info: SlotMap,
     pub(super) overlay: HashMap<u32, SlotOverlay>,
@@ -116,10 +116,10 @@ pub(super) struct Segment {
 }
 
 impl Segment {
-    pub(super) fn new(key: SegmentKey) -> Self {
+    pub(super) fn new(key: SegmentKey, birth: Option<Birth>) -> Self {
         Self {
             key,
-            recorded: false,
+            birth,
             data: SlotMap::default(),
             info: SlotMap::default(),
             overlay: HashMap::new(),
@@ -302,7 +302,7 @@ impl Index {
         }
         let entry = self.entries.take()?;
         self.names.insert(at, entry);
-        self.segments.insert(entry, Segment::new(at));
+        self.segments.insert(entry, Segment::new(at, None));
         Some(entry)
     }
 

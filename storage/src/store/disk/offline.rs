@@ -136,7 +136,7 @@ fn verify_position(
     let id = PageId { kind: PageKind::Info, number: info::page_number(info_slot, place.page) };
     let record = match page::pair(&reads[0].1, id, superblock.stamp) {
         Pair::Page(page) => info::get(page, place.record),
-        Pair::Blank | Pair::Damaged => None,
+        Pair::Damaged => None,
     };
     let Some(record) = record else {
         if verified.lost_pages.last() != Some(&key) {

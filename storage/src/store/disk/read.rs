@@ -9,7 +9,7 @@ use super::core::Core;
 use super::device::buffer::AlignedBuf;
 use super::device::{Finished, Request};
 use super::engine::Shared;
-use super::format::info::{self, BlockInfo, PER_PAGE};
+use super::format::info::{self, BlockInfo, InfoIdentity, PER_PAGE};
 use super::format::layout::{PAIR, SLOT_BLOCKS};
 use super::index::Place;
 use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT, SegmentKey, Version};
@@ -213,10 +213,12 @@ impl Shared {
                 continue;
             }
             for (page, bytes) in missing.iter().zip(buf.chunks(pair)) {
-                let owned =
-                    core.index.get(page.at).and_then(|segment| segment.info(page.index)) == Some(page.id.0);
-                if owned && core.info.get(page.id).is_none() {
-                    let loaded: InfoPage = info_page(bytes, page.id, page.at, page.index, stamp);
+                let segment = core.index.get(page.at);
+                let owner = segment.filter(|segment| segment.info(page.index) == Some(page.id.0));
+                let Some(birth) = owner.and_then(|segment| segment.birth) else { continue };
+                if core.info.get(page.id).is_none() {
+                    let identity = InfoIdentity { key: page.at, birth, index: page.index };
+                    let loaded: InfoPage = info_page(bytes, page.id, identity, stamp);
                     core.info.put(page.id, loaded);
                 }
             }

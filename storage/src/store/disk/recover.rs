@@ -10,7 +10,7 @@ use super::device::Device;
 use super::device::buffer::AlignedBuf;
 use super::device::sealed::{KeyCheck, SealedDevice};
 use super::format::batch::{self, BatchHeader, Operation};
-use super::format::directory::{self, DirectoryEntry, EntryNumber};
+use super::format::directory::{self, DirectoryEntry, EntryNumber, SegmentEntry};
 use super::format::layout::{LOG_OFFSET, Layout, PAIR, SUPERBLOCKS, SlotNumber};
 use super::format::owner::{self, Owner};
 use super::format::page::{self, HEADER, PAGE, PageId, PageKind, Pair};
@@ -55,7 +55,10 @@ pub enum OpenError {
         found: DiskId,
     },
     /// Written by another version.
-    #[error("it has format version {found}, and this version reads {} only", super::format::FORMAT_VERSION)]
+    #[error(
+        "it has format version {found}, and this version reads {} only: evict the disk and add it anew, so that its replicas are copied from others",
+        super::format::FORMAT_VERSION
+    )]
     Version {
         /// The version of its format.
         found: u32,
@@ -108,7 +111,7 @@ pub(super) fn format_as(
     // The superblocks too: without them it is no store until the end.
     zero(device, &zeroes, 0, LOG_OFFSET).map_err(io_error(failed))?;
     device.sync().map_err(io_error(failed))?;
-    zero(device, &zeroes, layout.directory_offset(), layout.slots_offset()).map_err(io_error(failed))?;
+    write_blank(device, &layout, stamp).map_err(io_error(failed))?;
     // Of the log only the start is looked at: the rest is written before it is read.
     zero(device, &zeroes, LOG_OFFSET, LOG_OFFSET + CHUNK.min(layout.log_len)).map_err(io_error(failed))?;
     device.sync().map_err(io_error(failed))?;
@@ -118,6 +121,30 @@ pub(super) fn format_as(
     let writes = SUPERBLOCKS.map(|offset| (offset, &page[..]));
     device.write(&writes).map_err(io_error(failed))?;
     device.sync().map_err(io_error(failed))
+}
+
+/// Writes empty pages of directory and owners, so that whatever is no page is damage.
+fn write_blank(device: &dyn Device, layout: &Layout, stamp: u32) -> io::Result<()> {
+    let regions = [
+        (PageKind::Directory, layout.directory_offset(), layout.directory_pages),
+        (PageKind::Owner, layout.owner_offset(), layout.owner_pages),
+    ];
+    let per_chunk = (CHUNK / PAIR) as u32;
+    let mut chunk = AlignedBuf::zeroed(CHUNK as usize);
+    for (kind, offset, count) in regions {
+        for first in (0..count).step_by(per_chunk as usize) {
+            let pairs = per_chunk.min(count - first);
+            for (number, pair) in (first..first + pairs).zip(chunk.chunks_mut(PAIR as usize)) {
+                for place in pair.chunks_mut(PAGE) {
+                    place[HEADER..].fill(0);
+                    page::seal(place, PageId { kind, number: u64::from(number) }, stamp, 0);
+                }
+            }
+            let at = offset + u64::from(first) * PAIR;
+            device.write(&[(at, &chunk[..pairs as usize * PAIR as usize])])?;
+        }
+    }
+    Ok(())
 }
 
 fn zero(device: &dyn Device, zeroes: &AlignedBuf, from: u64, to: u64) -> io::Result<()> {
@@ -218,19 +245,15 @@ pub(super) fn index(device: &dyn Device, superblock: &Superblock) -> Result<Foun
         layout.directory_pages,
         stamp,
         |number, pair| {
-            let Pair::Page(bytes) = pair else {
-                return if pair == Pair::Blank { Ok(()) } else { Err(damaged("directory", number)) };
-            };
+            let Pair::Page(bytes) = pair else { return Err(damaged("directory", number)) };
             for position in 0..directory::PER_PAGE {
                 let entry = EntryNumber(number * directory::PER_PAGE as u32 + position as u32);
                 match directory::get(&bytes[HEADER..], position)
                     .ok_or_else(|| damaged("directory", number))?
                 {
                     DirectoryEntry::Free => continue,
-                    DirectoryEntry::Segment(key) => {
-                        let mut segment = Segment::new(key);
-                        segment.recorded = true;
-                        segments.insert(entry, segment);
+                    DirectoryEntry::Segment(SegmentEntry { key, birth, .. }) => {
+                        segments.insert(entry, Segment::new(key, Some(birth)));
                     }
                     DirectoryEntry::Generation(volume, value) => {
                         generations.insert(volume, StoredGeneration { value, entry: Some(entry) });
@@ -244,21 +267,13 @@ pub(super) fn index(device: &dyn Device, superblock: &Superblock) -> Result<Foun
     let mut slots = FreeSlots::new(layout.slots);
     let mut stray_slots = Vec::new();
     pages(device, PageKind::Owner, layout.owner_offset(), layout.owner_pages, stamp, |number, pair| {
-        let bytes = match pair {
-            Pair::Page(bytes) => Some(bytes),
-            Pair::Blank => None,
-            Pair::Damaged => return Err(damaged("list of slots", number)),
-        };
+        let Pair::Page(bytes) = pair else { return Err(damaged("list of slots", number)) };
         for position in 0..owner::PER_PAGE {
             let slot = SlotNumber(number * owner::PER_PAGE as u32 + position as u32);
             if slot.0 >= layout.slots {
                 break;
             }
-            let owner = match bytes {
-                Some(bytes) => owner::get(&bytes[HEADER..], position),
-                None => Some(Owner::Free),
-            };
-            match owner.ok_or_else(|| damaged("list of slots", number))? {
+            match owner::get(&bytes[HEADER..], position).ok_or_else(|| damaged("list of slots", number))? {
                 Owner::Free => slots.give(slot),
                 Owner::Data(entry, at) => match segments.get_mut(&entry) {
                     Some(segment) if segment.data(u32::from(at)).is_none() => {

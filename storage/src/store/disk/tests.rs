@@ -5,6 +5,8 @@
 
 use super::flaws::{FLAWS, Flaw};
 use super::format::batch::Operation;
+use super::format::info::PAGES_PER_SLOT;
+use super::format::layout::PAIR;
 use super::sim::{SMALL, Sim, SimStore};
 use super::{core::operation, read::ZERO_CRC};
 use crate::ids::{BLOCK_SIZE, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
@@ -574,6 +576,49 @@ fn a_write_that_went_astray_is_never_read_as_data() {
     }
     println!("{happened} went astray, {damaged} blocks damaged, {refused} disks refused");
     assert!(happened > count as u32 / 2 && damaged > count as u32 / 10, "{happened} {damaged}");
+}
+
+/// Nothing on a disk is blank: zeroes where a page was are known to be damage, whatever the page was.
+#[test]
+fn zeroed_pages_are_damage() {
+    let written = || {
+        let mut world = World::new(3, None);
+        world.work(100);
+        world.settle();
+        let store = world.store.take().expect("the store is open");
+        let core = store.shared.core.lock();
+        let info = core.index.segments.values().find_map(|segment| segment.info_slots().next()).unwrap();
+        drop(core);
+        world.doing.clear();
+        world.sim.kill(store);
+        (world, info.1)
+    };
+    let zeroes = |pages: u64| vec![0; (pages * PAIR) as usize];
+    let (world, _) = written();
+    let layout = world.sim.layout();
+    for (offset, pages, what) in [
+        (layout.directory_offset(), u64::from(layout.directory_pages), "directory"),
+        (layout.owner_offset(), u64::from(layout.owner_pages), "list of slots"),
+    ] {
+        for page in 0..pages {
+            let (world, _) = written();
+            world.sim.poke(offset + page * PAIR, &zeroes(1));
+            let error = world.sim.open(None).err().expect("it is damaged").to_string();
+            assert!(error.contains(&format!("{what} (page {page})")), "{error}");
+        }
+    }
+    let (mut world, info) = written();
+    world.sim.poke(layout.slot(info), &zeroes(u64::from(PAGES_PER_SLOT)));
+    world.store = Some(world.sim.open(None).unwrap());
+    let blocks: Vec<Block> = world.blocks.keys().copied().collect();
+    let read: Vec<_> =
+        blocks.iter().map(|block| world.read(block.0, block.1..block.1 + 1).map(|_| ())).collect();
+    assert!(read.iter().any(|read| matches!(read, Err(StoreError::Checksum { .. }))));
+    for (block, read) in blocks.into_iter().zip(read) {
+        if read.is_ok() {
+            world.check_running(block).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -1,10 +1,11 @@
 //! Block info: version and checksum of each block of a segment.
 //!
 //! The info of 16 blocks (one data slot) is a record, 15 records are a page, 8 pages (each with its two places) fill a slot. Slots of info
-//! belong to a segment as slots of data do. A page says whose it is, and a record which slot has the data: so the index can be rebuilt from
-//! the slots alone.
+//! belong to a segment as slots of data do. A page says whose it is, and a record which slot has the data: that is what a damaged index is
+//! rebuilt from.
 
 use super::bytes::{Reader, Writer};
+use super::directory::Birth;
 use super::layout::{PAIR, SLOT, SLOT_BLOCKS, SLOTS_PER_SEGMENT, SlotNumber};
 use super::page::{HEADER, PAGE};
 use crate::ids::{LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
@@ -75,18 +76,31 @@ pub(in crate::store::disk) fn page_number(slot: SlotNumber, page: u32) -> u64 {
     u64::from(slot.0) * u64::from(PAGES_PER_SLOT) + u64::from(page)
 }
 
+/// Whose a slot of info is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::store::disk) struct InfoIdentity {
+    pub(in crate::store::disk) key: SegmentKey,
+    /// Of the segment.
+    pub(in crate::store::disk) birth: Birth,
+    /// Which of the segment's info slots.
+    pub(in crate::store::disk) index: u16,
+}
+
 /// Writes whose page it is.
-pub(in crate::store::disk) fn put_identity(page: &mut [u8], key: SegmentKey, slot: u16) {
+fn put_identity(page: &mut [u8], InfoIdentity { key, birth, index }: InfoIdentity) {
     let mut writer = Writer::new(&mut page[HEADER..HEADER + IDENTITY]);
-    writer.bytes(key.volume.0.as_bytes()).u32(key.segment.0).u32(key.layer.0).u16(slot);
+    writer.bytes(key.volume.0.as_bytes()).u32(key.segment.0).u32(key.layer.0).u16(index).skip(6).u64(birth.0);
 }
 
 /// Whose page it is.
-pub(in crate::store::disk) fn identity(page: &[u8]) -> Option<(SegmentKey, u16)> {
+pub(in crate::store::disk) fn identity(page: &[u8]) -> Option<InfoIdentity> {
     let mut reader = Reader(page.get(HEADER..HEADER + IDENTITY)?);
     let volume = VolumeId(Uuid::from_bytes(reader.array()?));
     let (segment, layer) = (SegmentIndex(reader.u32()?), LayerId(reader.u32()?));
-    Some((SegmentKey { volume, segment, layer }, reader.u16()?))
+    let index = reader.u16()?;
+    reader.bytes(6)?;
+    let birth = Birth(reader.u64()?);
+    Some(InfoIdentity { key: SegmentKey { volume, segment, layer }, birth, index })
 }
 
 /// Puts a record into a page. Generations that do not fit are refused before they come here.
@@ -129,9 +143,9 @@ pub(in crate::store::disk) fn get(page: &[u8], position: usize) -> Option<Record
 }
 
 /// A page that says the same of all blocks: [`BlockInfo::Absent`] when it is new, [`BlockInfo::Lost`] in place of a damaged one.
-pub(in crate::store::disk) fn filled(key: SegmentKey, slot: u16, with: BlockInfo) -> Vec<u8> {
+pub(in crate::store::disk) fn filled(identity: InfoIdentity, with: BlockInfo) -> Vec<u8> {
     let mut page = vec![0; PAGE];
-    put_identity(&mut page, key, slot);
+    put_identity(&mut page, identity);
     for position in 0..PER_PAGE as usize {
         put(&mut page, position, &Record { slot: None, blocks: [with; SLOT_BLOCKS as usize] });
     }

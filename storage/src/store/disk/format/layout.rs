@@ -8,7 +8,7 @@
 //!  └────────┴─────────────┴─────────────────┴─────────────────┴───────────────────────────────┘
 //! ```
 //!
-//! Everything but the slots and the log is a four-thousandth of the disk; the info of blocks lives in slots and takes room only where there are data.
+//! Directory and owners are a two-thousandth of the disk, and written whole when it is formatted: half a gigabyte for each TiB. The info of blocks lives in slots and takes room only where there are data.
 
 use super::{directory, owner, page::PAGE};
 use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT};
@@ -29,8 +29,8 @@ pub(in crate::store::disk) const SMALLEST: u64 = 4 << 20;
 const LOG_PART: u64 = 16;
 const LOG_AT_MOST: u64 = 1 << 30;
 const LOG_AT_LEAST: u64 = 1 << 20;
-/// Slots for each entry of the directory: a segment with anything in it has two at least.
-const SLOTS_PER_ENTRY: u64 = 4;
+/// Slots for each entry of the directory. A segment with anything in it has two at least, and 16,521 when it is full.
+const SLOTS_PER_ENTRY: u64 = 8;
 
 /// Number of a slot on its disk.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]

@@ -24,4 +24,4 @@ pub(super) mod superblock;
 mod tests;
 
 /// Version of all structures together. Another one is refused.
-pub(super) const FORMAT_VERSION: u32 = 2;
+pub(super) const FORMAT_VERSION: u32 = 3;

@@ -71,9 +71,7 @@ fn check(page: &[u8], id: PageId, stamp: u32) -> Option<u64> {
 pub(in crate::store::disk) enum Pair<'a> {
     /// The latest good one.
     Page(&'a [u8]),
-    /// It was never written.
-    Blank,
-    /// Neither is good.
+    /// Neither is good. Every page there is was written once, when the disk was formatted or when its slot became one of info: so zeroes are damage, too.
     Damaged,
 }
 
@@ -84,7 +82,6 @@ pub(in crate::store::disk) fn pair(bytes: &[u8], id: PageId, stamp: u32) -> Pair
         (Some(older), Some(newer)) if newer > older => Pair::Page(b),
         (Some(_), _) => Pair::Page(a),
         (None, Some(_)) => Pair::Page(b),
-        (None, None) if bytes.iter().all(|byte| *byte == 0) => Pair::Blank,
         (None, None) => Pair::Damaged,
     }
 }

@@ -1,8 +1,8 @@
 //! The bytes on the disk do not change without a new version of the format, and no bytes are taken for what they are not.
 
 use super::batch::{self, BatchHeader, BatchSize, Operation};
-use super::directory::{self, DirectoryEntry, EntryNumber};
-use super::info::{self, BlockInfo, Record};
+use super::directory::{self, Birth, DirectoryEntry, EntryNumber, SegmentEntry};
+use super::info::{self, BlockInfo, InfoIdentity, Record};
 use super::layout::{LOG_OFFSET, Layout, SLOT, SMALLEST, SlotNumber};
 use super::owner::{self, Owner};
 use super::page::{self, BODY, HEADER, PAGE, PageId, PageKind, Pair};
@@ -22,6 +22,15 @@ fn key() -> SegmentKey {
         segment: SegmentIndex(0x1112_1314),
         layer: LayerId(0x2122_2324),
     }
+}
+
+fn identity() -> InfoIdentity {
+    InfoIdentity { key: key(), birth: Birth(1 << 32 | 7), index: 3 }
+}
+
+fn entry() -> DirectoryEntry {
+    let infos = [0, 3, 136].into_iter().collect();
+    DirectoryEntry::Segment(SegmentEntry { key: key(), birth: Birth(1 << 32 | 7), infos })
 }
 
 fn version() -> Version {
@@ -70,7 +79,7 @@ fn batch_of(operations: &[Operation]) -> Vec<u8> {
 }
 
 fn info_page() -> Vec<u8> {
-    let mut page = info::filled(key(), 3, BlockInfo::Absent);
+    let mut page = info::filled(identity(), BlockInfo::Absent);
     let mut record = Record { slot: Some(SlotNumber(99)), ..Record::default() };
     record.blocks[0] = BlockInfo::Data(version(), 0x6162_6364);
     record.blocks[1] = BlockInfo::Zero(version());
@@ -94,8 +103,8 @@ fn the_superblock_is_these_bytes() {
     let encoded = superblock().encode();
     assert_eq!(
         hex(&encoded[..116]),
-        "4843494449534b0002000000fecaad0ba1a2a3a4a5a6a7a8a9aaabacadaeafb00500000000000000060000000000000007000000000000000080000000000000090000000000000000000004000000000300000021000000803e000001000000\
-         c5c5c5c5c5c5c5c5c5c5c5c5c5c5c5c5708358c7"
+        "4843494449534b0003000000fecaad0ba1a2a3a4a5a6a7a8a9aaabacadaeafb00500000000000000060000000000000007000000000000000080000000000000090000000000000000000004000000000300000021000000803e000001000000\
+         c5c5c5c5c5c5c5c5c5c5c5c5c5c5c5c567008380"
     );
     assert_eq!(Superblock::decode(&encoded), Ok(superblock()));
 }
@@ -113,12 +122,12 @@ fn a_batch_is_these_bytes() {
 
 #[test]
 fn pages_are_these_bytes() {
-    let first = "48435047fecaad0b030000000200000018030000000000000400000011ab5899";
-    assert_eq!(golden(&info_page(), 32), (3_908_888_935, first.to_owned()));
+    let first = "48435047fecaad0b0300000002000000180300000000000004000000d1ae2a3f";
+    assert_eq!(golden(&info_page(), 32), (2_936_787_620, first.to_owned()));
     let mut body = vec![0; BODY];
-    directory::put(&mut body, 1, DirectoryEntry::Segment(key()));
+    directory::put(&mut body, 1, entry());
     directory::put(&mut body, 2, DirectoryEntry::Generation(key().volume, Generation(5)));
-    assert_eq!(crc32c::crc32c(&body), 2_791_531_971);
+    assert_eq!(crc32c::crc32c(&body), 3_751_547_518);
     let mut body = vec![0; BODY];
     owner::put(&mut body, 1, Owner::Data(EntryNumber(7), 8));
     owner::put(&mut body, 2, Owner::Info(EntryNumber(9), 10));
@@ -128,11 +137,9 @@ fn pages_are_these_bytes() {
 #[test]
 fn what_is_put_is_got() {
     let mut body = vec![0; BODY];
-    for entry in [
-        DirectoryEntry::Free,
-        DirectoryEntry::Segment(key()),
-        DirectoryEntry::Generation(key().volume, Generation(u64::MAX)),
-    ] {
+    for entry in
+        [DirectoryEntry::Free, entry(), DirectoryEntry::Generation(key().volume, Generation(u64::MAX))]
+    {
         directory::put(&mut body, 5, entry);
         assert_eq!(directory::get(&body, 5), Some(entry));
     }
@@ -145,7 +152,7 @@ fn what_is_put_is_got() {
     assert_eq!(record.slot, Some(SlotNumber(99)));
     assert_eq!(record.blocks[0], BlockInfo::Data(version(), 0x6162_6364));
     assert_eq!(record.blocks[1..4], [BlockInfo::Zero(version()), BlockInfo::Lost, BlockInfo::Absent]);
-    assert_eq!(info::identity(&page), Some((key(), 3)));
+    assert_eq!(info::identity(&page), Some(identity()));
 }
 
 #[test]
@@ -164,7 +171,8 @@ fn of_two_places_the_later_good_one_counts() {
     torn[HEADER + 9] ^= 1;
     assert_eq!(page::pair(&both(&torn, &old), id, 1), Pair::Page(&old));
     assert_eq!(page::pair(&both(&torn, &torn), id, 1), Pair::Damaged);
-    assert_eq!(page::pair(&vec![0; 2 * PAGE], id, 1), Pair::Blank);
+    // Each page was written once: zeroes are damage, too.
+    assert_eq!(page::pair(&vec![0; 2 * PAGE], id, 1), Pair::Damaged);
     // In the wrong place, or of an earlier life of the disk.
     assert_eq!(page::pair(&both(&new, &old), PageId { number: 5, ..id }, 1), Pair::Damaged);
     assert_eq!(page::pair(&both(&new, &old), id, 2), Pair::Damaged);
@@ -186,6 +194,12 @@ fn another_version_is_told() {
     first[92..96].copy_from_slice(&crc.to_le_bytes());
     first[96..].fill(0);
     assert_eq!(Superblock::decode(&first), Err(NoSuperblock::Version(1)));
+    // Version 2 was as long as this one.
+    let mut second = superblock().encode();
+    second[8] = 2;
+    let crc = crc32c::crc32c(&second[..112]);
+    second[112..116].copy_from_slice(&crc.to_le_bytes());
+    assert_eq!(Superblock::decode(&second), Err(NoSuperblock::Version(2)));
     assert_eq!(Superblock::decode(&[0; PAGE]), Err(NoSuperblock::Foreign));
 }
 

@@ -168,6 +168,19 @@ impl Sim {
         self.medium.lock().astray.take().is_none()
     }
 
+    /// Where is what.
+    pub(super) fn layout(&self) -> Layout {
+        Layout::with_log(self.size.bytes, self.size.log).unwrap()
+    }
+
+    /// Damages it: durable at once.
+    pub(super) fn poke(&self, offset: u64, bytes: &[u8]) {
+        let mut medium = self.medium.lock();
+        medium.write(offset, bytes);
+        let written = medium.written();
+        medium.sync(written);
+    }
+
     /// Flips a bit somewhere in what was ever written.
     pub(super) fn flip_bit(&self) -> u64 {
         let mut medium = self.medium.lock();
