@@ -28,7 +28,7 @@ const MODULES: [&str; 12] = [
 ];
 
 /// The BusyBox applets that the guest's scripts call.
-const APPLETS: [&str; 22] = [
+const APPLETS: [&str; 24] = [
     "sh",
     "mount",
     "insmod",
@@ -51,6 +51,8 @@ const APPLETS: [&str; 22] = [
     "kill",
     "mkdir",
     "wget",
+    "losetup",
+    "ln",
 ];
 
 const ROOT_SIZE_MIB: u32 = 16;
@@ -97,7 +99,7 @@ fn inputs_digest(sources: &Path) -> Result<String> {
 }
 
 /// Downloads and unpacks the newest Debian cloud kernel; returns the unpacked tree.
-fn fetch_kernel(folder: &Path) -> Result<PathBuf> {
+pub fn fetch_kernel(folder: &Path) -> Result<PathBuf> {
     let tree = folder.join("kernel");
     if tree.join("boot").is_dir() {
         return Ok(tree);
@@ -119,11 +121,15 @@ fn fetch_kernel(folder: &Path) -> Result<PathBuf> {
     Ok(tree)
 }
 
-fn build_initramfs(sources: &Path, kernel_tree: &Path, folder: &Path, image: &GuestImage) -> Result<()> {
-    let kernel = find(&kernel_tree.join("boot"), &|path| file_name(path).starts_with("vmlinuz-"))?
+/// The kernel in an unpacked tree.
+pub fn kernel_of(tree: &Path) -> Result<PathBuf> {
+    find(&tree.join("boot"), &|path| file_name(path).starts_with("vmlinuz-"))?
         .pop()
-        .context("the kernel package holds no vmlinuz")?;
-    fs::copy(kernel, &image.kernel)?;
+        .context("the kernel package holds no vmlinuz")
+}
+
+fn build_initramfs(sources: &Path, kernel_tree: &Path, folder: &Path, image: &GuestImage) -> Result<()> {
+    fs::copy(kernel_of(kernel_tree)?, &image.kernel)?;
 
     let root = fresh(&folder.join("initramfs"))?;
     install_busybox(&root)?;
@@ -181,7 +187,7 @@ fn build_disk(sources: &Path, folder: &Path, image: &GuestImage) -> Result<()> {
         .arg(format!("{ROOT_SIZE_MIB}M")))
 }
 
-fn install_busybox(root: &Path) -> Result<()> {
+pub(crate) fn install_busybox(root: &Path) -> Result<()> {
     let bin = root.join("bin");
     fs::create_dir_all(&bin)?;
     let busybox = ["/bin/busybox", "/usr/bin/busybox"]
@@ -195,13 +201,13 @@ fn install_busybox(root: &Path) -> Result<()> {
     Ok(())
 }
 
-fn install(from: &Path, to: &Path) -> Result<()> {
+pub(crate) fn install(from: &Path, to: &Path) -> Result<()> {
     fs::copy(from, to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
     fs::set_permissions(to, fs::Permissions::from_mode(0o755))?;
     Ok(())
 }
 
-fn fresh(folder: &Path) -> Result<PathBuf> {
+pub(crate) fn fresh(folder: &Path) -> Result<PathBuf> {
     if folder.exists() {
         fs::remove_dir_all(folder)?;
     }
@@ -209,7 +215,7 @@ fn fresh(folder: &Path) -> Result<PathBuf> {
     Ok(folder.to_path_buf())
 }
 
-fn find(folder: &Path, wanted: &dyn Fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
+pub(crate) fn find(folder: &Path, wanted: &dyn Fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))? {
         let entry = entry?;
@@ -222,15 +228,15 @@ fn find(folder: &Path, wanted: &dyn Fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-fn file_name(path: &Path) -> String {
+pub(crate) fn file_name(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-fn run(command: &mut Command) -> Result<()> {
+pub(crate) fn run(command: &mut Command) -> Result<()> {
     output(command).map(|_| ())
 }
 
-fn output(command: &mut Command) -> Result<String> {
+pub(crate) fn output(command: &mut Command) -> Result<String> {
     let done = command.output().with_context(|| format!("cannot start {command:?}"))?;
     if !done.status.success() {
         bail!("{command:?} failed with {}: {}", done.status, String::from_utf8_lossy(&done.stderr).trim());

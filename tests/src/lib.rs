@@ -4,6 +4,7 @@
 //! | module | it is |
 //! |---|---|
 //! | [`guest`] | the image that test VMs boot |
+//! | [`initramfs`] | what a machine runs that has nothing but memory |
 //! | [`blkclient`] | a vhost-user-blk client without a VM |
 //! | [`bench`] | `make bench`: figures of storage and overlay beside what they run on |
 //! | [`native`] | nodes as processes in network namespaces, and the control plane that a test plays |
@@ -17,6 +18,7 @@ pub mod bench;
 pub mod blkclient;
 pub mod demo;
 pub mod guest;
+pub mod initramfs;
 pub mod native;
 pub mod netclient;
 pub mod overlay_node;

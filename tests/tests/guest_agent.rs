@@ -1,0 +1,87 @@
+//! A guest under our VMM, with Debian's kernel and Debian's QEMU guest agent, in an emulated machine with KVM: the seed disk is read, programs
+//! run, a file system is frozen and thawed, the guest is shut down. What is asked is in `src/bin/guest-agent.rs`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use hci_tests::guest;
+use hci_tests::initramfs::Initramfs;
+use hci_tests::native::process::executable;
+
+/// How long the emulated machine may run.
+const PATIENCE: Duration = Duration::from_secs(900);
+
+#[test]
+fn a_guests_agent_does_what_a_node_asks_it_for() -> Result<()> {
+    let hci = executable()?;
+    let folder =
+        hci.ancestors().nth(2).context("the executable is in no target directory")?.join("guest-agent");
+    fs::create_dir_all(&folder)?;
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/agent");
+    let tree = guest::fetch_kernel(&folder)?;
+    let kernel = guest::kernel_of(&tree)?;
+    let guest_image = guest_image(&folder, &sources, &tree)?;
+
+    let host = Initramfs::new(&folder.join("host"))?;
+    host.program(&hci)?;
+    host.program(Path::new(env!("CARGO_BIN_EXE_guest-agent")))?;
+    for module in ["irqbypass", "kvm", "kvm-amd"] {
+        host.module(&tree, module)?;
+    }
+    host.file(&kernel, "kernel")?;
+    host.file(&guest_image, "guest.img")?;
+    host.file(&sources.join("host-init"), "init")?;
+    let image = folder.join("host.img");
+    host.pack(&image)?;
+
+    let console = folder.join("console.txt");
+    let status = Command::new("timeout")
+        .arg(PATIENCE.as_secs().to_string())
+        .args(["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-M", "q35"])
+        .args(["-cpu", "EPYC-Milan,+svm,+npt", "-smp", "2", "-m", "2048"])
+        .args(["-nodefaults", "-display", "none", "-no-reboot"])
+        .arg("-serial")
+        .arg(format!("file:{}", console.display()))
+        .args(["-append", "console=ttyS0 quiet panic=-1", "-kernel"])
+        .arg(&kernel)
+        .arg("-initrd")
+        .arg(&image)
+        .status()?;
+    let said = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
+    ensure!(status.success(), "the machine ended with {status}:\n{said}");
+    ensure!(said.lines().any(|line| line.trim() == "PASS"), "{said}");
+    Ok(())
+}
+
+fn guest_image(folder: &Path, sources: &Path, tree: &Path) -> Result<PathBuf> {
+    let guest = Initramfs::new(&folder.join("guest"))?;
+    guest.program(Path::new("/usr/sbin/qemu-ga")).context("install the Debian package qemu-guest-agent")?;
+    for module in [
+        "virtio_ring",
+        "virtio",
+        "virtio_pci_modern_dev",
+        "virtio_pci_legacy_dev",
+        "virtio_pci",
+        "virtio_blk",
+        "virtio_console",
+        "cdrom",
+        "isofs",
+        "loop",
+    ] {
+        guest.module(tree, module)?;
+    }
+    let data = folder.join("data.img");
+    fs::File::create(&data)?.set_len(4 << 20)?;
+    let made =
+        Command::new("mke2fs").args(["-q", "-F", "-t", "ext4", "-O", "^has_journal"]).arg(&data).status()?;
+    ensure!(made.success(), "mke2fs: {made}");
+    guest.file(&data, "data.img")?;
+    guest.file(&sources.join("guest-init"), "init")?;
+    guest.file(&sources.join("shutdown"), "sbin/shutdown")?;
+    let image = folder.join("guest.img");
+    guest.pack(&image)?;
+    Ok(image)
+}
