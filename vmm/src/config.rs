@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::layout::{CMDLINE_MAX, MIB};
 
-/// Disks and NICs on bus 0, besides the host bridge, the random number generator, the guest agent's port and the seed disk.
-const MAX_DEVICES: usize = 28;
+/// Disks and NICs on bus 0, besides the host bridge, the random number generator, the guest agent's port, the seed disk and the watchdog.
+const MAX_DEVICES: usize = 27;
 /// Most vCPUs that the (xAPIC) topology describes.
 const MAX_VCPUS: u8 = 254;
 /// Below this no kernel and initramfs fit beside the boot structures.

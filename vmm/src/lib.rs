@@ -11,6 +11,7 @@
 //! - `console`: feeds the console's clients.
 //! - one for each disk and NIC: keeps the connection to the backend (`virtio::vhost_user`), for ever.
 //! - `rng`, `seed`, `agent-port`: serve the random number generator, the seed disk and the guest agent's port.
+//! - `watchdog`: sleeps until the guest arms its watchdog and does not feed it.
 //!
 //! There is no async runtime. Whoever calls [`Vm::wait`] drives the end: first vCPUs, then devices, then the console.
 //!
@@ -42,6 +43,7 @@ mod socket;
 mod vcpu;
 mod virtio;
 mod vm;
+mod watchdog;
 
 #[cfg(test)]
 #[path = "../tests/guest/mod.rs"]

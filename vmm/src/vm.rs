@@ -40,6 +40,7 @@ use crate::virtio::vhost_user::blk::Disk;
 use crate::virtio::vhost_user::device::VhostUser;
 use crate::virtio::vhost_user::net::Nic;
 use crate::virtio::vhost_user::worker::{self, WorkerHandle};
+use crate::watchdog::Watchdog;
 
 /// Where the QEMU guest agent looks for its host.
 const AGENT_PORT: &str = "org.qemu.guest_agent.0";
@@ -230,6 +231,8 @@ impl<'a> Builder<'a> {
             let parts = self.parts(&seed, slots.len())?;
             slots.push(Arc::new(VirtioPci::new(Box::new(seed), parts)?));
         }
+        let watchdog = Watchdog::new(self.lifecycle.clone(), PciRoot::initial_bar(slots.len()));
+        slots.push(Arc::new(watchdog.map_err(resource("watchdog thread"))?));
         let root = Arc::new(PciRoot::new(slots.clone()));
         ports.insert(
             layout::PCI_CONFIG_PORT.into(),

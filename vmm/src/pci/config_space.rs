@@ -85,7 +85,8 @@ impl ConfigSpace {
         self.registers[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
-    fn allow(&mut self, at: usize, mask: &[u8]) {
+    /// Lets the guest write these bits of the registers from `at` on.
+    pub(crate) fn allow(&mut self, at: usize, mask: &[u8]) {
         self.writable[at..at + mask.len()].copy_from_slice(mask);
     }
 
