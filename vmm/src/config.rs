@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::layout::{CMDLINE_MAX, MIB};
 
@@ -30,18 +31,15 @@ const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=65535;
 pub struct VmConfig {
     /// Name, for logs and thread names.
     pub name: String,
+    /// What the guest finds as its machine's identity.
+    #[serde(default)]
+    pub id: Uuid,
     /// Number of virtual processors, one socket of single-threaded cores.
     pub vcpus: u8,
     /// Guest memory in bytes; a multiple of 1 MiB.
     pub memory_bytes: u64,
-    /// Kernel: a bzImage, or an ELF file with a PVH entry note.
-    pub kernel: PathBuf,
-    /// Initial RAM file system.
-    #[serde(default)]
-    pub initramfs: Option<PathBuf>,
-    /// Kernel command line.
-    #[serde(default)]
-    pub cmdline: String,
+    /// What runs first.
+    pub boot: Boot,
     /// Disks, in the order in which the guest finds them.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
@@ -59,6 +57,32 @@ pub struct VmConfig {
     /// How long a start waits for the vhost-user sockets to answer before it fails. A running guest waits for ever.
     #[serde(default = "default_backend_timeout_ms")]
     pub backend_timeout_ms: u64,
+}
+
+/// What a guest runs first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Boot {
+    /// A kernel that the VMM loads and enters.
+    Kernel {
+        /// A bzImage, or an ELF file with a PVH entry note.
+        kernel: PathBuf,
+        /// Initial RAM file system.
+        #[serde(default)]
+        initramfs: Option<PathBuf>,
+        /// Kernel command line.
+        #[serde(default)]
+        cmdline: String,
+    },
+    /// UEFI firmware, which looks for a boot loader on the disks.
+    Firmware {
+        /// The firmware's code: OVMF built for a Q35 machine, with its variables in a file of their own.
+        code: PathBuf,
+        /// The variable store that a new guest starts with, and one whose own is damaged.
+        template: PathBuf,
+        /// The guest's own variable store; made when it is not there.
+        variables: PathBuf,
+    },
 }
 
 /// A vhost-user-blk disk.
@@ -161,7 +185,7 @@ pub enum ConfigError {
     /// The memory size is out of range or not aligned.
     #[error("memory_bytes is {0}; it must be a multiple of 1 MiB from 16 MiB to 512 GiB")]
     Memory(u64),
-    /// The kernel, initramfs or seed cannot be read.
+    /// A file that the guest needs cannot be read.
     #[error("{what} {path}: {error}")]
     File {
         /// Which file.
@@ -219,18 +243,22 @@ impl VmConfig {
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory_bytes) || !self.memory_bytes.is_multiple_of(MIB) {
             errors.push(ConfigError::Memory(self.memory_bytes));
         }
-        let files = [
-            ("kernel", Some(&self.kernel)),
-            ("initramfs", self.initramfs.as_ref()),
-            ("seed", self.seed.as_ref()),
-        ];
+        let mut files = vec![("seed", self.seed.as_ref())];
+        match &self.boot {
+            Boot::Kernel { kernel, initramfs, cmdline } => {
+                files.extend([("kernel", Some(kernel)), ("initramfs", initramfs.as_ref())]);
+                if cmdline.len() >= CMDLINE_MAX || cmdline.contains('\0') {
+                    errors.push(ConfigError::Cmdline);
+                }
+            }
+            Boot::Firmware { code, template, .. } => {
+                files.extend([("firmware", Some(code)), ("variable store template", Some(template))]);
+            }
+        }
         for (what, path) in files.into_iter().filter_map(|(what, path)| Some((what, path?))) {
             if let Err(error) = std::fs::File::open(path) {
                 errors.push(ConfigError::File { what, path: path.clone(), error: error.to_string() });
             }
-        }
-        if self.cmdline.len() >= CMDLINE_MAX || self.cmdline.contains('\0') {
-            errors.push(ConfigError::Cmdline);
         }
         self.validate_devices(&mut errors);
         if errors.is_empty() { Ok(()) } else { Err(errors) }
@@ -281,11 +309,14 @@ mod tests {
     fn config() -> VmConfig {
         VmConfig {
             name: "web".into(),
+            id: Uuid::from_u128(1),
             vcpus: 2,
             memory_bytes: 256 * MIB,
-            kernel: "/proc/self/exe".into(),
-            initramfs: None,
-            cmdline: "console=ttyS0".into(),
+            boot: Boot::Kernel {
+                kernel: "/proc/self/exe".into(),
+                initramfs: None,
+                cmdline: "console=ttyS0".into(),
+            },
             disks: vec![DiskConfig { id: "d0".into(), socket: "/d0".into(), queues: 2, readonly: false }],
             nics: vec![NicConfig {
                 id: "n0".into(),
@@ -314,8 +345,11 @@ mod tests {
         let mut bad = config();
         bad.vcpus = 0;
         bad.memory_bytes = MIB + 1;
-        bad.initramfs = Some("/nonexistent/initramfs".into());
-        bad.cmdline = "x".repeat(CMDLINE_MAX);
+        bad.boot = Boot::Kernel {
+            kernel: "/proc/self/exe".into(),
+            initramfs: Some("/nonexistent/initramfs".into()),
+            cmdline: "x".repeat(CMDLINE_MAX),
+        };
         bad.disks.push(bad.disks[0].clone());
         bad.disks[0].queues = 0;
         bad.nics[0].mac = MacAddr([1, 0, 0, 0, 0, 1]);

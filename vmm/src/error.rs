@@ -33,6 +33,14 @@ pub enum VmError {
         /// The cause.
         source: io::Error,
     },
+    /// The firmware or its variables could not be read.
+    #[error("firmware {path}: {source}")]
+    Firmware {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// The kernel could not be loaded.
     #[error("boot")]
     Boot(#[from] BootError),

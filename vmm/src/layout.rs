@@ -45,7 +45,13 @@ pub(crate) const HIGH_RAM_START: u64 = 4 * GIB;
 pub(crate) const PCI_MMIO_START: u64 = 0xc000_0000;
 /// End (exclusive) of the 32-bit window.
 pub(crate) const PCI_MMIO_END: u64 = 0xe000_0000;
-/// PCI Express enhanced configuration space.
+/// End of what the guest's processors can address at most.
+pub(crate) const PHYSICAL_END: u64 = 1 << 52;
+/// Where firmware may put configuration space: OVMF of 2022 and that of 2025.
+pub(crate) const ECAM_PLACES: [u64; 2] = [0xb000_0000, 0xe000_0000];
+/// Length of each of these places.
+pub(crate) const ECAM_PLACE_LEN: u64 = 256 * MIB;
+/// PCI Express enhanced configuration space, before firmware moves it.
 pub(crate) const ECAM_START: u64 = 0xe000_0000;
 /// Only bus 0 exists: 32 devices of 8 functions of 4 KiB.
 pub(crate) const ECAM_SIZE: u64 = MIB;
@@ -54,10 +60,16 @@ pub(crate) const IOAPIC_START: u32 = 0xfec0_0000;
 /// Local APIC registers (in the kernel).
 pub(crate) const LAPIC_START: u32 = 0xfee0_0000;
 /// Page that Intel's KVM needs for its identity map.
-pub(crate) const KVM_IDENTITY_MAP_START: u64 = 0xfffb_c000;
+pub(crate) const KVM_IDENTITY_MAP_START: u64 = 0xfeff_c000;
+/// Length of all of KVM's own pages.
+pub(crate) const KVM_PAGES_LEN: u64 = 0x4000;
 /// Three pages that Intel's KVM needs for real mode.
-pub(crate) const KVM_TSS_START: u64 = 0xfffb_d000;
+pub(crate) const KVM_TSS_START: u64 = 0xfeff_d000;
 
+/// fw_cfg: selector, data, DMA address.
+pub(crate) const FW_CFG_PORT: u16 = 0x510;
+/// Real-time clock: index and data.
+pub(crate) const CMOS_PORT: u16 = 0x70;
 /// First serial port.
 pub(crate) const COM1_PORT: u16 = 0x3f8;
 /// Its interrupt line.
@@ -74,6 +86,8 @@ pub(crate) const PM1_EVENT_PORT: u16 = 0x600;
 pub(crate) const PANIC_PORT: u16 = 0x505;
 /// ACPI PM1 control block.
 pub(crate) const PM1_CONTROL_PORT: u16 = 0x604;
+/// ACPI PM timer.
+pub(crate) const PM_TIMER_PORT: u16 = 0x608;
 /// System control interrupt of ACPI.
 pub(crate) const SCI_IRQ: u32 = 9;
 /// First interrupt line that is free for MSI routes; the IOAPIC has those below.

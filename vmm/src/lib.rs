@@ -1,4 +1,5 @@
-//! One KVM guest: boots a kernel directly, with vhost-user disks and NICs, a serial console on a socket and nothing else in between.
+//! One KVM guest: boots UEFI disks through stock OVMF, or a kernel directly; with vhost-user disks and NICs, a serial console on a socket
+//! and nothing else in between.
 //!
 //! # What it is
 //! [`VmConfig`] says what the guest is made of, [`Vm::start`] makes and runs it, [`VmHandle`] controls it from other threads, and
@@ -23,15 +24,17 @@
 //! - A guest ends once, with one reason; the first one counts.
 //!
 //! # Where to start reading
-//! `vm` puts everything together. Then by subject: `config`, `layout` (the address map), `boot`, `vcpu`, `acpi`, `pci`,
+//! `vm` puts everything together. Then by subject: `config`, `layout` (the address map), `boot`, `firmware`, `vcpu`, `acpi`, `chipset`, `pci`,
 //! `virtio`, `console`.
 
 mod acpi;
 mod boot;
 mod bus;
+mod chipset;
 mod config;
 mod console;
 mod error;
+mod firmware;
 mod handle;
 mod interrupts;
 mod kvm;
@@ -50,7 +53,7 @@ mod watchdog;
 mod test_guest;
 
 pub use boot::BootError;
-pub use config::{ConfigError, DiskConfig, MacAddr, NicConfig, ParseMacError, VmConfig};
+pub use config::{Boot, ConfigError, DiskConfig, MacAddr, NicConfig, ParseMacError, VmConfig};
 pub use error::VmError;
 pub use handle::{BackendState, DeviceStatus, VmHandle, VmState, VmStatus};
 pub use lifecycle::ExitReason;

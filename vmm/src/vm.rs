@@ -12,13 +12,18 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::acpi::panic::PanicDevice;
 use crate::acpi::power::{self, KeyboardController, PowerDevice};
-use crate::acpi::tables;
+use crate::acpi::tables::{Description, Tables};
 use crate::boot::{self, BootError, BootSource};
 use crate::bus::Bus;
-use crate::config::VmConfig;
+use crate::chipset::cmos::Cmos;
+use crate::chipset::lpc::{self, LpcBridge};
+use crate::chipset::pm_timer::PmTimer;
+use crate::config::{Boot, VmConfig};
 use crate::console::serial::{IrqTrigger, SerialPort};
 use crate::console::server::{ConsoleServer, Output};
 use crate::error::{VmError, kvm, resource};
+use crate::firmware::store::VariableStore;
+use crate::firmware::{flash, fw_cfg, items};
 use crate::handle::VmHandle;
 use crate::interrupts::{Gsi, Interrupts};
 use crate::kvm::{self as kvm_guest, KvmGuest};
@@ -26,7 +31,7 @@ use crate::layout;
 use crate::lifecycle::{ExitReason, Lifecycle};
 use crate::memory::{self, Memory};
 use crate::pci::host_bridge::HostBridge;
-use crate::pci::root::{ConfigPorts, Ecam, MemoryWindow};
+use crate::pci::root::{self, ConfigPorts};
 use crate::pci::{PciDevice, PciRoot};
 use crate::vcpu::cpuid::{self, Topology};
 use crate::vcpu::gate::{Gate, Wanted, install_kick_handler};
@@ -63,6 +68,17 @@ pub struct Vm {
     // Dropped in this order, by `stop`: devices (with their workers), console.
     devices: Vec<Arc<dyn PciDevice>>,
     console: Option<ConsoleServer>,
+    /// The guest's processors read it as long as they run.
+    _firmware: Option<flash::Code>,
+}
+
+/// The bus with what is on it.
+struct Pci {
+    root: Arc<PciRoot>,
+    bridge: Arc<HostBridge>,
+    devices: Vec<Arc<dyn PciDevice>>,
+    /// The slots of the disks.
+    boot_slots: Vec<usize>,
 }
 
 impl Vm {
@@ -124,12 +140,12 @@ impl<'a> Builder<'a> {
     fn run(self) -> Result<Vm, VmError> {
         let workers = self.connect_backends()?;
         let backends = workers.iter().map(WorkerHandle::shared).collect();
-        let entry = self.load()?;
         let mut ports = Bus::default();
         let mut mmio = Bus::default();
         let console = self.add_console(&mut ports)?;
         let power = self.add_power(&mut ports);
-        let devices = self.add_pci(workers, &mut ports, &mut mmio)?;
+        let pci = self.add_pci(workers, &mut ports, &mut mmio)?;
+        let (entry, firmware) = self.load(&pci, &mut ports, &mut mmio)?;
 
         let gate = Arc::new(Gate::new());
         let machine = Arc::new(Machine {
@@ -140,7 +156,13 @@ impl<'a> Builder<'a> {
             vcpu_threads: Mutex::default(),
         });
         // From here on, `Vm` takes everything apart if something fails.
-        let vm = Vm { machine, name: self.config.name.clone(), devices, console: Some(console) };
+        let vm = Vm {
+            machine,
+            name: self.config.name.clone(),
+            devices: pci.devices,
+            console: Some(console),
+            _firmware: firmware,
+        };
         self.start_vcpus(&vm, entry, Arc::new(ports), Arc::new(mmio))?;
         tracing::info!(
             vm = vm.name,
@@ -166,18 +188,54 @@ impl<'a> Builder<'a> {
         disks.chain(nics).collect()
     }
 
-    fn load(&self) -> Result<boot::Entry, VmError> {
-        let rsdp = tables::write(&self.memory, self.config.vcpus).map_err(BootError::from)?;
-        let source = BootSource {
-            kernel: &self.config.kernel,
-            initramfs: self.config.initramfs.as_deref(),
-            cmdline: &self.config.cmdline,
-            memory_size: self.config.memory_bytes,
-            rsdp,
+    /// Puts in place what runs first.
+    fn load(
+        &self,
+        pci: &Pci,
+        ports: &mut Bus,
+        mmio: &mut Bus,
+    ) -> Result<(Option<boot::Entry>, Option<flash::Code>), VmError> {
+        match &self.config.boot {
+            Boot::Kernel { kernel, initramfs, cmdline } => {
+                let tables = Tables::build(&Description::initial(self.config.vcpus));
+                let rsdp = tables.write(&self.memory).map_err(BootError::from)?;
+                let initramfs = initramfs.as_deref();
+                let memory_size = self.config.memory_bytes;
+                let source = BootSource { kernel, initramfs, cmdline, memory_size, rsdp };
+                let entry = boot::load(&self.memory, source)?;
+                registers::write_gdt(&self.memory, entry).map_err(BootError::from)?;
+                Ok((Some(entry), None))
+            }
+            Boot::Firmware { code, template, variables } => {
+                let code = flash::Code::open(code)?;
+                let (store, content) = VariableStore::open(variables, template)?;
+                let (start, len, chip) = flash::install(&self.kvm.vm, &code, store, content)?;
+                mmio.insert(start, len, chip);
+                ports.insert(
+                    layout::FW_CFG_PORT.into(),
+                    fw_cfg::PORTS_LEN,
+                    Arc::new(items::build(&self.machine(pci), &self.memory)),
+                );
+                Ok((None, Some(code)))
+            }
+        }
+    }
+
+    /// What firmware is told.
+    fn machine(&self, pci: &Pci) -> items::Machine {
+        let (root, bridge, vcpus) = (pci.root.clone(), pci.bridge.clone(), self.config.vcpus);
+        let describe = move || Description {
+            vcpus,
+            ecam: bridge.ecam().map_or(layout::ECAM_START, |ecam| ecam.start),
+            high_window: root.high_window(),
         };
-        let entry = boot::load(&self.memory, source)?;
-        registers::write_gdt(&self.memory, entry).map_err(BootError::from)?;
-        Ok(entry)
+        items::Machine {
+            id: self.config.id,
+            vcpus,
+            memory_size: self.config.memory_bytes,
+            boot_slots: pci.boot_slots.clone(),
+            describe: Arc::new(describe),
+        }
     }
 
     fn add_console(&self, ports: &mut Bus) -> Result<ConsoleServer, VmError> {
@@ -200,19 +258,20 @@ impl<'a> Builder<'a> {
         let keyboard = Arc::new(KeyboardController::new(self.lifecycle.clone()));
         ports.insert(layout::I8042_COMMAND_PORT.into(), 1, keyboard);
         ports.insert(layout::PANIC_PORT.into(), 1, Arc::new(PanicDevice::new(self.lifecycle.clone())));
+        ports.insert(layout::PM_TIMER_PORT.into(), 4, Arc::new(PmTimer::new()));
+        let low = memory::low_ram_end(self.config.memory_bytes);
+        let cmos = Cmos::new(low, self.config.memory_bytes - low, self.config.vcpus);
+        ports.insert(layout::CMOS_PORT.into(), 2, Arc::new(cmos));
         device
     }
 
     /// Fills the bus: host bridge, random number generator, disks, NICs.
-    fn add_pci(
-        &self,
-        workers: Vec<WorkerHandle>,
-        ports: &mut Bus,
-        mmio: &mut Bus,
-    ) -> Result<Vec<Arc<dyn PciDevice>>, VmError> {
-        let mut slots: Vec<Arc<dyn PciDevice>> = vec![Arc::new(HostBridge::new())];
+    fn add_pci(&self, workers: Vec<WorkerHandle>, ports: &mut Bus, mmio: &mut Bus) -> Result<Pci, VmError> {
+        let bridge = Arc::new(HostBridge::new());
+        let mut slots: Vec<Arc<dyn PciDevice>> = vec![bridge.clone()];
         let parts = self.parts(&Rng::default(), slots.len())?;
         slots.push(Arc::new(VirtioPci::new(Box::new(Rng::default()), parts)?));
+        let boot_slots = (slots.len()..).take(self.config.disks.len()).collect();
         let deadline = Instant::now() + self.config.backend_timeout();
         for worker in workers {
             let device = VhostUser::new(worker, deadline.saturating_duration_since(Instant::now()))?;
@@ -233,16 +292,14 @@ impl<'a> Builder<'a> {
         }
         let watchdog = Watchdog::new(self.lifecycle.clone(), PciRoot::initial_bar(slots.len()));
         slots.push(Arc::new(watchdog.map_err(resource("watchdog thread"))?));
-        let root = Arc::new(PciRoot::new(slots.clone()));
+        let root = Arc::new(PciRoot::new(slots.clone()).with(lpc::SLOT, Arc::new(LpcBridge::new())));
         ports.insert(
             layout::PCI_CONFIG_PORT.into(),
             8,
             Arc::new(ConfigPorts::new(root.clone(), self.lifecycle.clone())),
         );
-        mmio.insert(layout::ECAM_START, layout::ECAM_SIZE, Arc::new(Ecam(root.clone())));
-        let window = layout::PCI_MMIO_END - layout::PCI_MMIO_START;
-        mmio.insert(layout::PCI_MMIO_START, window, Arc::new(MemoryWindow(root)));
-        Ok(slots)
+        root::connect(mmio, &root, &bridge);
+        Ok(Pci { root, bridge, devices: slots, boot_slots })
     }
 
     fn parts(&self, device: &dyn VirtioDevice, slot: usize) -> Result<Parts, VmError> {
@@ -254,7 +311,7 @@ impl<'a> Builder<'a> {
     fn start_vcpus(
         &self,
         vm: &Vm,
-        entry: boot::Entry,
+        entry: Option<boot::Entry>,
         ports: Arc<Bus>,
         mmio: Arc<Bus>,
     ) -> Result<(), VmError> {
@@ -265,10 +322,13 @@ impl<'a> Builder<'a> {
             let vcpu = self.kvm.vm.create_vcpu(id.into()).map_err(kvm("KVM_CREATE_VCPU"))?;
             let cpuid = cpuid::for_vcpu(&self.kvm.supported_cpuid, topology, id);
             vcpu.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
-            registers::setup_model_specific(&vcpu)?;
-            registers::setup_local_apic(&vcpu)?;
-            if id == 0 {
-                registers::setup_boot_processor(&vcpu, entry)?;
+            // Firmware starts at the reset vector and does the rest itself.
+            if let Some(entry) = entry {
+                registers::setup_model_specific(&vcpu)?;
+                registers::setup_local_apic(&vcpu)?;
+                if id == 0 {
+                    registers::setup_boot_processor(&vcpu, entry)?;
+                }
             }
             vcpus.push(vcpu);
         }

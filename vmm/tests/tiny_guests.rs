@@ -40,11 +40,10 @@ impl Lab {
         fs::write(&kernel, guest::pvh_elf(code)).unwrap();
         VmConfig {
             name: "tiny".into(),
+            id: uuid::Uuid::from_u128(1),
             vcpus,
             memory_bytes: 32 << 20,
-            kernel,
-            initramfs: None,
-            cmdline: "hello".into(),
+            boot: vmm::Boot::Kernel { kernel, initramfs: None, cmdline: "hello".into() },
             disks: vec![],
             nics: vec![],
             seed: None,
@@ -203,6 +202,6 @@ fn a_missing_backend_is_named() {
 fn a_kernel_that_is_none_is_refused() {
     let Some(lab) = Lab::new() else { return };
     let config = lab.config(&SPIN, 1);
-    fs::write(&config.kernel, "#!/bin/sh").unwrap();
+    fs::write(lab.dir.path().join("kernel"), "#!/bin/sh").unwrap();
     assert!(matches!(Vm::start(config), Err(VmError::Boot(vmm::BootError::UnknownFormat(_)))));
 }

@@ -268,7 +268,7 @@ mod tests {
         let files = paths.vm(vm);
         fs::create_dir_all(files.dir()).unwrap();
         let config = serde_json::from_value(serde_json::json!({
-            "name": "web", "vcpus": 1, "memory_bytes": 1 << 30, "kernel": "/k", "console_socket": "/c"
+            "name": "web", "vcpus": 1, "memory_bytes": 1 << 30, "boot": { "kernel": { "kernel": "/k" } }, "console_socket": "/c"
         }));
         let run = RunFile { vm, epoch: RunEpoch(epoch), config: config.unwrap() };
         record::write_run_file(&files, &run).unwrap();

@@ -9,29 +9,41 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::power::SLEEP_TYPE_S5;
-use super::tables::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::tables::{Description, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::layout::{
-    COM1_IRQ, COM1_PORT, ECAM_SIZE, ECAM_START, PANIC_PORT, PCI_CONFIG_PORT, PCI_MMIO_END, PCI_MMIO_START,
-    PM1_EVENT_PORT,
+    COM1_IRQ, COM1_PORT, ECAM_SIZE, PANIC_PORT, PCI_CONFIG_PORT, PCI_MMIO_END, PCI_MMIO_START, PM1_EVENT_PORT,
 };
 
-/// Builds the DSDT of a guest with so many processors.
-pub(super) fn build(vcpus: u8) -> Sdt {
+/// Builds the DSDT of a machine.
+pub(super) fn build(machine: &Description) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let mut aml = Vec::new();
-    pci_root(&mut aml);
-    motherboard(&mut aml);
+    pci_root(&mut aml, machine);
+    motherboard(&mut aml, machine.ecam);
     serial_port(&mut aml);
     panic_port(&mut aml);
-    processors(&mut aml, vcpus);
+    processors(&mut aml, machine.vcpus);
     let s5 = SLEEP_TYPE_S5;
     Name::new(Path::new("_S5_"), &Package::new(vec![&s5, &s5, &0u8, &0u8])).to_aml_bytes(&mut aml);
     dsdt.append_slice(&aml);
     dsdt
 }
 
-fn pci_root(aml: &mut dyn AmlSink) {
+fn pci_root(aml: &mut dyn AmlSink, machine: &Description) {
     let config_end = PCI_CONFIG_PORT + 7;
+    let bus = AddressSpace::new_bus_number(0u16, 0u16);
+    let config = IO::new(PCI_CONFIG_PORT, PCI_CONFIG_PORT, 1, 8);
+    let low_ports = AddressSpace::new_io(0u16, PCI_CONFIG_PORT - 1, None);
+    let high_ports = AddressSpace::new_io(config_end + 1, u16::MAX, None);
+    let uncached = AddressSpaceCacheable::NotCacheable;
+    let (first, last) = (PCI_MMIO_START as u32, (PCI_MMIO_END - 1) as u32);
+    let low_memory = AddressSpace::new_memory(uncached, true, first, last, None);
+    let high_memory = machine
+        .high_window
+        .as_ref()
+        .map(|window| AddressSpace::new_memory(uncached, true, window.start, window.end - 1, None));
+    let mut resources: Vec<&dyn Aml> = vec![&bus, &config, &low_ports, &high_ports, &low_memory];
+    resources.extend(high_memory.iter().map(|window| window as &dyn Aml));
     Device::new(
         Path::new("_SB_.PCI0"),
         vec![
@@ -40,28 +52,13 @@ fn pci_root(aml: &mut dyn AmlSink) {
             &Name::new(Path::new("_SEG"), &0u8),
             &Name::new(Path::new("_BBN"), &0u8),
             &Name::new(Path::new("_UID"), &0u8),
-            &Name::new(
-                Path::new("_CRS"),
-                &ResourceTemplate::new(vec![
-                    &AddressSpace::new_bus_number(0u16, 0u16),
-                    &IO::new(PCI_CONFIG_PORT, PCI_CONFIG_PORT, 1, 8),
-                    &AddressSpace::new_io(0u16, PCI_CONFIG_PORT - 1, None),
-                    &AddressSpace::new_io(config_end + 1, u16::MAX, None),
-                    &AddressSpace::new_memory(
-                        AddressSpaceCacheable::NotCacheable,
-                        true,
-                        PCI_MMIO_START as u32,
-                        (PCI_MMIO_END - 1) as u32,
-                        None,
-                    ),
-                ]),
-            ),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources)),
         ],
     )
     .to_aml_bytes(aml);
 }
 
-fn motherboard(aml: &mut dyn AmlSink) {
+fn motherboard(aml: &mut dyn AmlSink, ecam: u64) {
     Device::new(
         Path::new("_SB_.MBRD"),
         vec![
@@ -70,8 +67,8 @@ fn motherboard(aml: &mut dyn AmlSink) {
             &Name::new(
                 Path::new("_CRS"),
                 &ResourceTemplate::new(vec![
-                    &Memory32Fixed::new(true, ECAM_START as u32, ECAM_SIZE as u32),
-                    &IO::new(PM1_EVENT_PORT, PM1_EVENT_PORT, 1, 8),
+                    &Memory32Fixed::new(true, ecam as u32, ECAM_SIZE as u32),
+                    &IO::new(PM1_EVENT_PORT, PM1_EVENT_PORT, 1, 12),
                 ]),
             ),
         ],

@@ -1,7 +1,8 @@
-//! ACPI: the tables that describe the machine to the guest ([`tables`], [`dsdt`]) and the power-management registers that
-//! they point to ([`power`]), and the port for panics that they name ([`panic`]).
+//! ACPI: the tables that describe the machine to the guest ([`tables`], [`dsdt`], for firmware [`loader`]), the power-management
+//! registers that they point to ([`power`]), and the port for panics that they name ([`panic`]).
 
-pub(crate) mod dsdt;
+mod dsdt;
+pub(crate) mod loader;
 pub(crate) mod panic;
 pub(crate) mod power;
 pub(crate) mod tables;

@@ -13,7 +13,7 @@ use crate::layout::SCI_IRQ;
 use crate::lifecycle::{ExitReason, Lifecycle};
 
 /// `SLP_TYP` that means S5, as the DSDT says.
-pub(super) const SLEEP_TYPE_S5: u8 = 5;
+pub(crate) const SLEEP_TYPE_S5: u8 = 5;
 /// What the guest writes to the reset register.
 pub(super) const RESET_VALUE: u8 = 0x06;
 

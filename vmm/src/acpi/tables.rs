@@ -1,6 +1,9 @@
-//! The tables, written to guest memory once, before the start: RSDP, XSDT, FADT, FACS, MADT, MCFG and DSDT.
+//! The tables: RSDP, XSDT, FADT, FACS, MADT, MCFG and DSDT. For a kernel that is booted directly they are written to guest memory once,
+//! before the start; firmware fetches them ([`super::loader`]).
 //!
 //! Full (not hardware-reduced) ACPI, with a fixed power button on the PM1 block, because that is also what stock firmware expects.
+
+use std::ops::Range;
 
 use acpi_tables::Aml;
 use acpi_tables::facs::FACS;
@@ -16,55 +19,114 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use super::dsdt;
 use super::power::RESET_VALUE;
 use crate::layout::{
-    ACPI_END, ACPI_START, ECAM_START, IOAPIC_START, LAPIC_START, PM1_CONTROL_PORT, PM1_EVENT_PORT,
-    RESET_PORT, SCI_IRQ,
+    ACPI_END, ACPI_START, ECAM_START, IOAPIC_START, LAPIC_START, PM_TIMER_PORT, PM1_CONTROL_PORT,
+    PM1_EVENT_PORT, RESET_PORT, SCI_IRQ,
 };
 use crate::memory::Memory;
 
 pub(super) const OEM_ID: [u8; 6] = *b"HCI   ";
 pub(super) const OEM_TABLE_ID: [u8; 8] = *b"HCIVMM  ";
 pub(super) const OEM_REVISION: u32 = 1;
-/// FADT `IAPC_BOOT_ARCH`: no VGA to probe, no CMOS clock (guests have kvmclock); also none of the older devices.
+/// FADT `IAPC_BOOT_ARCH`: no VGA to probe, and none of the older devices but the clock.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
-const BOOT_ARCH_NO_CMOS_RTC: u16 = 1 << 5;
 
-/// Writes all tables and returns where the RSDP is.
-pub(crate) fn write(memory: &Memory, vcpus: u8) -> Result<GuestAddress, GuestMemoryError> {
-    // The RSDP comes first, on the paragraph where a guest that is told nothing looks for it.
-    let rsdp_at = ACPI_START;
-    let mut writer = Writer { memory, next: rsdp_at + 64 };
-    let dsdt = writer.place(&dsdt::build(vcpus))?;
-    let facs = writer.place(&FACS::new())?;
-    let tables = [writer.place(&fadt(dsdt, facs))?, writer.place(&madt(vcpus))?, writer.place(&mcfg())?];
-    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    for table in tables {
-        xsdt.add_entry(table);
+/// What the tables tell of a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Description {
+    pub(crate) vcpus: u8,
+    /// Where configuration space is.
+    pub(crate) ecam: u64,
+    /// Memory of PCI functions above 4 GiB, if there is any.
+    pub(crate) high_window: Option<Range<u64>>,
+}
+
+impl Description {
+    /// Of a machine whose devices are where the VMM put them.
+    pub(crate) fn initial(vcpus: u8) -> Self {
+        Self { vcpus, ecam: ECAM_START, high_window: None }
     }
-    let xsdt = writer.place(&xsdt)?;
-    memory.write_slice(&bytes(&Rsdp::new(OEM_ID, xsdt)), GuestAddress(rsdp_at))?;
-    Ok(GuestAddress(rsdp_at))
 }
 
-/// Lays tables one after the other.
-struct Writer<'a> {
-    memory: &'a Memory,
-    next: u64,
+/// All tables but the RSDP, one after the other, with pointers that count from the beginning.
+pub(crate) struct Tables {
+    pub(super) blob: Vec<u8>,
+    /// Where pointers are, and their sizes.
+    pub(super) pointers: Vec<(usize, usize)>,
+    /// The tables that have a checksum.
+    pub(super) summed: Vec<Range<usize>>,
+    pub(super) xsdt: usize,
 }
 
-impl Writer<'_> {
-    /// FACS needs 64; the others take it too.
-    const ALIGNMENT: u64 = 64;
+/// Where tables have their checksum (ACPI 6.5, 5.2.6).
+pub(super) const CHECKSUM: usize = 9;
+/// Where the FADT has its pointers to FACS and DSDT, and the 64-bit one to the DSDT (ACPI 6.5, 5.2.9).
+const FADT_FACS: usize = 36;
+const FADT_DSDT: usize = 40;
+const FADT_X_DSDT: usize = 140;
+/// Length of a table's header; the XSDT's entries follow.
+const HEADER: usize = 36;
+/// FACS needs 64; the others take it too.
+pub(super) const ALIGNMENT: usize = 64;
 
-    fn place(&mut self, table: &dyn Aml) -> Result<u64, GuestMemoryError> {
-        let table = bytes(table);
-        let at = self.next;
-        let end = at + table.len() as u64;
+impl Tables {
+    /// Builds the tables of a machine.
+    pub(crate) fn build(machine: &Description) -> Self {
+        let mut tables = Self { blob: Vec::new(), pointers: Vec::new(), summed: Vec::new(), xsdt: 0 };
+        let facs = tables.place(&FACS::new());
+        let dsdt = tables.place_summed(&dsdt::build(machine));
+        let fadt = tables.place_summed(&fadt(dsdt as u64, facs as u64));
+        let pointers = [(FADT_FACS, 4), (FADT_DSDT, 4), (FADT_X_DSDT, 8)];
+        tables.pointers.extend(pointers.map(|(at, size)| (fadt + at, size)));
+        let others = [tables.place_summed(&madt(machine.vcpus)), tables.place_summed(&mcfg(machine.ecam))];
+        let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+        let entries = [fadt].into_iter().chain(others);
+        entries.clone().for_each(|table| xsdt.add_entry(table as u64));
+        tables.xsdt = tables.place_summed(&xsdt);
+        let first = tables.xsdt + HEADER;
+        tables.pointers.extend((0..entries.count()).map(|entry| (first + 8 * entry, 8)));
+        tables
+    }
+
+    fn place(&mut self, table: &dyn Aml) -> usize {
+        let at = self.blob.len().next_multiple_of(ALIGNMENT);
+        self.blob.resize(at, 0);
+        table.to_aml_bytes(&mut self.blob);
+        at
+    }
+
+    fn place_summed(&mut self, table: &dyn Aml) -> usize {
+        let at = self.place(table);
+        self.summed.push(at..self.blob.len());
+        at
+    }
+
+    /// Puts the tables and the RSDP into low memory, where a guest that is told nothing looks for them; returns where the RSDP is.
+    pub(crate) fn write(mut self, memory: &Memory) -> Result<GuestAddress, GuestMemoryError> {
+        let start = ACPI_START + ALIGNMENT as u64;
+        let end = start + self.blob.len() as u64;
         if end > ACPI_END {
             return Err(GuestMemoryError::InvalidGuestAddress(GuestAddress(end)));
         }
-        self.memory.write_slice(&table, GuestAddress(at))?;
-        self.next = end.next_multiple_of(Self::ALIGNMENT);
-        Ok(at)
+        for (at, size) in &self.pointers {
+            let field = &mut self.blob[*at..at + size];
+            let mut value = [0; 8];
+            value[..*size].copy_from_slice(field);
+            let value = u64::from_le_bytes(value) + start;
+            field.copy_from_slice(&value.to_le_bytes()[..*size]);
+        }
+        for table in &self.summed {
+            let table = &mut self.blob[table.clone()];
+            table[CHECKSUM] = 0;
+            table[CHECKSUM] = table.iter().fold(0u8, |sum, byte| sum.wrapping_sub(*byte));
+        }
+        memory.write_slice(&self.blob, GuestAddress(start))?;
+        memory.write_slice(&self.rsdp(start), GuestAddress(ACPI_START))?;
+        Ok(GuestAddress(ACPI_START))
+    }
+
+    /// The RSDP of tables that begin at an address.
+    pub(super) fn rsdp(&self, start: u64) -> Vec<u8> {
+        bytes(&Rsdp::new(OEM_ID, start + self.xsdt as u64))
     }
 }
 
@@ -86,7 +148,8 @@ fn fadt(dsdt: u64, facs: u64) -> FADT {
         .flag(Flags::ProcC1)
         .flag(Flags::SlpButton)
         .flag(Flags::FixRtc)
-        .flag(Flags::ResetRegSup);
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::TmrValExt);
     // All of these addresses are below 4 GiB; the 32-bit fields are what ACPICA prefers when both are set.
     fadt.dsdt = (dsdt as u32).into();
     fadt.firmware_ctrl = (facs as u32).into();
@@ -95,6 +158,9 @@ fn fadt(dsdt: u64, facs: u64) -> FADT {
     fadt.pm1_evt_len = 4;
     fadt.pm1a_cnt_blk = u32::from(PM1_CONTROL_PORT).into();
     fadt.pm1_cnt_len = 2;
+    fadt.pm_tmr_blk = u32::from(PM_TIMER_PORT).into();
+    fadt.pm_tmr_len = 4;
+    fadt.x_pm_tmr_blk = io_register(PM_TIMER_PORT, 32, AccessSize::DwordAccess);
     fadt.x_pm1a_evt_blk = io_register(PM1_EVENT_PORT, 32, AccessSize::WordAccess);
     fadt.x_pm1a_cnt_blk = io_register(PM1_CONTROL_PORT, 16, AccessSize::WordAccess);
     fadt.reset_reg = io_register(RESET_PORT, 8, AccessSize::ByteAccess);
@@ -102,7 +168,7 @@ fn fadt(dsdt: u64, facs: u64) -> FADT {
     // C2 and C3 do not exist: latencies above these bounds say so.
     fadt.p_lvl2_lat = 101.into();
     fadt.p_lvl3_lat = 1001.into();
-    fadt.iapc_boot_arch = (BOOT_ARCH_NO_VGA | BOOT_ARCH_NO_CMOS_RTC).into();
+    fadt.iapc_boot_arch = BOOT_ARCH_NO_VGA.into();
     fadt.finalize()
 }
 
@@ -125,9 +191,9 @@ fn madt(vcpus: u8) -> Sdt {
     madt
 }
 
-fn mcfg() -> MCFG {
+fn mcfg(ecam: u64) -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    mcfg.add_ecam(ECAM_START, 0, 0, 0);
+    mcfg.add_ecam(ecam, 0, 0, 0);
     mcfg
 }
 
@@ -154,7 +220,7 @@ mod tests {
     #[test]
     fn a_guest_finds_every_table_from_the_rsdp() {
         let memory = crate::memory::create(16 * MIB).unwrap();
-        let rsdp_at = write(&memory, 4).unwrap();
+        let rsdp_at = Tables::build(&Description::initial(4)).write(&memory).unwrap();
         let rsdp = read(&memory, rsdp_at.0, 36);
         assert_eq!(&rsdp[..8], b"RSD PTR ");
         assert!(sums_to_zero(&rsdp[..20]) && sums_to_zero(&rsdp));
@@ -180,6 +246,6 @@ mod tests {
     #[test]
     fn tables_of_the_largest_machine_fit() {
         let memory = crate::memory::create(16 * MIB).unwrap();
-        write(&memory, 254).unwrap();
+        Tables::build(&Description::initial(254)).write(&memory).unwrap();
     }
 }

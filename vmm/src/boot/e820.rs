@@ -2,6 +2,7 @@
 
 use crate::layout::{
     ACPI_END, ACPI_START, EBDA_START, ECAM_SIZE, ECAM_START, HIGH_MEMORY_START, KVM_IDENTITY_MAP_START,
+    KVM_PAGES_LEN,
 };
 use crate::memory::ram_ranges;
 
@@ -44,7 +45,7 @@ pub(crate) fn memory_map(memory_size: u64) -> Vec<MapRange> {
         map.push(range(Usable, start.max(HIGH_MEMORY_START), start + len));
     }
     map.push(range(Reserved, ECAM_START, ECAM_START + ECAM_SIZE));
-    map.push(range(Reserved, KVM_IDENTITY_MAP_START, KVM_IDENTITY_MAP_START + 0x4000));
+    map.push(range(Reserved, KVM_IDENTITY_MAP_START, KVM_IDENTITY_MAP_START + KVM_PAGES_LEN));
     map.sort_by_key(|range| range.start);
     map
 }

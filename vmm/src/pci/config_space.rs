@@ -67,6 +67,12 @@ impl ConfigSpace {
         self.allow(BAR0, &(!(size - 1)).to_le_bytes());
     }
 
+    /// Makes bytes of the device's own a register with this content. `writable` masks the bits that the guest may write.
+    pub(crate) fn add_register(&mut self, at: usize, content: &[u8], writable: &[u8]) {
+        self.set(at, content);
+        self.allow(at, writable);
+    }
+
     /// Adds a capability and returns its offset. `writable` masks the bits of `body` that the guest may write.
     pub(crate) fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> usize {
         let at = self.next_capability;

@@ -8,9 +8,13 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 
+use super::host_bridge::HostBridge;
 use crate::acpi::power::is_reset_write;
-use crate::bus::IoDevice;
-use crate::layout::{PCI_CONFIG_PORT, PCI_MMIO_END, PCI_MMIO_START, RESET_PORT};
+use crate::bus::{Bus, IoDevice};
+use crate::layout::{
+    ECAM_PLACE_LEN, ECAM_PLACES, GIB, HIGH_RAM_START, MIB, PCI_CONFIG_PORT, PCI_MMIO_END, PCI_MMIO_START,
+    PHYSICAL_END, RESET_PORT,
+};
 use crate::lifecycle::{ExitReason, Lifecycle};
 
 /// Slots of a bus.
@@ -32,7 +36,7 @@ pub(crate) trait PciDevice: Send + Sync {
 
 /// The bus with its devices.
 pub(crate) struct PciRoot {
-    slots: Vec<Arc<dyn PciDevice>>,
+    slots: [Option<Arc<dyn PciDevice>>; SLOTS],
     windows: RwLock<Vec<(Range<u64>, usize)>>,
 }
 
@@ -40,7 +44,28 @@ impl PciRoot {
     /// A bus whose slots are filled from 0 on.
     pub(crate) fn new(slots: Vec<Arc<dyn PciDevice>>) -> Self {
         debug_assert!(slots.len() <= SLOTS);
-        Self { slots, windows: RwLock::default() }
+        let mut filled = [const { None }; SLOTS];
+        filled.iter_mut().zip(slots).for_each(|(slot, device)| *slot = Some(device));
+        Self { slots: filled, windows: RwLock::default() }
+    }
+
+    /// The same with one more device, in this slot.
+    pub(crate) fn with(mut self, slot: usize, device: Arc<dyn PciDevice>) -> Self {
+        debug_assert!(self.slots[slot].is_none(), "slot {slot} is taken");
+        self.slots[slot] = Some(device);
+        self
+    }
+
+    /// The memory above 4 GiB that devices answer to now, with room for more.
+    pub(crate) fn high_window(&self) -> Option<Range<u64>> {
+        let windows = self.windows.read();
+        let high = windows.iter().map(|(window, _)| window).filter(|window| window.start >= HIGH_RAM_START);
+        let bounds = |all: Option<Range<u64>>, window: &Range<u64>| {
+            let all = all.unwrap_or(window.clone());
+            Some(all.start.min(window.start)..all.end.max(window.end))
+        };
+        let all = high.fold(None, bounds)?;
+        Some(all.start - all.start % MIB..all.end.checked_next_multiple_of(GIB)?)
     }
 
     /// Address of BAR 0 of a slot before the guest moves it.
@@ -61,11 +86,13 @@ impl PciRoot {
         let mut windows = self.windows.write();
         device.config_write(target.register, data);
         windows.retain(|(_, slot)| *slot != target.slot);
-        let hole = PCI_MMIO_START..PCI_MMIO_END;
-        if let Some(window) = device.decoded_memory()
-            && hole.contains(&window.start)
-            && window.end <= hole.end
-        {
+        // Where it hides RAM it is RAM that answers: KVM does not ask.
+        let is_sound = |window: &Range<u64>| {
+            [PCI_MMIO_START..PCI_MMIO_END, HIGH_RAM_START..PHYSICAL_END]
+                .iter()
+                .any(|hole| hole.contains(&window.start) && window.end <= hole.end)
+        };
+        if let Some(window) = device.decoded_memory().filter(is_sound) {
             windows.push((window, target.slot));
         }
     }
@@ -74,14 +101,14 @@ impl PciRoot {
         if target.bus != 0 || target.function != 0 {
             return None;
         }
-        self.slots.get(target.slot).map(AsRef::as_ref)
+        self.slots.get(target.slot)?.as_deref()
     }
 
     fn memory_device(&self, address: u64) -> Option<(&dyn PciDevice, u64)> {
         let windows = self.windows.read();
         let (window, slot) = windows.iter().find(|(window, _)| window.contains(&address))?;
-        let device = self.slots.get(*slot)?;
-        Some((device.as_ref(), address - window.start))
+        let device = self.slots.get(*slot)?.as_deref()?;
+        Some((device, address - window.start))
     }
 }
 
@@ -116,33 +143,66 @@ impl Target {
     }
 }
 
-/// Configuration space in memory.
-pub(crate) struct Ecam(pub(crate) Arc<PciRoot>);
+/// A place in memory where configuration space may be; it is when the host bridge says so.
+pub(crate) struct Ecam {
+    pub(crate) root: Arc<PciRoot>,
+    pub(crate) bridge: Arc<HostBridge>,
+    /// Where this place begins.
+    pub(crate) base: u64,
+}
 
-impl IoDevice for Ecam {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        self.0.config_read(Target::from_ecam(offset), data);
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        self.0.config_write(Target::from_ecam(offset), data);
+impl Ecam {
+    fn target(&self, offset: u64) -> Option<Target> {
+        let ecam = self.bridge.ecam()?;
+        let address = self.base + offset;
+        ecam.contains(&address).then(|| Target::from_ecam(address - ecam.start))
     }
 }
 
-/// The window in which BARs lie.
-pub(crate) struct MemoryWindow(pub(crate) Arc<PciRoot>);
+impl IoDevice for Ecam {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if let Some(target) = self.target(offset) {
+            self.root.config_read(target, data);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some(target) = self.target(offset) {
+            self.root.config_write(target, data);
+        }
+    }
+}
+
+/// A window in which BARs may lie.
+pub(crate) struct MemoryWindow {
+    pub(crate) root: Arc<PciRoot>,
+    /// Where the window begins.
+    pub(crate) base: u64,
+}
 
 impl IoDevice for MemoryWindow {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        if let Some((device, offset)) = self.0.memory_device(PCI_MMIO_START + offset) {
+        if let Some((device, offset)) = self.root.memory_device(self.base + offset) {
             device.memory_read(offset, data);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some((device, offset)) = self.0.memory_device(PCI_MMIO_START + offset) {
+        if let Some((device, offset)) = self.root.memory_device(self.base + offset) {
             device.memory_write(offset, data);
         }
+    }
+}
+
+/// Puts configuration space and the windows for BARs onto the bus.
+pub(crate) fn connect(mmio: &mut Bus, root: &Arc<PciRoot>, bridge: &Arc<HostBridge>) {
+    for base in ECAM_PLACES {
+        let ecam = Ecam { root: root.clone(), bridge: bridge.clone(), base };
+        mmio.insert(base, ECAM_PLACE_LEN, Arc::new(ecam));
+    }
+    for hole in [PCI_MMIO_START..PCI_MMIO_END, HIGH_RAM_START..PHYSICAL_END] {
+        let window = MemoryWindow { root: root.clone(), base: hole.start };
+        mmio.insert(hole.start, hole.end - hole.start, Arc::new(window));
     }
 }
 
@@ -194,13 +254,14 @@ impl IoDevice for ConfigPorts {
 
 #[cfg(test)]
 mod tests {
-    use super::super::host_bridge::HostBridge;
     use super::*;
+    use crate::layout::ECAM_START;
 
-    fn ports() -> (ConfigPorts, Arc<Lifecycle>) {
+    fn ports() -> (ConfigPorts, Arc<HostBridge>, Arc<Lifecycle>) {
         let lifecycle = Arc::new(Lifecycle::default());
-        let root = Arc::new(PciRoot::new(vec![Arc::new(HostBridge::new())]));
-        (ConfigPorts::new(root, lifecycle.clone()), lifecycle)
+        let bridge = Arc::new(HostBridge::new());
+        let root = Arc::new(PciRoot::new(vec![bridge.clone()]));
+        (ConfigPorts::new(root, lifecycle.clone()), bridge, lifecycle)
     }
 
     fn read32(device: &dyn IoDevice, offset: u64) -> u32 {
@@ -211,7 +272,7 @@ mod tests {
 
     #[test]
     fn both_mechanisms_find_the_host_bridge_and_nothing_else() {
-        let (ports, _) = ports();
+        let (ports, bridge, _) = ports();
         assert_eq!(read32(&ports, 4), u32::MAX, "disabled");
         ports.write(0, &0x8000_0000u32.to_le_bytes());
         assert_eq!(read32(&ports, 4), 0x29c0_8086);
@@ -219,15 +280,24 @@ mod tests {
             ports.write(0, &elsewhere.to_le_bytes());
             assert_eq!(read32(&ports, 4), u32::MAX, "{elsewhere:#x}");
         }
-        let ecam = Ecam(ports.root.clone());
-        assert_eq!(read32(&ecam, 0), 0x29c0_8086);
-        assert_eq!(read32(&ecam, 1 << 15), u32::MAX);
-        assert_eq!(read32(&ecam, 0x100), 0, "no extended capabilities");
+        let mut mmio = Bus::default();
+        connect(&mut mmio, &ports.root, &bridge);
+        let read = |address: u64| {
+            let mut data = [0; 4];
+            mmio.read(address, &mut data);
+            u32::from_le_bytes(data)
+        };
+        assert_eq!(read(ECAM_START), 0x29c0_8086);
+        assert_eq!(read(ECAM_START + (1 << 15)), u32::MAX);
+        assert_eq!(read(ECAM_START + 0x100), 0, "no extended capabilities");
+        // As firmware moves it: through itself.
+        mmio.write(ECAM_START + 0x60, &0xb000_0001u32.to_le_bytes());
+        assert_eq!((read(ECAM_START), read(0xb000_0000)), (u32::MAX, 0x29c0_8086));
     }
 
     #[test]
     fn the_reset_register_lies_between_the_configuration_ports() {
-        let (ports, lifecycle) = ports();
+        let (ports, _, lifecycle) = ports();
         ports.write(1, &[0x02]);
         assert_eq!(lifecycle.ended(), None);
         ports.write(1, &[0x06]);

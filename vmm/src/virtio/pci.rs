@@ -344,10 +344,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::bus::{Bus, IoDevice};
-    use crate::layout::{ECAM_SIZE, ECAM_START, MIB, PCI_MMIO_START};
-    use crate::pci::root::{Ecam, MemoryWindow};
-    use crate::pci::{PciRoot, config_space};
+    use crate::bus::Bus;
+    use crate::layout::{ECAM_START, GIB, MIB, PCI_MMIO_START};
+    use crate::pci::host_bridge::HostBridge;
+    use crate::pci::{PciRoot, config_space, root};
     use crate::virtio::rng::Rng;
     use crate::{kvm, memory};
 
@@ -366,9 +366,7 @@ mod tests {
         let function = Arc::new(VirtioPci::new(Box::new(device), parts).unwrap());
         let root = Arc::new(PciRoot::new(vec![function]));
         let mut mmio = Bus::default();
-        let window: Arc<dyn IoDevice> = Arc::new(MemoryWindow(root.clone()));
-        mmio.insert(ECAM_START, ECAM_SIZE, Arc::new(Ecam(root)));
-        mmio.insert(PCI_MMIO_START, ECAM_START - PCI_MMIO_START, window);
+        root::connect(&mut mmio, &root, &Arc::new(HostBridge::new()));
         Some(mmio)
     }
 
@@ -390,6 +388,10 @@ mod tests {
         let moved = PCI_MMIO_START + 0x10_0000;
         machine.write(ECAM_START + 0x10, &(moved as u32).to_le_bytes());
         assert_eq!(queues(moved), 1);
+        let high = 768 * GIB;
+        machine.write(ECAM_START + 0x10, &(high as u32).to_le_bytes());
+        machine.write(ECAM_START + 0x14, &((high >> 32) as u32).to_le_bytes());
+        assert_eq!((queues(high), read32(&machine, moved)), (1, u32::MAX));
         assert_eq!(read32(&machine, PCI_MMIO_START), u32::MAX);
     }
 

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use storage::config::Access;
-use vmm::{DiskConfig, NicConfig, VmConfig};
+use vmm::{Boot, DiskConfig, NicConfig, VmConfig};
 
 use super::{Action, View, data};
 use crate::{
@@ -103,7 +103,6 @@ fn plan_start(view: View<'_>, vm: &Vm, assignment: Assignment) -> Option<Action>
 /// What a VMM is told, or what is still missing for it.
 fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
     let data = view.observed.data.as_ref().ok_or("the data process is away")?;
-    let (kernel, initramfs, cmdline) = boot(view, vm)?;
     let disks =
         vm.disks.iter().zip(0..).map(|(volume, index): (_, u32)| disk(view, data, vm, *volume, index));
     let nics = vm.ports.iter().zip(0..).map(|(port, index): (_, u32)| {
@@ -117,11 +116,10 @@ fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
     });
     Ok(VmConfig {
         name: vm.name.clone(),
+        id: vm.id.0,
         vcpus: vm.vcpus,
         memory_bytes: vm.memory_bytes,
-        kernel,
-        initramfs,
-        cmdline,
+        boot: boot(view, vm)?,
         disks: disks.collect::<Result<_, String>>()?,
         nics: nics.collect::<Result<_, String>>()?,
         seed: vm.cloud_init.is_some().then(|| view.paths.vm(vm.id).seed()),
@@ -130,8 +128,6 @@ fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
         backend_timeout_ms: u64::try_from(BACKEND_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
     })
 }
-
-type Boot = (std::path::PathBuf, Option<std::path::PathBuf>, String);
 
 fn boot(view: View<'_>, vm: &Vm) -> Result<Boot, String> {
     let image = view.state.images.get(&vm.image).ok_or("its image is gone")?;
@@ -144,7 +140,7 @@ fn boot(view: View<'_>, vm: &Vm) -> Result<Boot, String> {
     };
     let kernel = file(ImagePart::Kernel)?.ok_or("its image has no kernel")?;
     let cmdline = vm.cmdline.clone().unwrap_or_else(|| image.cmdline.clone());
-    Ok((kernel, file(ImagePart::Initramfs)?, cmdline))
+    Ok(Boot::Kernel { kernel, initramfs: file(ImagePart::Initramfs)?, cmdline })
 }
 
 fn disk(

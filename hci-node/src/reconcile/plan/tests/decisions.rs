@@ -51,7 +51,7 @@ fn an_assigned_vm_is_configured_and_started_when_all_is_there() {
     assert_eq!(*started, vm());
     assert_eq!(config.disks[0].socket, paths().block_socket(volume()));
     assert_eq!(config.nics[0].mtu, Some(1500));
-    assert_eq!(config.cmdline, "console=ttyS0");
+    assert!(matches!(&config.boot, vmm::Boot::Kernel { cmdline, .. } if cmdline == "console=ttyS0"));
     assert_eq!(
         (config.seed.clone(), told.hostname.as_deref()),
         (Some(paths().vm(vm()).seed()), Some("front"))
