@@ -1,8 +1,8 @@
-//! `guest-agent RUN_DIR KERNEL INITRAMFS`: starts one guest as a node does, with a seed disk and the agent's port, and has the guest's agent do
-//! everything that a node asks it for. Runs in a machine with KVM; says `PASS` at the end.
+//! `guest-agent RUN_DIR KERNEL INITRAMFS`: starts a guest as a node does, with a seed disk and the agent's port, has the guest's agent do
+//! everything that a node asks it for, and lets a second guest panic. Runs in a machine with KVM; says `PASS` at the end.
 
 use std::path::Path;
-use std::process::{Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,7 +13,7 @@ use hci_node::state::{CloudInit, RunEpoch, VmId};
 use hci_node::vmm_role::record::{self, RunFile};
 
 /// How long a guest may take on an emulated processor.
-const PATIENCE: Duration = Duration::from_secs(600);
+const PATIENCE: Duration = Duration::from_secs(300);
 const LOOK: Duration = Duration::from_millis(200);
 const KEY: &str = "ssh-ed25519 AAAA \"somebody\"";
 
@@ -22,10 +22,31 @@ async fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [run, kernel, initramfs] = &arguments[..] else { bail!("guest-agent RUN_DIR KERNEL INITRAMFS") };
     let paths = NodePaths::new(run, run);
-    let vm = VmId::random();
-    let mut vmm = start(&paths, vm, kernel, initramfs)?;
 
-    let agents = Agents::new(paths);
+    let (vm, agents, mut vmm) = boot(&paths, kernel, initramfs).await?;
+    seed_is_read(&agents, vm).await?;
+    file_systems_freeze(&agents, vm).await?;
+    agents.ask(vm, Request::Shutdown).await?;
+    let status = ended(&mut vmm).await?;
+    ensure!(status.success(), "the VMM ended with {status}");
+    println!("the guest was shut down");
+
+    let (vm, agents, mut vmm) = boot(&paths, kernel, initramfs).await?;
+    let panic = ["/bin/sh", "-c", "echo c > /proc/sysrq-trigger"].map(str::to_owned).to_vec();
+    // The guest may be gone before its agent has answered.
+    let _ = agents.ask(vm, Request::Start { command: panic }).await;
+    ended(&mut vmm).await?;
+    let how = record::exit_record(&paths.vm(vm))?.context("nobody recorded how the guest ended")?.ended;
+    ensure!(matches!(&how, record::Ended::Crashed(why) if why.contains("panicked")), "{how:?}");
+    println!("PASS");
+    Ok(())
+}
+
+/// A guest whose agent answers.
+async fn boot(paths: &NodePaths, kernel: &str, initramfs: &str) -> Result<(VmId, Agents, Child)> {
+    let vm = VmId::random();
+    let mut vmm = start(paths, vm, kernel, initramfs)?;
+    let agents = Agents::new(paths.clone());
     agents.attend(&[(vm, RunEpoch(1))].into());
     let began = Instant::now();
     let version = loop {
@@ -37,8 +58,11 @@ async fn main() -> Result<()> {
         tokio::time::sleep(LOOK).await;
     };
     println!("the agent {version} answers after {:.1} s", began.elapsed().as_secs_f64());
+    Ok((vm, agents, vmm))
+}
 
-    let read = |name: &'static str| run_in(&agents, vm, ["/bin/cat", name]);
+async fn seed_is_read(agents: &Agents, vm: VmId) -> Result<()> {
+    let read = |name: &'static str| run_in(agents, vm, ["/bin/cat", name]);
     let meta_data = text(read("/mnt/meta-data").await?)?;
     let meta_data: serde_json::Value = serde_json::from_str(&meta_data)?;
     ensure!(meta_data["local-hostname"] == "front" && meta_data["public-keys"][0] == KEY, "{meta_data}");
@@ -47,24 +71,22 @@ async fn main() -> Result<()> {
     let missing = read("/mnt/nothing").await?;
     ensure!(missing.how == HowEnded::Exit(1) && !missing.stderr.is_empty(), "{missing:?}");
     println!("the seed disk is read, programs run");
+    Ok(())
+}
 
+async fn file_systems_freeze(agents: &Agents, vm: VmId) -> Result<()> {
     let Answer::Frozen(count) = agents.ask(vm, Request::Freeze).await? else { bail!("not frozen") };
     ensure!(count == 1, "{count} file systems are frozen");
     let refused = agents.ask(vm, Request::Start { command: vec!["/bin/ls".to_owned()] }).await;
     ensure!(refused.is_err(), "programs run while file systems are frozen");
     let thawed = agents.ask(vm, Request::Thaw).await?;
     ensure!(thawed == Answer::Thawed(Hold::Held), "{thawed:?}");
-    text(run_in(&agents, vm, ["/bin/sh", "-c"].into_iter().chain(["echo x > /data/x && sync"])).await?)?;
+    text(run_in(agents, vm, ["/bin/sh", "-c", "echo x > /data/x && sync"]).await?)?;
     println!("{count} file system was frozen and thawed");
-
-    agents.ask(vm, Request::Shutdown).await?;
-    let status = ended(&mut vmm).await?;
-    ensure!(status.success(), "the VMM ended with {status}");
-    println!("PASS");
     Ok(())
 }
 
-fn start(paths: &NodePaths, vm: VmId, kernel: &str, initramfs: &str) -> Result<std::process::Child> {
+fn start(paths: &NodePaths, vm: VmId, kernel: &str, initramfs: &str) -> Result<Child> {
     let files = paths.vm(vm);
     std::fs::create_dir_all(files.dir())?;
     let given = CloudInit {
@@ -110,7 +132,7 @@ fn text(ended: Ended) -> Result<String> {
     Ok(String::from_utf8(ended.stdout)?)
 }
 
-async fn ended(vmm: &mut std::process::Child) -> Result<ExitStatus> {
+async fn ended(vmm: &mut Child) -> Result<ExitStatus> {
     let began = Instant::now();
     loop {
         if let Some(status) = vmm.try_wait()? {
