@@ -8,6 +8,7 @@ use axum::{
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
+use futures_util::{FutureExt, future::BoxFuture};
 
 use super::{
     http::{member, running},
@@ -101,44 +102,49 @@ fn shown(progress: Progress) -> api::ExecProgress {
     }
 }
 
-/// Takes the snapshot of a VM's disks, with its file systems frozen if its agent can do that. They are thawed whatever happens; should
-/// this not come to it, the agent's keeper thaws them by itself.
+/// Takes the snapshot of a VM's disks, with its file systems frozen if its agent can do that.
 pub(super) async fn snapshot(member: &Arc<Member>, vm: &Vm, op: Op) -> Result<ApiResponse, Problem> {
     let Some(run) = vm.assignment else {
         let task = service::propose(member, op).await?;
         return accepted(&task, api::Consistency::AtRest, None);
     };
     let ask = |request| member.local.ask_agent(run.node, vm.id, request);
-    let frozen = match ask(Request::Freeze).await {
-        Ok(Answer::Frozen(count)) => {
-            tracing::info!(vm = %vm.id, count, "file systems are frozen");
-            None
-        }
-        Ok(other) => Some(format!("the guest agent answered {other:?}")),
-        Err(failure) => Some(failure.to_string()),
-    };
-    if let Some(why) = frozen {
-        let task = service::propose(member, op).await?;
-        return accepted(&task, api::Consistency::Crash, Some(why));
+    let propose = service::propose(member, op);
+    let end = |task: &Task| settled(member.clone(), task.id).boxed();
+    let (task, lapse) = frozen_while(ask, propose, end).await?;
+    match lapse {
+        None => accepted(&task, api::Consistency::FileSystems, None),
+        Some(why) => accepted(&task, api::Consistency::Crash, Some(why)),
     }
-    let taken = match service::propose(member, op).await {
-        Ok(task) => {
-            let state = settled(member, task.id).await;
-            Ok((task, state))
-        }
-        Err(problem) => Err(problem),
+}
+
+/// Freezes, takes, waits until that has come to its end, and thaws, also when taking fails. Should it not come to the thawing, the agent's
+/// keeper thaws by itself. Returns why what was taken is not consistent, if it is not. Without an agent nothing is waited for.
+async fn frozen_while<T>(
+    ask: impl Fn(Request) -> BoxFuture<'static, Result<Answer, AgentFailure>>,
+    take: impl Future<Output = Result<T, Problem>>,
+    end: impl FnOnce(&T) -> BoxFuture<'static, Option<TaskState>>,
+) -> Result<(T, Option<String>), Problem> {
+    match ask(Request::Freeze).await {
+        Ok(Answer::Frozen(_)) => {}
+        Ok(other) => return Ok((take.await?, Some(format!("the guest agent answered {other:?}")))),
+        Err(failure) => return Ok((take.await?, Some(failure.to_string()))),
+    }
+    let taken = take.await;
+    let ended = match &taken {
+        Ok(taken) => end(taken).await,
+        Err(_) => None,
     };
     let thawed = ask(Request::Thaw).await;
-    let (task, state) = taken?;
-    let lapsed = match (state, thawed) {
-        (Some(TaskState::Done), Ok(Answer::Thawed(Hold::Held))) => {
-            return accepted(&task, api::Consistency::FileSystems, None);
-        }
-        (None, _) => "the snapshot took longer than file systems may be frozen".to_owned(),
-        (Some(_), Err(failure)) => format!("thawing: {failure}"),
-        (Some(_), Ok(_)) => "the file systems were thawed before the snapshot was taken".to_owned(),
+    let taken = taken?;
+    let lapse = match (ended, thawed) {
+        (Some(TaskState::Done), Ok(Answer::Thawed(Hold::Held))) => return Ok((taken, None)),
+        (Some(TaskState::Failed(_)), _) => "it was not taken".to_owned(),
+        (Some(TaskState::Running) | None, _) => "it took longer than file systems may be frozen".to_owned(),
+        (Some(TaskState::Done), Err(failure)) => format!("thawing: {failure}"),
+        (Some(TaskState::Done), Ok(_)) => "the file systems were thawed before it was taken".to_owned(),
     };
-    accepted(&task, api::Consistency::Crash, Some(lapsed))
+    Ok((taken, Some(lapse)))
 }
 
 fn accepted(task: &Task, consistency: api::Consistency, why: Option<String>) -> Result<ApiResponse, Problem> {
@@ -146,7 +152,7 @@ fn accepted(task: &Task, consistency: api::Consistency, why: Option<String>) -> 
 }
 
 /// How a task ended; none when it does not in time.
-async fn settled(member: &Member, id: TaskId) -> Option<TaskState> {
+async fn settled(member: Arc<Member>, id: TaskId) -> Option<TaskState> {
     let mut state = member.replicated.state();
     let of = |state: &crate::state::ClusterState| state.tasks.get(&id).map(|task| task.state.clone());
     let ended = state.wait_for(|state| of(state).is_none_or(|state| state != TaskState::Running));
@@ -160,6 +166,52 @@ async fn settled(member: &Member, id: TaskId) -> Option<TaskState> {
 mod tests {
     use super::*;
     use crate::agent::Ended;
+
+    /// What comes of a snapshot, and what the agent was asked for.
+    async fn around(
+        freeze: Result<Answer, AgentFailure>,
+        taken: Result<(), Problem>,
+        ended: Option<TaskState>,
+        thaw: Result<Answer, AgentFailure>,
+    ) -> (Result<Option<String>, Problem>, Vec<Request>) {
+        let asked = parking_lot::Mutex::new(Vec::new());
+        let ask = |request: Request| {
+            let answer = if request == Request::Freeze { freeze.clone() } else { thaw.clone() };
+            asked.lock().push(request);
+            std::future::ready(answer).boxed()
+        };
+        let result = frozen_while(ask, async { taken }, |()| std::future::ready(ended).boxed()).await;
+        (result.map(|((), lapse)| lapse), asked.into_inner())
+    }
+
+    #[tokio::test]
+    async fn file_systems_are_thawed_whatever_happens_and_only_a_whole_freeze_counts() {
+        let frozen = || Ok(Answer::Frozen(2));
+        let held = || Ok(Answer::Thawed(Hold::Held));
+        let both = vec![Request::Freeze, Request::Thaw];
+        let (consistent, asked) = around(frozen(), Ok(()), Some(TaskState::Done), held()).await;
+        assert_eq!((consistent.unwrap(), &asked), (None, &both));
+
+        let refused = Err(Problem::new(ProblemKind::Conflict, "the name is taken", ""));
+        let (result, asked) = around(frozen(), refused, None, held()).await;
+        assert!(result.is_err());
+        assert_eq!(asked, both, "also when nothing was taken");
+
+        for (ended, thaw, why) in [
+            (None, held(), "longer"),
+            (Some(TaskState::Done), Ok(Answer::Thawed(Hold::Lapsed)), "thawed before"),
+            (Some(TaskState::Done), Err(AgentFailure::Silent), "in time"),
+        ] {
+            let (lapse, asked) = around(frozen(), Ok(()), ended, thaw).await;
+            let lapse = lapse.unwrap().unwrap();
+            assert!(lapse.contains(why), "{lapse}");
+            assert_eq!(asked, both);
+        }
+
+        let (lapse, asked) = around(Err(AgentFailure::Away), Ok(()), None, held()).await;
+        assert!(lapse.unwrap().unwrap().contains("no guest agent"));
+        assert_eq!(asked, [Request::Freeze], "there is nothing to thaw");
+    }
 
     #[test]
     fn output_and_exit_are_told_as_they_are() {
