@@ -56,11 +56,15 @@ impl Keeper {
         self.seen.lock().clone()
     }
 
-    /// Asks for something; the answer comes by itself.
+    /// Asks for something; the answer comes by itself. While no agent answers nobody waits for one: whether there will be one cannot be
+    /// known.
     pub(super) fn ask(
         &self,
         request: Request,
     ) -> Result<oneshot::Receiver<Result<Answer, AgentFailure>>, AgentFailure> {
+        if self.seen.lock().is_none() {
+            return Err(AgentFailure::Away);
+        }
         let (reply, answered) = oneshot::channel();
         self.requests.try_send((request, reply)).map_err(|_| AgentFailure::Silent)?;
         Ok(answered)

@@ -311,4 +311,11 @@ async fn without_an_agent_everything_is_refused_soon() {
     let keeper = keeper(&dir.path().join("none.sock"));
     assert_eq!(ask(&keeper, Request::Freeze).await, Err(AgentFailure::Away));
     assert_eq!(keeper.seen(), None);
+
+    // A guest without a driver for the port: the connection is there, and nobody on it.
+    let path = dir.path().join("silent.sock");
+    let _silent = UnixListener::bind(&path).unwrap();
+    let keeper = Keeper::start(VmId::random(), path);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(matches!(keeper.ask(Request::Shutdown), Err(AgentFailure::Away)), "nobody is waited for");
 }

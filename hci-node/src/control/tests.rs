@@ -534,3 +534,47 @@ async fn the_copies_of_a_lost_node_are_rebuilt_on_another_one() {
         node.stop().await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cloud_init_is_told_is_kept_and_never_shown() {
+    let room = Room::new();
+    let n1 = room.node(1).await;
+    n1.post("/v1/cluster", json!({ "name": "prod" })).await;
+    n1.post("/v1/images", json!({ "name": "img", "kernel": true })).await;
+    let kernel = request(Method::PUT, "/v1/images/img/kernel", Bytes::from_static(b"\x7fELF and so on"));
+    assert!(n1.raw(kernel).await.0.is_success());
+    eventually("the image is there", async || {
+        let image = n1.get("/v1/images/img").await;
+        (image["parts"][0]["state"] == "ready").then_some(())
+    })
+    .await;
+
+    let vm = |name: &str, cloud_init: Value| json!({ "name": name, "image": "img", "stopped": true, "cloud_init": cloud_init });
+    let secret =
+        json!({ "user_data": "#cloud-config\npassword: tulip\n", "ssh_keys": ["ssh-ed25519 tulip"] });
+    let created = n1.post("/v1/vms", vm("web", secret)).await;
+    assert!(!created.to_string().contains("tulip"), "{created}");
+    for (bad, word) in [
+        (json!({ "user_data": "x".repeat(70_000) }), "65536"),
+        (json!({ "hostname": "no_name" }), "hostname"),
+        (json!({ "ssh_keys": ["-----BEGIN OPENSSH PRIVATE KEY-----"] }), "public key"),
+    ] {
+        let detail = n1.problem(Method::POST, "/v1/vms", vm("bad", bad), 400).await;
+        assert!(detail.contains(word) && !detail.contains("BEGIN"), "{detail}");
+    }
+
+    let n1 = n1.restart().await;
+    n1.sees_voters(1).await;
+    let web = n1.get("/v1/vms/web").await;
+    let given =
+        json!({ "user_data_bytes": 30, "network_config_bytes": null, "ssh_keys": 1, "hostname": "web" });
+    assert_eq!(web["cloud_init"], given);
+    for path in ["/v1/vms", "/v1/vms/web", "/v1/tasks", "/v1/events"] {
+        let shown = n1.get(path).await.to_string();
+        assert!(!shown.contains("tulip"), "{path}: {shown}");
+    }
+    let exec = json!({ "command": ["/bin/true"] });
+    let detail = n1.problem(Method::POST, "/v1/vms/web/exec", exec, 409).await;
+    assert!(detail.contains("does not run"), "{detail}");
+    n1.stop().await;
+}
