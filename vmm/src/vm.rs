@@ -127,6 +127,7 @@ struct Builder<'a> {
     kvm: KvmGuest,
     interrupts: Arc<Interrupts>,
     lifecycle: Arc<Lifecycle>,
+    gate: Arc<Gate>,
 }
 
 impl<'a> Builder<'a> {
@@ -134,7 +135,8 @@ impl<'a> Builder<'a> {
         let memory = memory::create(config.memory_bytes)?;
         let kvm = kvm_guest::create(&memory)?;
         let interrupts = Arc::new(Interrupts::new(kvm.vm.clone())?);
-        Ok(Self { config, memory, kvm, interrupts, lifecycle: Arc::default() })
+        let gate = Arc::new(Gate::new());
+        Ok(Self { config, memory, kvm, interrupts, lifecycle: Arc::default(), gate })
     }
 
     fn run(self) -> Result<Vm, VmError> {
@@ -147,10 +149,9 @@ impl<'a> Builder<'a> {
         let pci = self.add_pci(workers, &mut ports, &mut mmio)?;
         let (entry, firmware) = self.load(&pci, &mut ports, &mut mmio)?;
 
-        let gate = Arc::new(Gate::new());
         let machine = Arc::new(Machine {
             lifecycle: self.lifecycle.clone(),
-            gate: gate.clone(),
+            gate: self.gate.clone(),
             power,
             backends,
             vcpu_threads: Mutex::default(),
@@ -290,7 +291,8 @@ impl<'a> Builder<'a> {
             let parts = self.parts(&seed, slots.len())?;
             slots.push(Arc::new(VirtioPci::new(Box::new(seed), parts)?));
         }
-        let watchdog = Watchdog::new(self.lifecycle.clone(), PciRoot::initial_bar(slots.len()));
+        let bar = PciRoot::initial_bar(slots.len());
+        let watchdog = Watchdog::new(self.lifecycle.clone(), self.gate.clone(), bar);
         slots.push(Arc::new(watchdog.map_err(resource("watchdog thread"))?));
         let root = Arc::new(PciRoot::new(slots.clone()).with(lpc::SLOT, Arc::new(LpcBridge::new())));
         ports.insert(

@@ -1,5 +1,5 @@
 //! A watchdog: Intel's 6300ESB, which every operating system knows. It sleeps until the guest arms it; a guest that then does not feed it in
-//! time has crashed.
+//! time has crashed. Time in which its vCPUs are held does not count, to about a second.
 
 mod registers;
 
@@ -15,13 +15,15 @@ use self::registers::{LOCK_LOCKED, Registers};
 use crate::lifecycle::{ExitReason, Lifecycle};
 use crate::pci::PciDevice;
 use crate::pci::config_space::{ConfigSpace, Identity};
+use crate::vcpu::{self, gate::Gate};
 
 /// A page: the registers are 16 bytes of it.
 const BAR_SIZE: u64 = 0x1000;
 /// Registers in configuration space.
 const CONFIG: usize = 0x60;
 const LOCK: usize = 0x68;
-/// How long the thread sleeps at a time while the guest has not armed it.
+/// How long the thread sleeps at a time while the guest has armed it, and while it has not.
+const LOOK: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_secs(3600);
 
 /// The function.
@@ -48,7 +50,7 @@ enum Wanted {
 }
 
 impl Watchdog {
-    pub(crate) fn new(lifecycle: Arc<Lifecycle>, bar: u64) -> io::Result<Self> {
+    pub(crate) fn new(lifecycle: Arc<Lifecycle>, gate: Arc<Gate>, bar: u64) -> io::Result<Self> {
         let mut config = ConfigSpace::new(Identity {
             vendor: 0x8086,
             device: 0x25ab,
@@ -63,23 +65,32 @@ impl Watchdog {
         let inner = Inner { config, registers: Registers::default(), wanted: Wanted::Watch };
         let shared = Arc::new(Shared { inner: Mutex::new(inner), changed: Condvar::new() });
         let watched = shared.clone();
-        let thread =
-            std::thread::Builder::new().name("watchdog".into()).spawn(move || watched.watch(&lifecycle))?;
+        let thread = std::thread::Builder::new()
+            .name("watchdog".into())
+            .spawn(move || watched.watch(&lifecycle, &gate))?;
         Ok(Self { shared, thread: Some(thread) })
     }
 }
 
 impl Shared {
-    fn watch(&self, lifecycle: &Lifecycle) {
+    fn watch(&self, lifecycle: &Lifecycle, gate: &Gate) {
         let mut inner = self.inner.lock();
+        let mut looked = Instant::now();
         while inner.wanted == Wanted::Watch {
             let now = Instant::now();
-            let due = inner.registers.due();
-            if due.is_some_and(|due| due <= now) {
-                lifecycle.end(ExitReason::Crashed("the guest did not feed its watchdog".into()));
-                return;
+            if gate.wanted() == vcpu::gate::Wanted::Pause {
+                inner.registers.postpone(now - looked);
             }
-            self.changed.wait_until(&mut inner, due.unwrap_or(now + IDLE));
+            looked = now;
+            let next = match inner.registers.due() {
+                Some(due) if due <= now => {
+                    lifecycle.end(ExitReason::Crashed("the guest did not feed its watchdog".into()));
+                    return;
+                }
+                Some(due) => due.min(now + LOOK),
+                None => now + IDLE,
+            };
+            self.changed.wait_until(&mut inner, next);
         }
     }
 }
@@ -139,9 +150,26 @@ mod tests {
 
     const ENABLE: u8 = 1 << 1;
 
-    fn watchdog() -> (Watchdog, Arc<Lifecycle>) {
+    fn watchdog_behind(gate: Gate) -> (Watchdog, Arc<Lifecycle>) {
         let lifecycle = Arc::new(Lifecycle::default());
-        (Watchdog::new(lifecycle.clone(), 0xe000_0000).unwrap(), lifecycle)
+        (Watchdog::new(lifecycle.clone(), Arc::new(gate), 0xe000_0000).unwrap(), lifecycle)
+    }
+
+    fn watchdog() -> (Watchdog, Arc<Lifecycle>) {
+        watchdog_behind(Gate::new())
+    }
+
+    #[test]
+    fn time_in_which_vcpus_are_held_does_not_count() {
+        let gate = Gate::new();
+        gate.set(vcpu::gate::Wanted::Pause, &[], Instant::now());
+        let (watchdog, lifecycle) = watchdog_behind(gate);
+        for (offset, data) in arm(2) {
+            watchdog.memory_write(offset, &data);
+        }
+        watchdog.config_write(LOCK, &[ENABLE]);
+        std::thread::sleep(Duration::from_secs(4));
+        assert_eq!(lifecycle.ended(), None);
     }
 
     #[test]

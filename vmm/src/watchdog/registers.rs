@@ -71,6 +71,11 @@ impl Registers {
         Duration::from_nanos(ticks.saturating_mul(1_000_000_000 / 1000) / (CLOCK_HZ / 1000))
     }
 
+    /// This time does not count.
+    pub(super) fn postpone(&mut self, by: Duration) {
+        self.started = self.started.and_then(|started| started.checked_add(by));
+    }
+
     /// The configuration register was written.
     pub(super) fn set_config(&mut self, value: u16) {
         self.config = value;
