@@ -96,10 +96,12 @@ fn start(paths: &NodePaths, vm: VmId, kernel: &str, initramfs: &str) -> Result<C
         hostname: Some("front".to_owned()),
     };
     std::fs::write(files.seed(), cloud_init::disk(vm, "probe", &given))?;
+    let boot = serde_json::json!({
+        "kernel": { "kernel": kernel, "initramfs": initramfs, "cmdline": "console=ttyS0 quiet panic=-1" },
+    });
     let config = serde_json::json!({
-        "name": "probe", "vcpus": 1, "memory_bytes": 256 << 20, "kernel": kernel, "initramfs": initramfs,
-        "cmdline": "console=ttyS0 quiet panic=-1", "seed": files.seed(), "agent_socket": files.agent(),
-        "console_socket": files.console(),
+        "name": "probe", "vcpus": 1, "memory_bytes": 256 << 20, "boot": boot, "seed": files.seed(),
+        "agent_socket": files.agent(), "console_socket": files.console(),
     });
     let run = RunFile { vm, epoch: RunEpoch(1), config: serde_json::from_value(config)? };
     record::write_run_file(&files, &run)?;
