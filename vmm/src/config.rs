@@ -12,8 +12,9 @@ use uuid::Uuid;
 
 use crate::layout::{CMDLINE_MAX, MIB};
 
-/// Disks and NICs on bus 0, besides the host bridge, the random number generator, the guest agent's port, the seed disk and the watchdog.
-const MAX_DEVICES: usize = 27;
+/// Disks and NICs on bus 0, besides the host bridge, the random number generator, the guest agent's port, the seed disk, the watchdog and
+/// the LPC bridge.
+const MAX_DEVICES: usize = 26;
 /// Most vCPUs that the (xAPIC) topology describes.
 const MAX_VCPUS: u8 = 254;
 /// Below this no kernel and initramfs fit beside the boot structures.
