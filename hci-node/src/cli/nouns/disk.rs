@@ -95,6 +95,17 @@ pub enum Verb {
         #[command(flatten)]
         unlock: Unlock,
     },
+    /// Make the damaged index of a disk of this machine anew from what is stored beside its data: it must not be open.
+    #[command(
+        after_help = "Examples:\n  systemctl stop hci-data && hci disk rebuild /dev/vdb && systemctl start hci-data\n  hci disk rebuild /dev/vdb -o json\n  hci disk rebuild /dev/vdb --key-salt SALT\nNeeds no cluster. Writes nothing where nothing is damaged, or where too little is left: then the disk is to be evicted. Cut short, it can be run again."
+    )]
+    Rebuild {
+        /// The device or file.
+        path: PathBuf,
+        /// For an encrypted disk.
+        #[command(flatten)]
+        unlock: Unlock,
+    },
 }
 
 const COLUMNS: &[Column] = &[
@@ -115,6 +126,7 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
     match verb {
         Verb::Dump { path, unlock } => offline_disk::dump(context.format, &path, &unlock),
         Verb::Verify { path, unlock } => offline_disk::verify(context.format, &path, &unlock),
+        Verb::Rebuild { path, unlock } => offline_disk::rebuild(context.format, &path, &unlock),
         Verb::List => context.list("/v1/disks", COLUMNS).await,
         Verb::Add { node, path, wipe, encrypt } => {
             if wipe {

@@ -1,10 +1,11 @@
-//! `hci disk dump` and `hci disk verify`: looking at a disk of this machine that no data process has open.
+//! `hci disk dump`, `hci disk verify` and `hci disk rebuild`: looking at a disk of this machine that no data process has open, and making its index anew.
 
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::{Value, json};
 use storage::store::DamagedBlocks;
+use storage::store::disk::rebuild::{self, Changed, Progress, Rebuilt};
 use storage::store::disk::{LogStore, OpenError, offline};
 use storage::{DiskKey, KeySalt};
 
@@ -103,6 +104,72 @@ pub(super) fn dump(format: Format, path: &Path, unlock: &Unlock) -> Result<(), C
     output::print(format, &whole, &[])
 }
 
+fn run_of_blocks(DamagedBlocks { at, blocks }: &DamagedBlocks) -> Value {
+    json!({
+        "volume": at.volume, "segment": at.segment, "layer": at.layer,
+        "first_block": blocks.start, "blocks": blocks.len(),
+    })
+}
+
+/// Makes the index of a disk anew.
+pub(super) fn rebuild(format: Format, path: &Path, unlock: &Unlock) -> Result<(), CliError> {
+    let key = unlock.key(path)?;
+    let mut told = 0;
+    let progress = |progress: Progress| {
+        let (what, done, count) = match progress {
+            Progress::Slots(done, count) => ("slots without a known owner", done, count),
+            Progress::Segments(done, count) => ("segments", done, count),
+            Progress::Writing => return say("writing the index"),
+        };
+        // Some twenty lines for each.
+        let part = done * 20 / count.max(1);
+        if done == 0 || part != told {
+            told = part;
+            say(&format!("looking at {what}: {done} of {count}"));
+        }
+    };
+    let rebuilt = rebuild::rebuild(path, key.as_ref(), progress).map_err(|error| {
+        let failed = CliError::new(Exit::Failed, format!("{} is not rebuilt", path.display()))
+            .why(format!("{error:#}"));
+        match error {
+            OpenError::NotRebuilt(_) | OpenError::Damaged(_) => {
+                failed.next("its replicas are on other disks: hci disk evict NODE:PATH --force")
+            }
+            _ => failed
+                .next("name a device or file of a pool, and stop its node first: systemctl stop hci-data"),
+        }
+    })?;
+    let lost: Vec<Value> = rebuilt.lost.iter().map(run_of_blocks).collect();
+    if matches!(format, Format::Table | Format::Wide) {
+        say(&summary(&rebuilt));
+        return if lost.is_empty() { Ok(()) } else { output::print(format, &Value::Array(lost), DAMAGE) };
+    }
+    let generation = |(volume, generation): &(storage::ids::VolumeId, storage::ids::Generation)| json!({ "volume": volume, "generation": generation });
+    let whole = json!({
+        "disk": rebuilt.disk,
+        "changed": rebuilt.changed,
+        "segments": rebuilt.segments,
+        "directory_pages": rebuilt.directory_pages,
+        "owner_pages": rebuilt.owner_pages,
+        "lost": lost,
+        "generations": rebuilt.generations.iter().map(generation).collect::<Vec<_>>(),
+    });
+    output::print(format, &whole, &[])
+}
+
+fn summary(rebuilt: &Rebuilt) -> String {
+    match rebuilt.changed {
+        Changed::Nothing => format!("disk {}: the index is sound, nothing was written", rebuilt.disk),
+        Changed::Rebuilt => {
+            let blocks: usize = rebuilt.lost.iter().map(|run| run.blocks.len()).sum();
+            format!(
+                "disk {}: {} pages of the directory and {} of the list of slots made anew, {} segments, {blocks} blocks lost (they are read from other replicas)",
+                rebuilt.disk, rebuilt.directory_pages, rebuilt.owner_pages, rebuilt.segments
+            )
+        }
+    }
+}
+
 /// Compares everything on a disk with its checksums.
 pub(super) fn verify(format: Format, path: &Path, unlock: &Unlock) -> Result<(), CliError> {
     let key = unlock.key(path)?;
@@ -113,13 +180,7 @@ pub(super) fn verify(format: Format, path: &Path, unlock: &Unlock) -> Result<(),
     };
     let verified =
         offline::verify(path, key.as_ref(), progress).map_err(|error| not_readable(path, &error))?;
-    let damage = |DamagedBlocks { at, blocks }: &DamagedBlocks| {
-        json!({
-            "volume": at.volume, "segment": at.segment, "layer": at.layer,
-            "first_block": blocks.start, "blocks": blocks.len(),
-        })
-    };
-    let damaged: Vec<Value> = verified.damaged.iter().map(damage).collect();
+    let damaged: Vec<Value> = verified.damaged.iter().map(run_of_blocks).collect();
     let sound = damaged.is_empty() && verified.lost_pages.is_empty();
     if matches!(format, Format::Table | Format::Wide) {
         say(&format!(

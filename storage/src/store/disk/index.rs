@@ -72,18 +72,18 @@ const NONE: u32 = u32::MAX;
 
 /// From positions to slots.
 #[derive(Default)]
-struct SlotMap {
+pub(super) struct SlotMap {
     chunks: Vec<Option<Box<[u32; CHUNK]>>>,
 }
 
 impl SlotMap {
-    fn get(&self, position: u32) -> Option<SlotNumber> {
+    pub(super) fn get(&self, position: u32) -> Option<SlotNumber> {
         let chunk = self.chunks.get(position as usize / CHUNK)?.as_ref()?;
         let slot = chunk[position as usize % CHUNK];
         (slot != NONE).then_some(SlotNumber(slot))
     }
 
-    fn set(&mut self, position: u32, slot: Option<SlotNumber>) {
+    pub(super) fn set(&mut self, position: u32, slot: Option<SlotNumber>) {
         let index = position as usize / CHUNK;
         if self.chunks.len() <= index {
             self.chunks.resize(index + 1, None);
@@ -92,7 +92,7 @@ impl SlotMap {
         chunk[position as usize % CHUNK] = slot.map_or(NONE, |slot| slot.0);
     }
 
-    fn iter(&self) -> impl Iterator<Item = (u32, SlotNumber)> + '_ {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u32, SlotNumber)> + '_ {
         let slots = self.chunks.iter().enumerate().flat_map(|(c, chunk)| {
             chunk
                 .iter()

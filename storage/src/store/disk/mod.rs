@@ -24,6 +24,7 @@
 //! | [`read`] | reading and verifying |
 //! | [`scrub`] | verifying what is stored, at rest |
 //! | [`offline`] | looking at a disk that nobody has open |
+//! | [`rebuild`] | making a damaged index anew from what is beside the data |
 //! | [`engine`] | starts I/O, waits, and has the applier's thread |
 //! | [`device`] | the medium: io_uring past the page cache, or plain I/O in memory |
 //! | `sim`, `flaws` (tests) | a simulated medium that loses what was not synced; planted bugs |
@@ -43,6 +44,7 @@ mod index;
 pub mod offline;
 mod placed;
 mod read;
+pub mod rebuild;
 mod recover;
 mod scrub;
 #[cfg(test)]

@@ -26,13 +26,13 @@ use std::sync::Arc;
 use thiserror::Error;
 
 /// Bytes that are read or zeroed with one request.
-const CHUNK: u64 = 1 << 20;
+pub(super) const CHUNK: u64 = 1 << 20;
 /// No log is smaller than this.
 const SMALLEST_LOG: u64 = 128 << 10;
 /// How far behind the end of the log something is looked for that was written after it: more than a batch is long.
 const LOOK_BEHIND: u64 = 4 << 20;
 /// Distance of the checkpoints of one opening from those of the next, so that none has the number of one that was interrupted.
-const CHECKPOINTS_PER_BOOT: u64 = 1 << 32;
+pub(super) const CHECKPOINTS_PER_BOOT: u64 = 1 << 32;
 
 /// Why a disk cannot be opened or formatted.
 #[derive(Debug, Error)]
@@ -78,12 +78,20 @@ pub enum OpenError {
     /// A key was given for it.
     #[error("it is not encrypted, although it should be: evict it, and add it anew")]
     NotEncrypted,
+    /// Its index is damaged, in both places.
+    #[error(
+        "its {0} is damaged: `hci disk rebuild` makes it anew from what is stored beside the data; or evict the disk, so that its replicas are rebuilt elsewhere"
+    )]
+    DamagedIndex(String),
+    /// Its index is damaged, and what is left does not prove what it held.
+    #[error("its index cannot be rebuilt ({0}): evict the disk, so that its replicas are rebuilt elsewhere")]
+    NotRebuilt(String),
     /// Its structures are damaged. What it held is on other replicas.
     #[error("its {0} is damaged: evict the disk, so that its replicas are rebuilt elsewhere")]
     Damaged(String),
 }
 
-fn io_error(doing: &'static str) -> impl FnOnce(io::Error) -> OpenError {
+pub(super) fn io_error(doing: &'static str) -> impl FnOnce(io::Error) -> OpenError {
     move |source| OpenError::Io { doing, source }
 }
 
@@ -237,7 +245,7 @@ pub(super) fn index(device: &dyn Device, superblock: &Superblock) -> Result<Foun
     let mut segments: BTreeMap<EntryNumber, Segment> = BTreeMap::new();
     let mut generations = HashMap::new();
     let mut used = 0;
-    let damaged = |what: &str, number: u32| OpenError::Damaged(format!("{what} (page {number})"));
+    let damaged = |what: &str, number: u32| OpenError::DamagedIndex(format!("{what} (page {number})"));
     pages(
         device,
         PageKind::Directory,

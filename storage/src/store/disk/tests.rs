@@ -10,6 +10,7 @@ use super::format::layout::PAIR;
 use super::sim::{SMALL, Sim, SimStore};
 use super::{core::operation, read::ZERO_CRC};
 use crate::ids::{BLOCK_SIZE, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
+use crate::key::{DISK_KEY_BYTES, DiskKey};
 use crate::sim::dice::Dice;
 use crate::store::{Keep, ReadReply, ReplicaWrite, StoreError, WriteContent};
 use bytes::Bytes;
@@ -17,6 +18,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
+
+mod rebuild;
 
 const STEPS: usize = 400;
 /// Where writes go: some positions beside each other, some on other pages of info.
@@ -86,7 +89,17 @@ fn keys() -> Vec<SegmentKey> {
 impl World {
     fn new(seed: u64, flaw: Option<Flaw>) -> Self {
         let dice = Dice::new(seed);
-        let sim = Sim::new(dice.clone(), DiskId(uuid::Uuid::from_u128(5)), SMALL);
+        // Some disks are encrypted: that changes nothing.
+        let key = (seed % 4 == 3).then(|| {
+            let bytes: Vec<u8> = (0..DISK_KEY_BYTES).map(|i| (seed as usize + i) as u8).collect();
+            DiskKey::from_bytes(&bytes).unwrap()
+        });
+        let sim = Sim::new(dice.clone(), DiskId(uuid::Uuid::from_u128(5)), SMALL, key);
+        Self::on(sim, dice, flaw)
+    }
+
+    /// A store on a medium that may hold something.
+    fn on(sim: Sim, dice: Dice, flaw: Option<Flaw>) -> Self {
         let store = sim.open(flaw).unwrap();
         Self {
             dice,
@@ -582,7 +595,7 @@ fn a_write_that_went_astray_is_never_read_as_data() {
 #[test]
 fn zeroed_pages_are_damage() {
     let written = || {
-        let mut world = World::new(3, None);
+        let mut world = World::new(4, None);
         world.work(100);
         world.settle();
         let store = world.store.take().expect("the store is open");

@@ -2,7 +2,7 @@
 //!
 //! The position of an entry is the name by which slots refer to it ([`super::owner`]). What is said here of a segment is said by each of its pages of
 //! block info, too ([`super::info`]), and the other way round: which of them there are is said here. So of directory and owners either can be
-//! made from the other and the info.
+//! made from the other and the info ([`crate::store::disk::rebuild`]).
 
 use super::bytes::{Reader, Writer};
 use super::info::INFO_SLOTS_PER_SEGMENT;
@@ -28,7 +28,7 @@ impl EntryNumber {
 
 /// When a segment came to be on this disk: the checkpoint that recorded it. A segment that was removed and came again has a later one, so nothing of its
 /// earlier life is taken for its own.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub(in crate::store::disk) struct Birth(pub(in crate::store::disk) u64);
 
 /// Which slots of block info a segment has.
@@ -37,6 +37,16 @@ pub(in crate::store::disk) struct InfoSet([u8; INFO_SET]);
 
 /// Bytes of that.
 const INFO_SET: usize = (INFO_SLOTS_PER_SEGMENT as usize).div_ceil(8);
+
+impl InfoSet {
+    pub(in crate::store::disk) fn contains(&self, index: u16) -> bool {
+        self.0.get(usize::from(index) / 8).is_some_and(|byte| byte >> (index % 8) & 1 == 1)
+    }
+
+    pub(in crate::store::disk) fn iter(&self) -> impl Iterator<Item = u16> + '_ {
+        (0..INFO_SLOTS_PER_SEGMENT as u16).filter(|index| self.contains(*index))
+    }
+}
 
 impl FromIterator<u16> for InfoSet {
     fn from_iter<I: IntoIterator<Item = u16>>(indices: I) -> Self {

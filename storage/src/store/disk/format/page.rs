@@ -75,6 +75,14 @@ pub(in crate::store::disk) enum Pair<'a> {
     Damaged,
 }
 
+/// The checkpoint that wrote a page that was found good.
+pub(in crate::store::disk) fn checkpoint(page: &[u8]) -> u64 {
+    let mut reader = Reader(page.get(12..).unwrap_or_default());
+    let numbers = (reader.u32(), reader.u64(), reader.u32());
+    let (Some(high), Some(_), Some(low)) = numbers else { return 0 };
+    u64::from(high) << 32 | u64::from(low)
+}
+
 /// Looks at both places, one behind the other.
 pub(in crate::store::disk) fn pair(bytes: &[u8], id: PageId, stamp: u32) -> Pair<'_> {
     let Some((a, b)) = bytes.split_at_checked(PAGE) else { return Pair::Damaged };

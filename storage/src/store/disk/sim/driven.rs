@@ -43,7 +43,7 @@ pub(crate) struct DrivenDisk {
 impl DrivenDisk {
     /// A formatted disk that nobody has open.
     pub(crate) fn new(disk: DiskId, dice: Dice) -> Self {
-        let sim = Arc::new(Sim::new(dice.clone(), disk, SIZE));
+        let sim = Arc::new(Sim::new(dice.clone(), disk, SIZE, None));
         Self { sim, running: Mutex::new(None), forgotten: Mutex::default(), dice }
     }
 

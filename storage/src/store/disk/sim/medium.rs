@@ -55,6 +55,11 @@ fn apply(blocks: &mut Blocks, offset: u64, bytes: &[u8], keep: impl Fn(usize) ->
 }
 
 impl Medium {
+    /// One that holds this, durably.
+    pub(super) fn holding(blocks: Blocks) -> Self {
+        Self { cached: blocks.clone(), durable: blocks, ..Self::default() }
+    }
+
     pub(super) fn write(&mut self, offset: u64, bytes: &[u8]) {
         let offset = match self.goes_astray() {
             None => offset,

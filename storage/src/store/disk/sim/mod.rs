@@ -13,12 +13,14 @@ pub(crate) mod driven;
 mod medium;
 
 use super::apply::Applier;
+use super::device::sealed::{KeyCheck, SealedDevice};
 use super::device::{Device, Done, Request};
 use super::engine::Shared;
 use super::flaws::Flaw;
 use super::format::layout::Layout;
 use super::recover::{self, Boots, OpenError, Placed, Rules};
 use crate::ids::DiskId;
+use crate::key::DiskKey;
 use crate::sim::dice::Dice;
 use medium::{Astray, BLOCK, Medium, SimDevice};
 use parking_lot::Mutex;
@@ -63,30 +65,52 @@ pub(super) struct Size {
 /// So small that the log goes around and slots are used again.
 pub(super) const SMALL: Size = Size { bytes: 8 << 20, log: 256 << 10 };
 
+/// So large that the index has several pages of each kind.
+pub(super) const LARGE: Size = Size { bytes: 96 << 20, log: 256 << 10 };
+
 /// The medium, and the process that uses it.
 pub(super) struct Sim {
     medium: Arc<Mutex<Medium>>,
     size: Size,
     dice: Dice,
+    /// With which all but the superblocks is encrypted.
+    key: Option<DiskKey>,
     pub(super) disk: DiskId,
 }
 
 impl Sim {
     /// A formatted medium.
-    pub(super) fn new(dice: Dice, disk: DiskId, size: Size) -> Self {
-        let sim = Self { medium: Arc::default(), size, dice, disk };
+    pub(super) fn new(dice: Dice, disk: DiskId, size: Size, key: Option<DiskKey>) -> Self {
+        let check = key.as_ref().map(|key| KeyCheck::of(key).unwrap());
+        let sim = Self { medium: Arc::default(), size, dice, key, disk };
         let layout = Layout::with_log(size.bytes, size.log).unwrap();
-        recover::format_as(&sim.device(), sim.disk, STAMP, layout, None).unwrap();
+        recover::format_as(sim.device().as_ref(), sim.disk, STAMP, layout, check).unwrap();
         sim
     }
 
-    fn device(&self) -> SimDevice {
-        SimDevice::new(&self.medium, self.size.bytes, None)
+    /// The medium, for a process of its own.
+    pub(super) fn device(&self) -> Arc<dyn Device> {
+        self.device_behind(None)
+    }
+
+    fn device_behind(&self, turnstile: Option<Arc<Turnstile>>) -> Arc<dyn Device> {
+        let device = Arc::new(SimDevice::new(&self.medium, self.size.bytes, turnstile));
+        match &self.key {
+            Some(key) => Arc::new(SealedDevice::new(device, key).unwrap()),
+            None => device,
+        }
+    }
+
+    /// Another medium that holds the same. No process uses this one.
+    pub(super) fn copy(&self) -> Self {
+        let cached = self.medium.lock().cached.clone();
+        let medium = Arc::new(Mutex::new(Medium::holding(cached)));
+        Self { medium, size: self.size, dice: self.dice.clone(), key: self.key.clone(), disk: self.disk }
     }
 
     /// Opens the store.
     pub(super) fn open(&self, flaw: Option<Flaw>) -> Result<SimStore, OpenError> {
-        let device: Arc<dyn Device> = Arc::new(self.device());
+        let device = self.device();
         let boots = if flaw == Some(Flaw::StaleBatch) { Boots::Any } else { Boots::Ascending };
         let placed = if flaw == Some(Flaw::TrustedPlaces) { Placed::Trusted } else { Placed::Verified };
         let applier = recover::open_as(device.clone(), self.disk, Rules { boots, placed })?;
@@ -173,6 +197,13 @@ impl Sim {
         Layout::with_log(self.size.bytes, self.size.log).unwrap()
     }
 
+    /// What is there, while no process uses it.
+    pub(super) fn peek(&self, offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.medium.lock().read(offset, &mut bytes);
+        bytes
+    }
+
     /// Damages it: durable at once.
     pub(super) fn poke(&self, offset: u64, bytes: &[u8]) {
         let mut medium = self.medium.lock();
@@ -213,7 +244,7 @@ impl SimStore {
         let (arrived, steps) = sync_channel(0);
         let (go, gone) = sync_channel(0);
         let turnstile = Arc::new(Turnstile { arrived, go: Mutex::new(gone) });
-        applier.device = Arc::new(SimDevice::new(&sim.medium, sim.size.bytes, Some(turnstile.clone())));
+        applier.device = sim.device_behind(Some(turnstile.clone()));
         let thread = std::thread::spawn(move || {
             loop {
                 if turnstile.go.lock().recv().is_err() {
