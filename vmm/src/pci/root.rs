@@ -254,8 +254,12 @@ impl IoDevice for ConfigPorts {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::chipset::lpc::{self, LpcBridge};
     use crate::layout::ECAM_START;
+    use crate::pci::config_space::{CONFIG_SIZE, ConfigSpace, Identity};
 
     fn ports() -> (ConfigPorts, Arc<HostBridge>, Arc<Lifecycle>) {
         let lifecycle = Arc::new(Lifecycle::default());
@@ -302,5 +306,125 @@ mod tests {
         assert_eq!(lifecycle.ended(), None);
         ports.write(1, &[0x06]);
         assert_eq!(lifecycle.ended(), Some(ExitReason::Reset));
+    }
+
+    /// A function with memory, and nothing in it but ones.
+    struct Plain(Mutex<ConfigSpace>);
+
+    const PLAIN_SLOT: usize = 1;
+    const PLAIN_LEN: u64 = 0x1000;
+
+    impl Plain {
+        fn new() -> Self {
+            let mut config = ConfigSpace::new(Identity {
+                vendor: 0x1234,
+                device: 0x5678,
+                class: [0xff, 0, 0],
+                revision: 0,
+                subsystem_vendor: 0,
+                subsystem: 0,
+            });
+            config.set_memory_bar(PciRoot::initial_bar(PLAIN_SLOT), PLAIN_LEN);
+            Self(Mutex::new(config))
+        }
+    }
+
+    impl PciDevice for Plain {
+        fn config_read(&self, offset: usize, data: &mut [u8]) {
+            self.0.lock().read(offset, data);
+        }
+
+        fn config_write(&self, offset: usize, data: &[u8]) {
+            self.0.lock().write(offset, data);
+        }
+
+        fn decoded_memory(&self) -> Option<Range<u64>> {
+            let start = self.0.lock().decoded_bar()?;
+            Some(start..start.checked_add(PLAIN_LEN)?)
+        }
+
+        fn memory_read(&self, offset: u64, data: &mut [u8]) {
+            assert!(offset < PLAIN_LEN);
+            data.fill(1);
+        }
+
+        fn memory_write(&self, offset: u64, _data: &[u8]) {
+            assert!(offset < PLAIN_LEN);
+        }
+    }
+
+    /// What a guest may do: write to a port, or to memory where something may answer.
+    #[derive(Debug, Clone)]
+    enum Access {
+        Port(u64, Vec<u8>),
+        Memory(u64, Vec<u8>),
+    }
+
+    fn accesses() -> impl Strategy<Value = Vec<Access>> {
+        let data = prop_oneof![
+            prop::collection::vec(any::<u8>(), 1..9),
+            // Addresses that configuration space and BARs may have, and the switches for them.
+            prop::sample::select(vec![
+                0x8000_0060u32,
+                0xb000_0001,
+                0xe000_0001,
+                0xb400_0005,
+                0xc000_0000,
+                2,
+                4,
+                0xc0
+            ])
+            .prop_map(|value| value.to_le_bytes().to_vec()),
+        ];
+        let slot = prop::sample::select(vec![0u64, PLAIN_SLOT as u64, 2, lpc::SLOT as u64]);
+        let place = prop::sample::select(ECAM_PLACES.to_vec());
+        let register = prop_oneof![0..CONFIG_SIZE as u64 + 8, Just(0x04), Just(0x10), Just(0x14), Just(0x60)];
+        let config =
+            (place, slot, register).prop_map(|(place, slot, register)| place + (slot << 15) + register);
+        let elsewhere = prop_oneof![any::<u64>(), ECAM_PLACES[0]..1 << 32];
+        let access = prop_oneof![
+            (0u64..12, data.clone()).prop_map(|(offset, data)| Access::Port(offset, data)),
+            (prop_oneof![4 => config, 1 => elsewhere], data).prop_map(|(at, data)| Access::Memory(at, data)),
+        ];
+        prop::collection::vec(access, 0..80)
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_accesses_leave_the_bus_sound(accesses in accesses()) {
+            let bridge = Arc::new(HostBridge::new());
+            let slots: Vec<Arc<dyn PciDevice>> = vec![bridge.clone(), Arc::new(Plain::new())];
+            let root = Arc::new(PciRoot::new(slots).with(lpc::SLOT, Arc::new(LpcBridge::new())));
+            let mut ports = Bus::default();
+            let config = ConfigPorts::new(root.clone(), Arc::new(Lifecycle::default()));
+            ports.insert(PCI_CONFIG_PORT.into(), 8, Arc::new(config));
+            let mut mmio = Bus::default();
+            connect(&mut mmio, &root, &bridge);
+            for access in accesses {
+                let (bus, at, data) = match &access {
+                    Access::Port(offset, data) => (&ports, u64::from(PCI_CONFIG_PORT) + offset, data),
+                    Access::Memory(at, data) => (&mmio, *at, data),
+                };
+                bus.write(at, data);
+                bus.read(at, &mut vec![0; data.len()]);
+                // However often the memory is moved, it is in one place, in a hole, and answers there.
+                let windows = root.windows.read().clone();
+                prop_assert!(windows.len() <= 1);
+                for (window, slot) in windows {
+                    prop_assert_eq!(slot, PLAIN_SLOT);
+                    prop_assert_eq!(window.end - window.start, PLAIN_LEN);
+                    let mut byte = [0];
+                    mmio.read(window.start, &mut byte);
+                    prop_assert_eq!(byte, [1], "at {:#x}", window.start);
+                }
+                root.high_window();
+            }
+            for (slot, id) in [(0, 0x29c0_8086u32), (PLAIN_SLOT, 0x5678_1234), (lpc::SLOT, 0x2918_8086)] {
+                ports.write(PCI_CONFIG_PORT.into(), &(1 << 31 | (slot as u32) << 11).to_le_bytes());
+                let mut found = [0; 4];
+                ports.read(u64::from(PCI_CONFIG_PORT) + 4, &mut found);
+                prop_assert_eq!(u32::from_le_bytes(found), id);
+            }
+        }
     }
 }
