@@ -5,71 +5,31 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod guest;
+mod lab;
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use tempfile::TempDir;
+use lab::{DEADLINE, wait};
 use vmm::{ExitReason, Vm, VmConfig, VmError, VmState};
 
-const DEADLINE: Duration = Duration::from_secs(60);
-
-struct Lab {
-    dir: TempDir,
-}
+/// A [`lab::Lab`] for kernels of a few instructions.
+struct Lab(lab::Lab);
 
 impl Lab {
-    /// `None` where there is no KVM.
     fn new() -> Option<Self> {
-        if let Err(error) = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
-            eprintln!("SKIPPED: /dev/kvm: {error}");
-            return None;
-        }
-        Some(Self { dir: tempfile::tempdir().unwrap() })
-    }
-
-    fn console_path(&self) -> PathBuf {
-        self.dir.path().join("console.sock")
+        lab::Lab::new().map(Self)
     }
 
     fn config(&self, code: &[u8], vcpus: u8) -> VmConfig {
-        let kernel = self.dir.path().join("kernel");
-        fs::write(&kernel, guest::pvh_elf(code)).unwrap();
-        VmConfig {
-            name: "tiny".into(),
-            id: uuid::Uuid::from_u128(1),
-            vcpus,
-            memory_bytes: 32 << 20,
-            boot: vmm::Boot::Kernel { kernel, initramfs: None, cmdline: "hello".into() },
-            disks: vec![],
-            nics: vec![],
-            seed: None,
-            agent_socket: None,
-            console_socket: self.console_path(),
-            backend_timeout_ms: 300,
-        }
+        let kernel = self.0.file("kernel", &guest::pvh_elf(code));
+        self.0.config(vmm::Boot::Kernel { kernel, initramfs: None, cmdline: "hello".into() }, vcpus)
     }
 
     fn start(&self, code: &[u8]) -> Vm {
         Vm::start(self.config(code, 1)).unwrap()
     }
-
-    fn console(&self) -> UnixStream {
-        let stream = UnixStream::connect(self.console_path()).unwrap();
-        stream.set_read_timeout(Some(DEADLINE)).unwrap();
-        stream
-    }
-}
-
-/// `wait`, with a deadline.
-fn wait(vm: Vm) -> ExitReason {
-    let (done, ended) = std::sync::mpsc::channel();
-    let handle = vm.handle();
-    std::thread::spawn(move || done.send(vm.wait()));
-    ended.recv_timeout(DEADLINE).unwrap_or_else(|_| panic!("the guest does not end: {:?}", handle.status()))
 }
 
 /// mov dx, port; mov al, value; out dx, al
@@ -106,7 +66,7 @@ fn a_guest_prints_and_shuts_down() {
     code.extend(power_off());
     code.extend(SPIN);
     let vm = lab.start(&code);
-    let mut console = lab.console();
+    let mut console = lab.0.console();
     let mut text = [0; 6];
     console.read_exact(&mut text).unwrap();
     assert_eq!(&text, b"hello\n");
@@ -116,7 +76,7 @@ fn a_guest_prints_and_shuts_down() {
     assert_eq!(wait(vm), ExitReason::Shutdown);
     assert_eq!(handle.status().state, VmState::Ended(ExitReason::Shutdown));
     assert!(matches!(handle.pause(), Err(VmError::Ended)));
-    assert!(!lab.console_path().exists());
+    assert!(!lab.0.path("console.sock").exists());
 }
 
 #[test]
@@ -147,7 +107,7 @@ fn a_spinning_guest_is_paused_resumed_and_killed() {
     code.extend_from_slice(&[0xee, 0xeb, 0xfd]);
     let vm = lab.start(&code);
     let handle = vm.handle();
-    let mut console = lab.console();
+    let mut console = lab.0.console();
     let mut byte = [0];
     console.read_exact(&mut byte).unwrap();
     handle.pause().unwrap();
@@ -174,7 +134,7 @@ fn the_power_button_is_seen_in_the_pm1_status() {
     code.extend(power_off());
     code.extend(SPIN);
     let vm = lab.start(&code);
-    lab.console().read_exact(&mut [0]).unwrap();
+    lab.0.console().read_exact(&mut [0]).unwrap();
     vm.handle().power_button();
     assert_eq!(wait(vm), ExitReason::Shutdown);
 }
@@ -192,7 +152,7 @@ fn dropping_a_guest_with_several_vcpus_ends_it() {
 fn a_missing_backend_is_named() {
     let Some(lab) = Lab::new() else { return };
     let mut config = lab.config(&SPIN, 1);
-    let socket = lab.dir.path().join("nobody.sock");
+    let socket = lab.0.path("nobody.sock");
     config.disks.push(vmm::DiskConfig { id: "root".into(), socket, queues: 1, readonly: false });
     let error = Vm::start(config).err().unwrap();
     assert!(matches!(&error, VmError::Backend { id, .. } if id == "root"), "{error:?}");
@@ -202,6 +162,6 @@ fn a_missing_backend_is_named() {
 fn a_kernel_that_is_none_is_refused() {
     let Some(lab) = Lab::new() else { return };
     let config = lab.config(&SPIN, 1);
-    fs::write(lab.dir.path().join("kernel"), "#!/bin/sh").unwrap();
+    fs::write(lab.0.path("kernel"), "#!/bin/sh").unwrap();
     assert!(matches!(Vm::start(config), Err(VmError::Boot(vmm::BootError::UnknownFormat(_)))));
 }
