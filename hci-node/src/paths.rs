@@ -158,6 +158,11 @@ impl VmPaths {
         self.dir.join("seed.iso")
     }
 
+    /// What the guest's firmware keeps.
+    pub fn variables(&self) -> PathBuf {
+        self.dir.join("variables.fd")
+    }
+
     /// What the VMM logs.
     pub fn log(&self) -> PathBuf {
         self.dir.join("vmm.log")

@@ -32,6 +32,11 @@ pub(crate) fn low_ram_end(size: u64) -> u64 {
     size.min(LOW_RAM_MAX)
 }
 
+/// End of all RAM, or of what is reserved for devices below 4 GiB.
+pub(crate) fn end(size: u64) -> u64 {
+    HIGH_RAM_START + (size - low_ram_end(size))
+}
+
 /// Creates the memory of a guest.
 pub(crate) fn create(size: u64) -> Result<Memory, VmError> {
     let fail = |what| move |source| VmError::Memory { what, source };

@@ -27,7 +27,7 @@ use crate::firmware::{flash, fw_cfg, items};
 use crate::handle::VmHandle;
 use crate::interrupts::{Gsi, Interrupts};
 use crate::kvm::{self as kvm_guest, KvmGuest};
-use crate::layout;
+use crate::layout::{self, GIB};
 use crate::lifecycle::{ExitReason, Lifecycle};
 use crate::memory::{self, Memory};
 use crate::pci::host_bridge::HostBridge;
@@ -225,10 +225,12 @@ impl<'a> Builder<'a> {
     /// What firmware is told.
     fn machine(&self, pci: &Pci) -> items::Machine {
         let (root, bridge, vcpus) = (pci.root.clone(), pci.bridge.clone(), self.config.vcpus);
+        let above_ram = memory::end(self.config.memory_bytes).next_multiple_of(GIB);
+        // There always is a window: firmware learns the size of the tables before it asks for them.
         let describe = move || Description {
             vcpus,
             ecam: bridge.ecam().map_or(layout::ECAM_START, |ecam| ecam.start),
-            high_window: root.high_window(),
+            high_window: Some(root.high_window().unwrap_or(above_ram..above_ram + GIB)),
         };
         items::Machine {
             id: self.config.id,

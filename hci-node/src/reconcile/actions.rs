@@ -13,7 +13,8 @@ use super::{
     cluster::{Cluster, ProposeError},
     peers::{self, HasBootFile, Holding},
     plan::Action,
-    vm_process::{self, Log},
+    variables,
+    vm_process::{self, Contents, Log},
 };
 use crate::{
     agent::{self, Agents},
@@ -165,9 +166,11 @@ impl Tools {
                 boot_files::remove(&self.paths, file).map_err(io("remove a boot file"))?;
             }
             Action::SpreadBootFile { image, part, file, to } => self.spread(image, part, file, to).await?,
-            Action::StartVm { vm, epoch, config, cloud_init } => {
+            Action::StartVm { vm, epoch, config, cloud_init, firmware } => {
                 let seed = cloud_init.map(|given| cloud_init::disk(vm, &config.name, &given));
-                self.start_vm(RunFile { vm, epoch, config: *config }, seed.as_deref()).await?
+                let variables = firmware.map(|kept| kept.content());
+                let contents = Contents { seed, variables };
+                self.start_vm(RunFile { vm, epoch, config: *config }, &contents).await?
             }
             Action::PressPowerButton { vm, epoch } => {
                 self.shut_down(vm).await?;
@@ -178,6 +181,8 @@ impl Tools {
                 vm_process::kill(&self.paths.vm(vm), epoch, why).await.map_err(io("kill the VMM"))?;
             }
             Action::ReportExit { vm, epoch, exit } => {
+                // What it stored last must not be lost with the run.
+                variables::store(self.cluster.as_ref(), &self.paths, vm, epoch).await?;
                 self.propose(Op::VmExited { vm, epoch, exit }).await?;
             }
             Action::ForgetRun { vm, .. } => {
@@ -284,10 +289,10 @@ impl Tools {
         Ok(())
     }
 
-    async fn start_vm(&self, run: RunFile, seed: Option<&[u8]>) -> Result<(), ActionError> {
+    async fn start_vm(&self, run: RunFile, contents: &Contents) -> Result<(), ActionError> {
         let (vm, epoch) = (run.vm, run.epoch);
         tracing::info!(%vm, epoch = epoch.0, name = run.config.name, "starting a VM");
-        let mut child = match vm_process::start(&self.paths, &run, seed) {
+        let mut child = match vm_process::start(&self.paths, &run, contents) {
             Ok(child) => child,
             Err(error) => {
                 let ended = Ended::Crashed(format!("its VMM cannot be started: {error}"));

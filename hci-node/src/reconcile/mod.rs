@@ -13,6 +13,7 @@
 //! | [`link`] | the link to the data process: configuration and lease |
 //! | [`commits`] | serves `control.sock`: storage's commits |
 //! | [`vm_process`] | VMM processes: started, found again, ended |
+//! | `variables` | what the firmware of VMs keeps |
 //! | [`boot_files`] | kernels and initramfs on this node |
 //! | [`console`] | guests' consoles on any node |
 //! | [`peers`] | what reconcilers of different nodes ask each other |
@@ -36,6 +37,7 @@ pub mod plan;
 mod report;
 #[cfg(test)]
 mod tests;
+mod variables;
 pub mod vm_process;
 
 use std::{sync::Arc, time::Duration};
@@ -116,6 +118,7 @@ impl Reconciler {
             executor.run(stop).await;
             attended.dismiss();
         });
+        tasks.spawn(variables::keep(cluster.clone(), paths.clone(), me, shutdown.clone()));
         let socket = paths.control_socket();
         tasks.spawn(async move {
             let served: Result<(), ServeError> =

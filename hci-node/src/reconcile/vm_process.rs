@@ -123,15 +123,31 @@ fn log_tail(paths: &VmPaths) -> String {
     }
 }
 
-/// Starts a VMM, with the content of its seed disk if it has one. It is the child of this process but does not depend on it.
-pub fn start(paths: &NodePaths, run: &RunFile, seed: Option<&[u8]>) -> io::Result<tokio::process::Child> {
+/// What files a VMM finds beside its configuration.
+#[derive(Default)]
+pub struct Contents {
+    /// Of its seed disk.
+    pub seed: Option<Vec<u8>>,
+    /// Of its firmware's variables; the VMM makes them when there are none.
+    pub variables: Option<Vec<u8>>,
+}
+
+/// Starts a VMM with these files. It is the child of this process but does not depend on it.
+pub fn start(paths: &NodePaths, run: &RunFile, contents: &Contents) -> io::Result<tokio::process::Child> {
     let vm = paths.vm(run.vm);
     make_directory(paths, &vm)?;
     // Nothing of an earlier run may be taken for this one's.
-    for stale in [vm.exit(), vm.socket(), vm.console(), vm.agent()] {
+    for stale in [vm.exit(), vm.socket(), vm.console(), vm.agent(), vm.variables()] {
         remove_if_there(&stale)?;
     }
-    if let (Some(path), Some(content)) = (&run.config.seed, seed) {
+    if let Some(content) = &contents.variables {
+        // The VMM writes to it.
+        files::replace(&vm.variables(), content, 0o600, Durability::Volatile)?;
+        if let Some(user) = vmm_user() {
+            nix::unistd::chown(&vm.variables(), Some(user.uid), Some(user.gid))?;
+        }
+    }
+    if let (Some(path), Some(content)) = (&run.config.seed, &contents.seed) {
         // Only the VMM's user gets into the directory, so that nobody else reads what may hold secrets.
         files::replace(path, content, 0o644, Durability::Volatile)?;
     }
@@ -243,9 +259,15 @@ pub fn forget(paths: &VmPaths, log: Log) -> io::Result<()> {
     match log {
         Log::Keep => {
             // The run file last: without it there is no run.
-            for file in
-                [paths.exit(), paths.socket(), paths.console(), paths.agent(), paths.seed(), paths.config()]
-            {
+            for file in [
+                paths.exit(),
+                paths.socket(),
+                paths.console(),
+                paths.agent(),
+                paths.seed(),
+                paths.variables(),
+                paths.config(),
+            ] {
                 remove_if_there(&file)?;
             }
             Ok(())

@@ -415,6 +415,15 @@ pub enum Op {
         /// How.
         exit: VmExit,
     },
+    /// The firmware of a running VM has stored something.
+    StoreVariables {
+        /// The VM.
+        vm: VmId,
+        /// Which run.
+        epoch: RunEpoch,
+        /// All that it keeps now.
+        variables: FirmwareVariables,
+    },
 
     // tasks
     /// How far a task is.

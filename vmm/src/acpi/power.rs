@@ -20,8 +20,10 @@ pub(super) const RESET_VALUE: u8 = 0x06;
 /// Bits of PM1 status and enable.
 const POWER_BUTTON: u16 = 1 << 8;
 const GLOBAL_LOCK: u16 = 1 << 5;
+/// The clock's alarm, which never comes. Linux wants to enable it where there is a clock.
+const CLOCK: u16 = 1 << 10;
 /// Bits that exist in the enable register.
-const ENABLE_MASK: u16 = POWER_BUTTON | GLOBAL_LOCK;
+const ENABLE_MASK: u16 = POWER_BUTTON | GLOBAL_LOCK | CLOCK;
 /// Bits of PM1 control.
 const SCI_ENABLE: u16 = 1 << 0;
 const SLEEP_TYPE_SHIFT: u16 = 10;

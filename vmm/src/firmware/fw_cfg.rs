@@ -46,7 +46,7 @@ const ZEROES: [u8; 4096] = [0; 4096];
 pub(crate) enum Content {
     /// Always the same.
     Bytes(Vec<u8>),
-    /// Made each time that it is selected. Its size in the directory is that of the first time.
+    /// Made each time that it is selected, always with the same size.
     OnSelect(Arc<dyn Fn() -> Vec<u8> + Send + Sync>),
 }
 

@@ -36,17 +36,17 @@ pub enum Verb {
         #[arg(add = names("/v1/images"))]
         name: String,
     },
-    /// Import an image into the pool: a disk (raw, qcow2 or vmdk), and the kernel that boots it. A source is a file of
+    /// Import an image into the pool: a disk (raw, qcow2 or vmdk) that UEFI firmware boots, or one and the kernel that boots it. A source is a file of
     /// this machine, `https://…` or `node:/PATH`, a file of the node. Run it again to go on with an upload that broke off.
     #[command(
-        after_help = "Examples:\n  hci image import debian12 --kernel vmlinuz --initramfs initrd.img --disk root.img --cmdline 'root=/dev/vda console=ttyS0'\n  hci image import cloud --kernel vmlinuz --disk https://example.org/cloud.qcow2 --sha256 HEX\nAPI: POST /v1/images, then PUT (upload) or POST (fetch) /v1/images/NAME/{kernel,initramfs,disk}"
+        after_help = "Examples:\n  hci image import debian12 --disk https://example.org/debian-12-generic-amd64.qcow2 --sha256 HEX\n  hci image import tiny --kernel vmlinuz --initramfs initrd.img --disk root.img --cmdline 'root=/dev/vda console=ttyS0'\nAPI: POST /v1/images, then PUT (upload) or POST (fetch) /v1/images/NAME/{kernel,initramfs,disk}"
     )]
     Import {
         /// The image's name.
         name: String,
-        /// The kernel: a bzImage, or an ELF file with a PVH entry.
+        /// The kernel: a bzImage, or an ELF file with a PVH entry. Without one VMs boot from the disk, by UEFI firmware.
         #[arg(long)]
-        kernel: Source,
+        kernel: Option<Source>,
         /// The initramfs.
         #[arg(long)]
         initramfs: Option<Source>,
@@ -97,7 +97,7 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
         Verb::List => context.list("/v1/images", COLUMNS).await,
         Verb::Get { name } => context.show("/v1/images", &name).await,
         Verb::Import { name, kernel, initramfs, disk, sha256, cmdline } => {
-            let parts: Vec<_> = [("kernel", Some(kernel)), ("initramfs", initramfs), ("disk", disk)]
+            let parts: Vec<_> = [("kernel", kernel), ("initramfs", initramfs), ("disk", disk)]
                 .into_iter()
                 .filter_map(|(part, source)| {
                     let sha256 = sha256.clone().filter(|_| part == "disk");

@@ -29,8 +29,9 @@ use crate::{
     data::protocol::DataConfig,
     paths::NodePaths,
     state::{
-        BootFile, Cleanliness, CloudInit, ClusterState, DiskId, Generation, ImageId, ImagePart, LayerRef,
-        NodeId, RunEpoch, SegmentIndex, VmExit, VmId, VolumeId, WipePolicy, report::VmReport,
+        BootFile, Cleanliness, CloudInit, ClusterState, DiskId, FirmwareVariables, Generation, ImageId,
+        ImagePart, LayerRef, NodeId, RunEpoch, SegmentIndex, VmExit, VmId, VolumeId, WipePolicy,
+        report::VmReport,
     },
     vmm_role::record::Ended,
 };
@@ -178,6 +179,8 @@ pub enum Action {
         config: Box<VmConfig>,
         /// What its seed disk is made from.
         cloud_init: Option<CloudInit>,
+        /// What its firmware keeps, if it has run before.
+        firmware: Option<FirmwareVariables>,
     },
     /// Press a VM's power button.
     PressPowerButton {

@@ -91,13 +91,23 @@ fn exit(vm: &Vm, epoch: RunEpoch, ended: &Ended) -> VmExit {
     }
 }
 
+/// The firmware of VMs whose image has no kernel: Debian's package `ovmf`, and the variables that a new VM starts with.
+const FIRMWARE_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
+const FIRMWARE_VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
+
 fn plan_start(view: View<'_>, vm: &Vm, assignment: Assignment) -> Option<Action> {
     let epoch = assignment.epoch;
     if stop_mode(vm, epoch).is_some() {
         return Some(Action::ReportExit { vm: vm.id, epoch, exit: VmExit::Stopped });
     }
     let config = Box::new(config(view, vm).ok()?);
-    Some(Action::StartVm { vm: vm.id, epoch, config, cloud_init: vm.cloud_init.clone() })
+    Some(Action::StartVm {
+        vm: vm.id,
+        epoch,
+        config,
+        cloud_init: vm.cloud_init.clone(),
+        firmware: vm.firmware.clone(),
+    })
 }
 
 /// What a VMM is told, or what is still missing for it.
@@ -138,7 +148,15 @@ fn boot(view: View<'_>, vm: &Vm) -> Result<Boot, String> {
         }
         Err(format!("the {} of its image is brought here", part.name()))
     };
-    let kernel = file(ImagePart::Kernel)?.ok_or("its image has no kernel")?;
+    if !image.parts.contains_key(&ImagePart::Kernel) {
+        let variables = view.paths.vm(vm.id).variables();
+        return Ok(Boot::Firmware {
+            code: FIRMWARE_CODE.into(),
+            template: FIRMWARE_VARIABLES.into(),
+            variables,
+        });
+    }
+    let kernel = file(ImagePart::Kernel)?.ok_or("the kernel of its image is not there yet")?;
     let cmdline = vm.cmdline.clone().unwrap_or_else(|| image.cmdline.clone());
     Ok(Boot::Kernel { kernel, initramfs: file(ImagePart::Initramfs)?, cmdline })
 }

@@ -132,6 +132,7 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
         Op::AssignVm { vm, node, expected, reason, unreachable } => {
             vms::assign(state, *vm, *node, *expected, *reason, unreachable, at)
         }
+        Op::StoreVariables { vm, epoch, variables } => vms::store_variables(state, *vm, *epoch, variables),
         Op::VmExited { vm, epoch, exit } => vms::exited(state, *vm, *epoch, exit, at),
 
         Op::UpdateTask { task, permille, message } => tasks::update(state, *task, *permille, message),

@@ -9,8 +9,9 @@ use super::{
     Applied, check_free, check_name, cloud_init, conflict, images, invalid, networks, not_found, storage,
 };
 use crate::state::{
-    Assignment, ClusterState, DesiredRun, Goal, ImagePart, NodeId, Port, Refusal, RefusalKind, Restart,
-    RunEpoch, Severity, StopMode, Subject, Timestamp, Vm, VmExit, VmId, VolumeFill, VolumeOwner,
+    Assignment, ClusterState, DesiredRun, FirmwareVariables, Goal, ImagePart, MAX_VARIABLES, NodeId, Port,
+    Refusal, RefusalKind, Restart, RunEpoch, Severity, StopMode, Subject, Timestamp, Vm, VmExit, VmId,
+    VolumeFill, VolumeOwner,
     command::{AssignReason, NewVm},
 };
 
@@ -85,6 +86,7 @@ pub(super) fn create(
             last_exit: None,
             created: at,
             cloud_init: new.cloud_init.clone(),
+            firmware: None,
         },
     );
     Ok(done)
@@ -134,10 +136,11 @@ fn check_shape(state: &ClusterState, new: &NewVm) -> Result<(), Refusal> {
             format!("wait for its import: hci image get {}", image.name),
         ));
     }
-    if image.boot_file(ImagePart::Kernel).is_none() {
+    let is_declared = |part| image.parts.contains_key(&part);
+    if !is_declared(ImagePart::Kernel) && !is_declared(ImagePart::Disk) {
         return Err(invalid(
-            format!("image {} has no kernel, and VMs boot from a kernel", image.name),
-            "import an image with --kernel",
+            format!("image {} has neither a disk nor a kernel to boot", image.name),
+            "import an image with --disk, or with --kernel",
         ));
     }
     for node in new.preferred_node.iter().chain(&new.near) {
@@ -306,6 +309,24 @@ pub(super) fn assign(
         }
     }
     Ok(Applied::now("vm assign", Subject::Vm(id), name))
+}
+
+/// The run's firmware has stored something.
+pub(super) fn store_variables(
+    state: &mut ClusterState,
+    id: VmId,
+    epoch: RunEpoch,
+    variables: &FirmwareVariables,
+) -> Result<Applied, Refusal> {
+    let vm = state.vms.get_mut(&id).ok_or_else(|| not_found("vm", id))?;
+    if vm.assignment.is_none_or(|assignment| assignment.epoch != epoch) {
+        return Err(conflict("this run of the VM is over", "nothing is to be done"));
+    }
+    if variables.kept() > MAX_VARIABLES {
+        return Err(invalid("its firmware keeps too much", "remove boot entries in the guest"));
+    }
+    vm.firmware = Some(variables.clone());
+    Ok(Applied::now("vm firmware", Subject::Vm(id), &vm.name))
 }
 
 pub(super) fn exited(

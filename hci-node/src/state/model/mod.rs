@@ -6,6 +6,7 @@
 mod cloud_init;
 mod cluster;
 mod disk;
+mod firmware;
 mod image;
 mod network;
 mod node;
@@ -17,6 +18,7 @@ mod volume;
 pub use cloud_init::*;
 pub use cluster::*;
 pub use disk::*;
+pub use firmware::*;
 pub use image::*;
 pub use network::*;
 pub use node::*;

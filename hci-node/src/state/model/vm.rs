@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::cloud_init::CloudInit;
+use super::firmware::FirmwareVariables;
 use crate::state::ids::*;
 
 /// Whether a VM is meant to run.
@@ -78,6 +79,8 @@ pub struct Vm {
     pub created: Timestamp,
     /// What its guest's cloud-init is told, if anything.
     pub cloud_init: Option<CloudInit>,
+    /// What its firmware keeps from run to run, once it has.
+    pub firmware: Option<FirmwareVariables>,
 }
 
 /// How a run of a VM ended.

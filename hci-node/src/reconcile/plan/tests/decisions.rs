@@ -43,7 +43,7 @@ fn an_assigned_vm_is_configured_and_started_when_all_is_there() {
     assert!(matches!(&first.vms[0].state, VmRunState::Waiting(why) if why.contains("opened")));
 
     let ready = plan_for(&state, &observed(Some(serving(&state))));
-    let [Action::StartVm { vm: started, epoch: RunEpoch(1), config, cloud_init: Some(told) }] =
+    let [Action::StartVm { vm: started, epoch: RunEpoch(1), config, cloud_init: Some(told), .. }] =
         &ready.actions[..]
     else {
         panic!("{:?}", ready.actions)
