@@ -215,7 +215,8 @@ pub(crate) fn fresh(folder: &Path) -> Result<PathBuf> {
     Ok(folder.to_path_buf())
 }
 
-pub(crate) fn find(folder: &Path, wanted: &dyn Fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
+/// Files in a folder and those below it.
+pub fn find(folder: &Path, wanted: &dyn Fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))? {
         let entry = entry?;
@@ -232,7 +233,8 @@ pub(crate) fn file_name(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-pub(crate) fn run(command: &mut Command) -> Result<()> {
+/// Runs a command; its output is shown when it fails.
+pub fn run(command: &mut Command) -> Result<()> {
     output(command).map(|_| ())
 }
 

@@ -41,7 +41,7 @@ fn a_guests_agent_does_what_a_node_asks_it_for() -> Result<()> {
     let status = Command::new("timeout")
         .arg(PATIENCE.as_secs().to_string())
         .args(["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-M", "q35"])
-        .args(["-cpu", "EPYC-Milan,+svm,+npt", "-smp", "2", "-m", "2048"])
+        .args(["-cpu", "EPYC-Milan,+svm,+npt", "-smp", "1", "-m", "2048"])
         .args(["-nodefaults", "-display", "none", "-no-reboot"])
         .arg("-serial")
         .arg(format!("file:{}", console.display()))

@@ -1,5 +1,6 @@
 //! Tests of the rules: first those that carry data safety one by one, then random histories.
 
+mod firmware;
 mod layers;
 mod transfers;
 
