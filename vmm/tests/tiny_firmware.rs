@@ -50,7 +50,7 @@ fn image(code: &[u8]) -> Vec<u8> {
     image
 }
 
-/// A variable store without variables: the header of a firmware volume, with its checksum.
+/// A variable store without variables: the header of a firmware volume, with its checksum, and that of the store, formatted and healthy.
 fn blank_variables() -> Vec<u8> {
     let mut store = vec![0; VARIABLES_LEN];
     store[0x20..0x28].copy_from_slice(&(VARIABLES_LEN as u64).to_le_bytes());
@@ -59,6 +59,8 @@ fn blank_variables() -> Vec<u8> {
     let word = |pair: &[u8]| u16::from_le_bytes([pair[0], pair[1]]);
     let sum = store[..0x48].chunks(2).fold(0u16, |sum, pair| sum.wrapping_sub(word(pair)));
     store[0x32..0x34].copy_from_slice(&sum.to_le_bytes());
+    store[0x58..0x5c].copy_from_slice(&(VARIABLES_LEN as u32 / 2).to_le_bytes());
+    store[0x5c..0x5e].copy_from_slice(&[0x5a, 0xfe]);
     store
 }
 
