@@ -215,6 +215,15 @@ pub enum Wipe {
     Everything,
 }
 
+/// What becomes of the node's secret, of which the keys of its encrypted disks are made, when it is not there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeSecret {
+    /// It is made: nothing is encrypted with it yet.
+    MayBeMade,
+    /// Other disks of this node were encrypted with it: it is lost, and another one is not to take its place unnoticed.
+    IsInUse,
+}
+
 /// Prepares a block device or a directory for the pool. Repeating it with the same id is harmless.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FormatDisk {
@@ -226,6 +235,8 @@ pub struct FormatDisk {
     pub wipe: Wipe,
     /// What its key is made with, if it is to be encrypted.
     pub key_salt: Option<KeySalt>,
+    /// See there.
+    pub secret: NodeSecret,
 }
 
 /// A prepared disk.

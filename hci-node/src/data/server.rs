@@ -148,7 +148,7 @@ impl Server {
         let link = self.shared.paths.disk(state::DiskId(call.disk.0));
         let keyring = Keyring::new(self.shared.paths.identity());
         let prepare = move || {
-            let key = call.key_salt.map(|salt| keyring.key_for_new(call.disk, salt)).transpose();
+            let key = call.key_salt.map(|salt| keyring.key_for_new(call.disk, salt, call.secret)).transpose();
             let key = key.map_err(prepare::PrepareError::Key)?;
             prepare::prepare(call.disk, &call.path, call.wipe, key.as_ref(), &link)
         };

@@ -75,7 +75,7 @@ proptest! {
     fn messages_round_trip(volume in volume_config(), text: String, offset: u64, length: u32) {
         let id = volume.id;
         prop_assert_eq!(round_trip(&VolumeRead { volume: id, offset, length }), VolumeRead { volume: id, offset, length });
-        let format = FormatDisk { disk: DiskId(id.0), path: text.clone().into(), wipe: Wipe::Everything, key_salt: None };
+        let format = FormatDisk { disk: DiskId(id.0), path: text.clone().into(), wipe: Wipe::Everything, key_salt: None, secret: NodeSecret::MayBeMade };
         prop_assert_eq!(round_trip(&format), format.clone());
         let out = ReplicasOut { volume: id, generation: volume.generation, disk: DiskId(id.0), reason: text.clone() };
         prop_assert_eq!(round_trip(&out), out.clone());
@@ -238,7 +238,13 @@ async fn a_volume_is_opened_written_closed_and_reopened_by_a_new_instance() {
 
     // Encrypted: the next instance must find the key again.
     let (disk, key_salt) = (DiskId::random(), Some(KeySalt([9; 32])));
-    let format = FormatDisk { disk, path: temp.path().join("disk"), wipe: Wipe::Refuse, key_salt };
+    let format = FormatDisk {
+        disk,
+        path: temp.path().join("disk"),
+        wipe: Wipe::Refuse,
+        key_salt,
+        secret: NodeSecret::MayBeMade,
+    };
     let prepared = node.client.call(&format, SLOW).await.unwrap();
     let encryption = LogStore::identify(&prepared.store).unwrap().encryption;
     assert_eq!(encryption, Encryption::Aes256Xts);

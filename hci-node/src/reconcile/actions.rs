@@ -21,7 +21,9 @@ use crate::{
     cloud_init,
     data::{
         client::{DataClient, SLOW},
-        protocol::{CopyVolume, DataInstance, DeleteParts, DeleteVolume, FormatDisk, VolumeFlush, Wipe},
+        protocol::{
+            CopyVolume, DataInstance, DeleteParts, DeleteVolume, FormatDisk, NodeSecret, VolumeFlush, Wipe,
+        },
     },
     paths::NodePaths,
     state::{
@@ -152,8 +154,8 @@ impl Tools {
                 }
                 self.propose(Op::LayerPurged { layer, disk }).await?;
             }
-            Action::PrepareDisk { disk, path, wipe, key_salt } => {
-                self.prepare_disk(disk, path, wipe, key_salt).await?;
+            Action::PrepareDisk { disk, path, wipe, key_salt, secret } => {
+                self.prepare_disk(disk, path, wipe, key_salt, secret).await?;
             }
             Action::ReportDisk { disk, failed } => {
                 self.propose(Op::SetDiskHealth { disk, failed }).await?;
@@ -234,13 +236,14 @@ impl Tools {
         path: std::path::PathBuf,
         wipe: WipePolicy,
         key_salt: Option<KeySalt>,
+        secret: NodeSecret,
     ) -> Result<(), ActionError> {
         let wipe = match wipe {
             WipePolicy::Refuse => Wipe::Refuse,
             WipePolicy::Wipe => Wipe::Everything,
         };
         let shown = path.display().to_string();
-        let call = FormatDisk { disk: disk.into(), path, wipe, key_salt };
+        let call = FormatDisk { disk: disk.into(), path, wipe, key_salt, secret };
         let op = match self.data.call(&call, PREPARE_DEADLINE).await {
             Ok(prepared) => Op::DiskReady {
                 disk,

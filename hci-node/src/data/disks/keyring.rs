@@ -18,6 +18,8 @@ use aws_lc_rs::{
 use storage::{DISK_KEY_BYTES, DiskKey, KeySalt, ids::DiskId};
 use zeroize::Zeroizing;
 
+use crate::data::protocol::NodeSecret;
+
 /// The node's secret.
 const SECRET_FILE: &str = "disks.secret";
 const SECRET_BYTES: usize = 64;
@@ -61,9 +63,11 @@ impl Keyring {
         derive(&secret, disk, salt)
     }
 
-    /// The same for a disk that is about to be encrypted: the node's first one makes its secret.
-    pub fn key_for_new(&self, disk: DiskId, salt: KeySalt) -> io::Result<DiskKey> {
-        if let Err(error) = fs::metadata(&self.secret)
+    /// The same for a disk that is about to be encrypted: the node's first one makes its secret. One that is lost is not replaced while disks are in the
+    /// pool that need it: nobody would notice, and nobody could tell any more which disks can be read.
+    pub fn key_for_new(&self, disk: DiskId, salt: KeySalt, secret: NodeSecret) -> io::Result<DiskKey> {
+        if secret == NodeSecret::MayBeMade
+            && let Err(error) = fs::metadata(&self.secret)
             && error.kind() == io::ErrorKind::NotFound
         {
             self.make_secret()?;
@@ -107,15 +111,17 @@ mod tests {
         let ring = Keyring::new(here.path().join("identity"));
         let (one, other) = (DiskId(Uuid::from_u128(1)), DiskId(Uuid::from_u128(2)));
         let (salt, another) = (KeySalt([1; 32]), KeySalt([2; 32]));
+        let error = ring.key_for_new(one, salt, NodeSecret::IsInUse).unwrap_err();
+        assert!(error.to_string().contains("evict"), "{error}");
         let error = ring.key(one, salt).unwrap_err();
         assert!(error.to_string().contains("evict"), "{error}");
-        let key = ring.key_for_new(one, salt).unwrap();
+        let key = ring.key_for_new(one, salt, NodeSecret::MayBeMade).unwrap();
         assert_eq!(ring.key(one, salt).unwrap(), key);
-        assert_eq!(ring.key_for_new(one, salt).unwrap(), key);
+        assert_eq!(ring.key_for_new(one, salt, NodeSecret::MayBeMade).unwrap(), key);
         assert_ne!(ring.key(other, salt).unwrap(), key);
         assert_ne!(ring.key(one, another).unwrap(), key);
         let elsewhere = Keyring::new(there.path().to_owned());
-        assert_ne!(elsewhere.key_for_new(one, salt).unwrap(), key);
+        assert_ne!(elsewhere.key_for_new(one, salt, NodeSecret::MayBeMade).unwrap(), key);
     }
 
     #[test]
@@ -123,7 +129,7 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let ring = Keyring::new(dir.path().to_owned());
-        ring.key_for_new(DiskId(Uuid::from_u128(1)), KeySalt([1; 32])).unwrap();
+        ring.key_for_new(DiskId(Uuid::from_u128(1)), KeySalt([1; 32]), NodeSecret::MayBeMade).unwrap();
         let mode = fs::metadata(dir.path().join(SECRET_FILE)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         assert!(!dir.path().join("disks.new").exists());

@@ -14,7 +14,7 @@ use std::{
 use storage::DiskKey;
 use storage::{
     ids::DiskId,
-    store::disk::{LogStore, OpenError},
+    store::disk::{Encryption, LogStore, OpenError},
 };
 
 use super::{inventory, signature::Content};
@@ -72,6 +72,11 @@ pub enum PrepareError {
         /// The end of what it said.
         message: String,
     },
+    /// It is there already, and encrypted when it should not be or the other way round.
+    #[error(
+        "{0} was prepared before with another setting of encryption: evict it first, or name another disk"
+    )]
+    OtherEncryption(PathBuf),
     /// It cannot be encrypted.
     #[error("the key of the disk cannot be made")]
     Key(#[source] io::Error),
@@ -157,7 +162,7 @@ fn set_link(link: &Path, device: &Path) -> Result<(), PrepareError> {
 /// Makes the file of a directory's store, unless it is there.
 fn format_file(disk: DiskId, store: &Path, key: Option<&DiskKey>) -> Result<(), PrepareError> {
     match LogStore::identify(store) {
-        Ok(found) if found.disk == disk => return Ok(()),
+        Ok(found) if found.disk == disk => return as_asked(store, found.encryption, key),
         Ok(found) => {
             return Err(PrepareError::OtherDisk { path: store.to_owned(), disk: found.disk.to_string() });
         }
@@ -176,11 +181,18 @@ fn format_file(disk: DiskId, store: &Path, key: Option<&DiskKey>) -> Result<(), 
     Ok(LogStore::format(store, disk, key)?)
 }
 
+/// A disk that was prepared before must be encrypted as it is asked to be now: it is not made anew, and not taken for what it is not.
+fn as_asked(path: &Path, found: Encryption, key: Option<&DiskKey>) -> Result<(), PrepareError> {
+    let asked = key.map_or(Encryption::None, |_| Encryption::Aes256Xts);
+    if found == asked { Ok(()) } else { Err(PrepareError::OtherEncryption(path.to_owned())) }
+}
+
 fn format_device(disk: DiskId, device: &Path, wipe: Wipe, key: Option<&DiskKey>) -> Result<(), PrepareError> {
     let content =
         inventory::content(device).map_err(io_error(format!("cannot read {}", device.display())))?;
     if content == Content::Pool(disk) {
-        return Ok(());
+        let found = LogStore::identify(device)?;
+        return as_asked(device, found.encryption, key);
     }
     let mut claimed = inventory::claim(device).map_err(io_error(device.display().to_string()))?;
     if let Some(what) = content.describe() {
@@ -292,6 +304,18 @@ mod tests {
         reestablish(disk(1), &prepared.store, Path::new("/nonexistent/link")).unwrap();
         let other = reestablish(disk(2), &prepared.store, Path::new("/nonexistent/link"));
         assert!(matches!(other, Err(PrepareError::OtherDisk { .. })));
+    }
+
+    #[test]
+    fn a_disk_is_not_prepared_again_with_another_encryption() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("d1");
+        let bytes: Vec<u8> = (0..64).collect();
+        let key = DiskKey::from_bytes(&bytes).unwrap();
+        let encrypted = |key| prepare(disk(1), &path, Wipe::Refuse, key, Path::new("/nonexistent/link"));
+        encrypted(Some(&key)).unwrap();
+        encrypted(Some(&key)).unwrap();
+        assert!(matches!(encrypted(None), Err(PrepareError::OtherEncryption(_))));
     }
 
     #[test]

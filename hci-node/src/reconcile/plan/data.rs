@@ -14,7 +14,7 @@ use storage::{
 
 use super::{Action, View, convert, lost_nodes};
 use crate::{
-    data::protocol::{DataConfig, PeerConfig},
+    data::protocol::{DataConfig, NodeSecret, PeerConfig},
     reconcile::observed::DataView,
     state::{
         Cleanliness, ClusterState, Custody, DeadLayer, Disk, DiskId, DiskState, LayerRef, Network, NodeId,
@@ -146,6 +146,7 @@ fn plan_disks(view: View<'_>, data: &DataView, actions: &mut Vec<Action>) {
                 path: disk.path.clone().into(),
                 wipe: disk.wipe,
                 key_salt: disk.key_salt,
+                secret: secret(view),
             }),
             (DiskState::Ready, Some(DiskHealth::Failed(reason))) => {
                 actions.push(Action::ReportDisk { disk: disk.id, failed: Some(reason.clone()) });
@@ -156,6 +157,12 @@ fn plan_disks(view: View<'_>, data: &DataView, actions: &mut Vec<Action>) {
             _ => {}
         }
     }
+}
+
+/// A disk that is not prepared yet has nothing that was encrypted.
+fn secret(view: View<'_>) -> NodeSecret {
+    let encrypted = |disk: &Disk| disk.key_salt.is_some() && disk.state != DiskState::Preparing;
+    if my_disks(view).any(encrypted) { NodeSecret::IsInUse } else { NodeSecret::MayBeMade }
 }
 
 fn works(data: &DataView, disk: &Disk) -> bool {

@@ -26,7 +26,7 @@ use vmm::VmConfig;
 
 use super::observed::{Observed, Standing};
 use crate::{
-    data::protocol::DataConfig,
+    data::protocol::{DataConfig, NodeSecret},
     paths::NodePaths,
     state::{
         BootFile, Cleanliness, CloudInit, ClusterState, DiskId, FirmwareVariables, Generation, ImageId,
@@ -138,6 +138,8 @@ pub enum Action {
         wipe: WipePolicy,
         /// What its key is made with, if it is to be encrypted.
         key_salt: Option<KeySalt>,
+        /// Whether the node's secret is in use already.
+        secret: NodeSecret,
     },
     /// Tell the cluster that a disk broke or works again.
     ReportDisk {

@@ -251,8 +251,21 @@ fn disks_are_prepared_and_their_health_is_told() {
         path: "/dev/vd1".into(),
         wipe: WipePolicy::Refuse,
         key_salt: None,
+        secret: NodeSecret::MayBeMade,
     };
     assert_eq!(plan_for(&state, &observed(Some(data.clone()))).actions, [prepare]);
+    // While a disk of this node is encrypted its secret is not made anew.
+    let other = Disk {
+        id: disk(77),
+        key_salt: Some(KeySalt([1; 32])),
+        state: DiskState::Ready,
+        ..state.disks[&disk(1)].clone()
+    };
+    let mut with_other = state.clone();
+    with_other.disks.insert(other.id, other);
+    let actions = plan_for(&with_other, &observed(Some(data.clone()))).actions;
+    let in_use = |action: &Action| matches!(action, Action::PrepareDisk { secret: NodeSecret::IsInUse, .. });
+    assert!(actions.iter().any(in_use), "{actions:?}");
 
     state.disks.get_mut(&disk(1)).unwrap().state = DiskState::Ready;
     data.status.storage.disks[0].health = DiskHealth::Failed("EIO".to_owned());
