@@ -54,6 +54,7 @@ impl Views<'_> {
             segments_to_remove: count(left.flat_map(|retired| &retired.segments)),
             raw_bytes: disks.iter().map(|disk| disk.capacity_bytes).sum(),
             used_bytes: disks.iter().filter_map(|disk| disk.used_bytes).sum(),
+            scrub: pool_scrub(&disks),
         }
     }
 
@@ -534,6 +535,27 @@ fn subject_id(subject: &Subject) -> String {
 
 fn count(items: impl Iterator<Item: Sized>) -> u32 {
     u32::try_from(items.count()).unwrap_or(u32::MAX)
+}
+
+/// The scrubs of all disks together.
+fn pool_scrub(disks: &[api::Disk]) -> api::PoolScrub {
+    let scrubs = || disks.iter().filter_map(|disk| disk.scrub.as_ref());
+    let running = || {
+        let running = disks.iter().filter_map(|disk| Some((disk, disk.scrub.as_ref()?)));
+        running.filter(|(_, scrub)| scrub.state == api::ScrubState::Running)
+    };
+    let checked: u64 = running().map(|(_, scrub)| scrub.checked_bytes).sum();
+    let used: u64 = running().filter_map(|(disk, _)| disk.used_bytes).sum();
+    // Times are written such that their order is that of their text.
+    let ends: Option<Vec<&String>> =
+        disks.iter().map(|disk| disk.scrub.as_ref()?.last_end.as_ref()).collect();
+    api::PoolScrub {
+        last_complete: ends.and_then(|ends| ends.into_iter().min().cloned()),
+        disks_running: count(running()),
+        percent: (used > 0).then(|| u8::try_from(checked.saturating_mul(100) / used).unwrap_or(100).min(100)),
+        damaged_blocks: scrubs().map(|scrub| scrub.damaged_blocks).sum(),
+        repaired_blocks: scrubs().map(|scrub| scrub.repaired_blocks).sum(),
+    }
 }
 
 fn scrub(seen: &ScrubReport) -> api::DiskScrub {

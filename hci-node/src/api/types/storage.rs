@@ -155,6 +155,23 @@ pub struct Pool {
     pub raw_bytes: u64,
     /// Used on all disks.
     pub used_bytes: u64,
+    /// How far the verification of all disks is.
+    pub scrub: PoolScrub,
+}
+
+/// The scrubs of all disks together.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PoolScrub {
+    /// Since when all disks have been verified once: the earliest end of a disk's last scrub. None while one never was.
+    pub last_complete: Option<String>,
+    /// Disks that are being verified now.
+    pub disks_running: u32,
+    /// What they have verified of what is used on them; none while none is.
+    pub percent: Option<u8>,
+    /// Blocks that are damaged and not repaired yet.
+    pub damaged_blocks: u64,
+    /// Blocks that were repaired since the nodes' data processes started.
+    pub repaired_blocks: u64,
 }
 
 /// `PATCH /v1/pool`: what is given is changed.

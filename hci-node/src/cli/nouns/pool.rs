@@ -55,6 +55,10 @@ const COLUMNS: &[Column] = &[
     column("SEGMENTS", "/segments"),
     column("DEGRADED", "/segments_degraded"),
     column("MOVING", "/moves"),
+    column("SCRUBBED", "/scrub/last_complete"),
+    column("SCRUB %", "/scrub/percent"),
+    column("DAMAGED", "/scrub/damaged_blocks"),
+    column("REPAIRED", "/scrub/repaired_blocks").wide(),
     column("TO REMOVE", "/segments_to_remove").wide(),
     column("MOVES PER DISK", "/moves_per_disk").wide(),
 ];

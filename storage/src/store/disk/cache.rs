@@ -43,10 +43,13 @@ impl InfoCache {
 
     /// Forgets the pages of a slot that is something else now.
     pub(super) fn forget(&mut self, slot: SlotNumber, pages: u32) {
-        for page in 0..pages {
-            self.young.remove(&(slot, page));
-            self.old.remove(&(slot, page));
-        }
+        (0..pages).for_each(|page| self.forget_page((slot, page)));
+    }
+
+    /// Forgets a page: it is read from the disk when it is needed next.
+    pub(super) fn forget_page(&mut self, id: InfoId) {
+        self.young.remove(&id);
+        self.old.remove(&id);
     }
 }
 

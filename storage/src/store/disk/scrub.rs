@@ -2,6 +2,7 @@
 
 use super::engine::Shared;
 use super::format::directory::EntryNumber;
+use super::format::info;
 use super::format::layout::{SLOT, SLOT_BLOCKS, SLOTS_PER_SEGMENT};
 use crate::ids::{BLOCK_SIZE, SegmentKey};
 use crate::store::{DamagedBlocks, ScrubCursor, ScrubStep, StoreError};
@@ -45,6 +46,18 @@ impl Shared {
         (positions, None)
     }
 
+    /// What is in memory says nothing of the disk: the info of these positions is read again.
+    fn forget_info(&self, positions: &[(SegmentKey, u32)]) {
+        let mut core = self.core.lock();
+        for (at, position) in positions {
+            let place = info::place(*position);
+            let slot = core.index.get(*at).and_then(|segment| segment.info(place.slot));
+            if let Some(slot) = slot {
+                core.info.forget_page((slot, place.page));
+            }
+        }
+    }
+
     pub(super) async fn scrub(
         self: &Arc<Self>,
         from: ScrubCursor,
@@ -52,6 +65,7 @@ impl Shared {
     ) -> Result<ScrubStep, StoreError> {
         let count = usize::try_from(budget_bytes / SLOT).unwrap_or(usize::MAX).max(1);
         let (positions, next) = self.positions_from(from, count);
+        self.forget_info(&positions);
         let mut step = ScrubStep { next, ..ScrubStep::default() };
         for (at, position) in positions {
             let blocks = position * SLOT_BLOCKS..(position + 1) * SLOT_BLOCKS;

@@ -12,7 +12,7 @@ use super::{core::operation, read::ZERO_CRC};
 use crate::ids::{BLOCK_SIZE, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
 use crate::key::{DISK_KEY_BYTES, DiskKey};
 use crate::sim::dice::Dice;
-use crate::store::{Keep, ReadReply, ReplicaWrite, StoreError, WriteContent};
+use crate::store::{Keep, ReadReply, ReplicaWrite, ScrubCursor, StoreError, WriteContent};
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -632,6 +632,26 @@ fn zeroed_pages_are_damage() {
             world.check_running(block).unwrap();
         }
     }
+}
+
+/// What is in memory does not hide damage on the disk from a scrub.
+#[test]
+fn a_scrub_reads_block_info_from_the_disk() {
+    let mut world = World::new(4, None);
+    world.work(100);
+    world.settle();
+    let scrub = |world: &mut World| {
+        let shared = world.store().shared.clone();
+        world.finish(Box::pin(async move { shared.scrub(ScrubCursor::default(), 1 << 30).await })).unwrap()
+    };
+    assert_eq!(scrub(&mut world).damaged, []);
+    let info = {
+        let core = world.store().shared.core.lock();
+        core.index.segments.values().find_map(|segment| segment.info_slots().next()).unwrap().1
+    };
+    let offset = world.sim.layout().slot(info);
+    world.sim.poke(offset, &vec![0; (u64::from(PAGES_PER_SLOT) * PAIR) as usize]);
+    assert_ne!(scrub(&mut world).damaged, []);
 }
 
 #[test]
