@@ -3,7 +3,7 @@
 //! Both are memory that the guest reads without an exit and cannot write (KVM's read-only slots). What it writes comes here as an access to
 //! a device: the code ignores it, the variables take it as a command ([`super::pflash`]). While a command is under way reads
 //! answer differently, so the slot is taken away until the chip is back in its array mode. Before the guest goes on from there,
-//! what it programmed or erased is in the store.
+//! what it programmed or erased is in the store. What a guest that ends before has begun is not: half of a change is worse than none.
 
 use std::fs::File;
 use std::io;
@@ -104,12 +104,13 @@ impl Variables {
                 });
             }
             Effect::ModeChanged(mode) => {
+                // Before any processor can read what changed.
+                if mode == Mode::ReadArray {
+                    chip.persist();
+                }
                 let mapping = (mode == Mode::ReadArray).then_some(&chip.mapping);
                 if let Err(error) = set_slot(&self.vm, VARIABLES_SLOT, self.start, mapping) {
                     tracing::error!(%error, "cannot switch the mode of the firmware's variables");
-                }
-                if mode == Mode::ReadArray {
-                    chip.persist();
                 }
             }
         }
@@ -137,12 +138,6 @@ impl IoDevice for Variables {
         let mut chip = self.chip.lock();
         let effect = chip.pflash.write(offset, data);
         self.follow(&mut chip, effect);
-    }
-}
-
-impl Drop for Variables {
-    fn drop(&mut self) {
-        self.chip.lock().persist();
     }
 }
 
