@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use hci_node::data::client::{DataClient, QUICK, SLOW};
-use hci_node::data::protocol::{FormatDisk, Metrics, PeerConfig, Wipe};
+use hci_node::data::protocol::{FormatDisk, Metrics, NodeSecret, PeerConfig, Wipe};
 use hci_node::{paths::NodePaths, state};
 use netfabric::NodeId;
 use netfabric::overlay::OverlayConfig;
@@ -173,6 +173,7 @@ impl DataCluster {
             path: node.disk.path.clone(),
             wipe: Wipe::Refuse,
             key_salt: None,
+            secret: NodeSecret::MayBeMade,
         };
         let formatted = self.runtime.block_on(node.client.call(&format, SLOW))?;
         node.disk.path = formatted.store;
