@@ -9,7 +9,7 @@ PACKAGES := $(shell grep -hv '^\#' installer/image/packages.txt tests/packages.t
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET)/release
 
-.PHONY: help setup demo lab-down test check fmt clippy unit simulation fuzz soak e2e e2e-native e2e-lab bench bench-storage release image iso
+.PHONY: help setup demo lab-down test check fmt clippy unit simulation fuzz soak e2e e2e-native e2e-lab bench bench-storage bench-vmm release image iso
 
 help: ## Show the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -71,6 +71,9 @@ bench: setup release ## Our storage and overlay beside the raw medium and the ba
 bench-storage: setup release ## A volume beside the raw medium, qemu-storage-daemon and Ceph
 	@tests/setup $(shell grep -hv '^\#' tests/packages-peers.txt)
 	@$(BIN)/bench --storage --hci $(BIN)/hci --out target/bench
+
+bench-vmm: setup release ## What the VMM costs a guest that boots, in instructions
+	@$(BIN)/bench --vmm --hci $(BIN)/hci --out target/bench
 
 release:
 	@echo "== build (release)"

@@ -6,6 +6,7 @@
 
 pub mod network;
 pub mod storage;
+pub mod vmm;
 
 use std::collections::BTreeSet;
 use std::fs;

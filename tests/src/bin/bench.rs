@@ -1,4 +1,4 @@
-//! Measures storage and overlay beside what they run on: `bench [--storage | --volume] --hci PATH --out DIR`. Prints
+//! Measures storage and overlay beside what they run on: `bench [--storage | --volume | --vmm] --hci PATH --out DIR`. Prints
 //! tables and writes `storage.json` and `network.json`. Needs root, iproute2, fio and iperf3; with `--storage`, which
 //! sets storage beside its peers, also qemu-storage-daemon and Ceph. `--volume` measures our volume alone, in memory: the quick look
 //! while the data path is worked on.
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use hci_tests::bench::storage::Targets;
-use hci_tests::bench::{network, print_table, storage, write_json};
+use hci_tests::bench::{network, print_table, storage, vmm, write_json};
 use hci_tests::native::scratch;
 
 fn main() -> Result<()> {
@@ -24,12 +24,15 @@ fn main() -> Result<()> {
         ["--volume", "--hci", hci, "--out", out] => {
             measure_storage(Path::new(hci), Path::new(out), Targets::VolumeInMemory)
         }
+        ["--vmm", "--hci", hci, "--out", out] => measure_vmm(Path::new(hci), Path::new(out)),
         // Child processes of the measurements.
         ["tap", socket] => network::run_tap(Path::new(socket)),
         ["echo", address] => network::run_echo(address.parse()?),
         ["round-trips", address] => network::run_round_trips(address.parse()?),
         _ => {
-            bail!("usage: bench [--storage | --volume] --hci PATH_OF_EXECUTABLE --out DIRECTORY_FOR_RESULTS")
+            bail!(
+                "usage: bench [--storage | --volume | --vmm] --hci PATH_OF_EXECUTABLE --out DIRECTORY_FOR_RESULTS"
+            )
         }
     }
 }
@@ -47,6 +50,16 @@ fn measure_storage(hci: &Path, out: &Path, targets: Targets) -> Result<()> {
     let rows = storage::measure(hci, targets)?;
     write_json(&file, &rows)?;
     print_table("A volume with three replicas beside others on the same medium", &rows);
+    println!("\nThe same as JSON is in {}", file.display());
+    Ok(())
+}
+
+fn measure_vmm(hci: &Path, out: &Path) -> Result<()> {
+    std::fs::create_dir_all(out)?;
+    let file = out.join("vmm.json");
+    let rows = vmm::measure(hci)?;
+    write_json(&file, &rows)?;
+    print_table("A guest that boots, in millions of instructions", &rows);
     println!("\nThe same as JSON is in {}", file.display());
     Ok(())
 }
