@@ -21,8 +21,8 @@ const WEIGHT: f64 = 1.0 / 16.0;
 const ENOUGH: u32 = 64;
 /// Nothing faster than this is slow, whatever the peers do.
 const SLOW: Duration = Duration::from_millis(50);
-/// How many times slower than the slowest of its peers a late write is.
-const TIMES: f64 = 8.0;
+/// How many times slower than the slowest of its peers a late write is. A node that is merely busy stays below this.
+const TIMES: f64 = 32.0;
 /// Late writes were under way for half of this time, or more.
 const SUSTAINED: Duration = Duration::from_secs(10);
 /// How long a slow disk stays out, the first time and at most.
