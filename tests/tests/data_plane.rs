@@ -1,7 +1,7 @@
 //! The data plane as it runs: three `hci data run` in network namespaces, one volume with three replicas, a vhost-user-blk
 //! client that checks every answer, and faults: processes killed, links cut, disks full, garbage on every port.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Write;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::unix::fs::FileExt;
@@ -11,6 +11,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use hci_tests::bench::storage::usage::resident;
 use hci_tests::blkclient::BlkClient;
 use hci_tests::native::checker::Checker;
 use hci_tests::native::cluster::{Cut, DataCluster, Disks, Options, PATIENCE};
@@ -22,6 +23,7 @@ use netfabric::overlay::{NetworkConfig, OverlayConfig, PortConfig, PortId, Vni};
 use nix::sys::signal::Signal;
 use storage::ids::{BLOCK_SIZE, SEGMENT_SIZE};
 use storage::status::{DiskHealth, VolumeState};
+use storage::store::disk::Encryption;
 
 const VOLUME: u64 = 64 << 20;
 /// Blocks that the loads work on: a part of the volume, so that "only what changed" can be told from "all".
@@ -434,6 +436,83 @@ fn bits_that_rot_are_found_by_a_scrub_and_repaired_unread() -> Result<()> {
         ensure!(client.read(8 << 20, BLOCK_SIZE as u32)? == content);
         drop(client);
         cluster.compare_replicas()
+    })
+}
+
+/// How many blocks of a disk have a content.
+fn copies(disk: &Path, content: &[u8]) -> Result<usize> {
+    let disk = fs::read(disk)?;
+    Ok(disk.chunks(content.len()).filter(|block| *block == content).count())
+}
+
+#[test]
+fn an_encrypted_disk_has_nothing_to_read_and_loses_nothing() -> Result<()> {
+    for encryption in [Encryption::None, Encryption::Aes256Xts] {
+        on_cluster(&Options { encryption, ..Default::default() }, |cluster| {
+            cluster.open(0)?;
+            let content: Vec<u8> = (0..BLOCK_SIZE as u32).map(|i| (i * 131 + i / 7) as u8).collect();
+            let mut client = connect(&cluster.socket(0))?;
+            client.write(HOT * BLOCK_SIZE, &content)?;
+            client.flush()?;
+            let load = start_load_on(client)?;
+            cluster.kill(&[0, 1, 2])?;
+            sleep(Duration::from_millis(200));
+            load.checker.lock().all_lost();
+            for node in 0..3 {
+                let copies = copies(cluster.disk_path(node), &content)?;
+                match encryption {
+                    Encryption::None => ensure!(copies > 0, "it was looked for in a way that finds nothing"),
+                    Encryption::Aes256Xts => ensure!(copies == 0, "node {node} has it in clear"),
+                }
+            }
+            (0..3).try_for_each(|node| cluster.start_node(node))?;
+            (0..3).try_for_each(|node| cluster.wait_until_up(node))?;
+            cluster.open(0)?;
+            load.wait_for_answers(SOME, PATIENCE)?;
+            cluster.wait_in_sync()?;
+            verify_all(cluster, load)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_volume_of_64_tib_opens_and_holds_its_first_and_its_last_block() -> Result<()> {
+    const SIZE: u64 = 64 << 40;
+    /// For the table of its segments: much less than the 128 MiB for each TiB that a full one may take.
+    const MEMORY: u64 = 256 << 20;
+    on_cluster(&Options { volume_bytes: SIZE, ..Default::default() }, |cluster| {
+        let last = SIZE - BLOCK_SIZE;
+        let content = |n: u64| vec![n as u8 + 1; BLOCK_SIZE as usize];
+        let places = [0, SIZE / 2, last];
+        cluster.open(0)?;
+        let mut client = connect(&cluster.socket(0))?;
+        for (n, place) in (0..).zip(places) {
+            client.write(place, &content(n))?;
+        }
+        client.flush()?;
+        drop(client);
+        cluster.kill(&[0, 1, 2])?;
+        (0..3).try_for_each(|node| cluster.start_node(node))?;
+        (0..3).try_for_each(|node| cluster.wait_until_up(node))?;
+        let before = Instant::now();
+        cluster.open(1)?;
+        println!("open again after {:?}", before.elapsed());
+        let mut client = connect(&cluster.socket(1))?;
+        for (n, place) in (0..).zip(places) {
+            ensure!(
+                client.read(place, BLOCK_SIZE as u32)? == content(n),
+                "block {place} is not what was written"
+            );
+        }
+        let read = client.read(SIZE / 4, BLOCK_SIZE as u32)?;
+        ensure!(read.iter().all(|byte| *byte == 0), "what was never written has something");
+        for pid in cluster.pids() {
+            let used = resident(&[pid])?;
+            println!("memory of a data process: {} MiB", used >> 20);
+            ensure!(used < MEMORY, "a data process takes {} MiB", used >> 20);
+        }
+        Ok(())
     })
 }
 

@@ -54,6 +54,7 @@ fn scrub(seen: &ScrubStatus) -> ScrubReport {
             .and_then(|seconds| i64::try_from(seconds).ok())
             .map(|seconds| Timestamp::default().plus_seconds(seconds)),
         checked_bytes: seen.checked.0,
+        found_blocks: seen.found,
         damaged_blocks: seen.damaged,
         repaired_blocks: seen.repaired,
     }

@@ -511,6 +511,13 @@ pub enum Op {
     },
     /// What a disk holds is verified now.
     ScrubDisk(DiskId),
+    /// The leader saw that a scrub ended, or that blocks are damaged or repaired.
+    NoteVerified {
+        /// The disk.
+        disk: DiskId,
+        /// How it stands.
+        verified: Verified,
+    },
     /// The leader saw that a disk reached the reserve, or has room again.
     SetDiskRoom {
         /// The disk.

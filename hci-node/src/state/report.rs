@@ -99,6 +99,8 @@ pub struct ScrubReport {
     pub last_end: Option<Timestamp>,
     /// Bytes verified by the present one, or else by the last one.
     pub checked_bytes: u64,
+    /// Blocks that the present one, or else the last one, found damaged.
+    pub found_blocks: u64,
     /// Blocks known to be damaged and not repaired yet.
     pub damaged_blocks: u64,
     /// Blocks repaired since the disk was opened.

@@ -38,6 +38,7 @@ pub fn measure(hci: &Path) -> Result<Vec<Row>> {
             mtu: link,
             disks: Disks::Memory(vec![16 << 20; 2]),
             volume_bytes: 1 << 20,
+            ..cluster::Options::default()
         };
         let mut cluster = DataCluster::start(&options)?;
         let bare = [0, 1].map(|node| cluster.fabric().node(node).name().to_owned());

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use hci_node::data::client::{DataClient, QUICK, SLOW};
+use hci_node::data::disks::keyring::Keyring;
 use hci_node::data::protocol::{FormatDisk, Metrics, NodeSecret, PeerConfig, Wipe};
 use hci_node::{paths::NodePaths, state};
 use netfabric::NodeId;
@@ -17,6 +18,7 @@ use netfabric::rpc::serve_unix;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use parking_lot::Mutex;
+use storage::KeySalt;
 use storage::config::{
     Access, CleanState, DiskConfig, Durability, LayersConfig, Limits, ReplicaConfig, ReplicaState,
     SegmentConfig, Tenure, VolumeConfig,
@@ -27,7 +29,7 @@ use storage::ids::{
 };
 use storage::status::{ScrubStatus, VolumeState, VolumeStatus};
 use storage::store::DiskStore;
-use storage::store::disk::LogStore;
+use storage::store::disk::{Encryption, LogStore};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
@@ -61,6 +63,8 @@ pub struct Options {
     pub mtu: u16,
     /// Their disks.
     pub disks: Disks,
+    /// How what the disks hold is encrypted.
+    pub encryption: Encryption,
     /// Size of the volume.
     pub volume_bytes: u64,
 }
@@ -72,6 +76,7 @@ impl Default for Options {
             nodes: 3,
             mtu: 1500,
             disks: Disks::Memory(vec![512 << 20; 3]),
+            encryption: Encryption::None,
             volume_bytes: 64 << 20,
         }
     }
@@ -130,7 +135,10 @@ impl DataCluster {
                 disk: DiskConfig {
                     id: DiskId::random(),
                     path: place.join("disk"),
-                    key_salt: None,
+                    key_salt: match options.encryption {
+                        Encryption::None => None,
+                        Encryption::Aes256Xts => Some(KeySalt([index as u8; 32])),
+                    },
                     scrubs: 0,
                 },
                 process: None,
@@ -172,7 +180,7 @@ impl DataCluster {
             disk: node.disk.id,
             path: node.disk.path.clone(),
             wipe: Wipe::Refuse,
-            key_salt: None,
+            key_salt: node.disk.key_salt,
             secret: NodeSecret::MayBeMade,
         };
         let formatted = self.runtime.block_on(node.client.call(&format, SLOW))?;
@@ -426,7 +434,9 @@ impl DataCluster {
         let _on_the_runtime = self.runtime.enter();
         for (index, node) in self.nodes.iter().enumerate() {
             let mut blocks = Vec::new();
-            let store = LogStore::open(&node.disk.path, node.disk.id, None)
+            let keyring = Keyring::new(node.paths.identity());
+            let key = node.disk.key_salt.map(|salt| keyring.key(node.disk.id, salt)).transpose()?;
+            let store = LogStore::open(&node.disk.path, node.disk.id, key.as_ref())
                 .with_context(|| format!("the disk of node {index} does not open"))?;
             for segment in (0..segments as u32).map(SegmentIndex) {
                 let at = SegmentKey { volume: self.volume, segment, layer: LayerId::default() };

@@ -7,7 +7,8 @@ use storage::KeySalt;
 use super::{Applied, conflict, invalid, not_found, tasks};
 use crate::state::{
     ClusterState, Disk, DiskId, DiskRoom, DiskService, DiskState, Goal, NodeId, PoolPolicy, Refusal,
-    RefusalKind, Replica, ReplicaState, Segment, Severity, Subject, TaskError, Timestamp, WipePolicy,
+    RefusalKind, Replica, ReplicaState, Segment, Severity, Subject, TaskError, Timestamp, Verified,
+    WipePolicy,
 };
 
 /// Longest grace before replicas of a lost node are rebuilt: a week.
@@ -54,6 +55,7 @@ pub(super) fn add_disk(
         service: DiskService::InService,
         room: DiskRoom::Free,
         scrubs: 0,
+        verified: Verified::default(),
         key_salt,
     };
     state.disks.insert(id, disk);

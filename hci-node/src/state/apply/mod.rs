@@ -9,6 +9,7 @@ mod exports;
 mod images;
 mod networks;
 mod replicas;
+mod scrubs;
 mod snapshots;
 mod storage;
 mod tasks;
@@ -158,6 +159,7 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
 
         Op::SetPoolPolicy(policy) => disks::set_policy(state, *policy, at),
         Op::ScrubDisk(disk) => disks::scrub(state, *disk),
+        Op::NoteVerified { disk, verified } => scrubs::note(state, *disk, *verified, at),
         Op::SetDiskService { disk, service } => disks::set_service(state, *disk, *service, at),
         Op::SetDiskRoom { disk, room } => disks::set_room(state, *disk, *room, at),
         Op::RemoveDisk(disk) => disks::remove(state, *disk, at),

@@ -76,6 +76,8 @@ pub struct Disk {
     pub room: DiskRoom,
     /// How often its verification was asked for.
     pub scrubs: u64,
+    /// What was said of its verification last.
+    pub verified: Verified,
     /// What its key is made with, if it is encrypted. Without it nobody can make the key again.
     pub key_salt: Option<KeySalt>,
 }
@@ -87,6 +89,19 @@ impl Disk {
             && self.service == DiskService::InService
             && self.room == DiskRoom::Free
     }
+}
+
+/// What is known of a disk's verification in the replicated state: as much as it takes to say everything once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verified {
+    /// When the last scrub ended.
+    pub last_end: Option<Timestamp>,
+    /// Blocks that it found damaged.
+    pub found_blocks: u64,
+    /// Bytes that it read.
+    pub checked_bytes: u64,
+    /// Blocks that are damaged and not repaired yet, whoever found them.
+    pub damaged_blocks: u64,
 }
 
 /// What holds for the pool as a whole.

@@ -6,6 +6,7 @@
 //! | [`standing`] | what a copy is worth: good, coming, waited for, leaving, gone |
 //! | [`places`] | the disks that can take a copy, and which one is best |
 //! | [`rebalance`] | moves that nobody needs but that even things out |
+//! | [`scrubs`] | what the verification of disks found |
 //! | [`leaving`] | disks and nodes on their way out, and the progress of their tasks |
 //!
 //! A move is: add a copy that replaces another one, have the volume's coordinator fill it, and the old one leaves in the
@@ -15,6 +16,7 @@
 pub mod leaving;
 pub mod places;
 pub mod rebalance;
+pub mod scrubs;
 pub mod standing;
 #[cfg(test)]
 mod tests;
@@ -99,6 +101,7 @@ impl Pool {
         changes.truncate(MAX_CHANGES);
         ops.extend(changes);
         ops.extend(leaving::operations(view));
+        ops.extend(scrubs::operations(view));
         ops
     }
 

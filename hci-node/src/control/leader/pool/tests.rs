@@ -23,6 +23,7 @@ struct World {
     alive: BTreeSet<NodeId>,
     /// Bytes used on each disk, beside 1 GiB for each copy.
     extra: BTreeMap<DiskId, u64>,
+    scrubs: BTreeMap<DiskId, ScrubReport>,
     broken: BTreeSet<DiskId>,
     /// Copies that were on their way to or from one disk at the same time, at most.
     most_moves: usize,
@@ -41,6 +42,7 @@ impl World {
             at: Timestamp(0),
             alive: (1..=nodes).map(node_id).collect(),
             extra: BTreeMap::new(),
+            scrubs: BTreeMap::new(),
             broken: BTreeSet::new(),
             most_moves: 0,
             added: vec![],
@@ -88,7 +90,7 @@ impl World {
             capacity_bytes: 100 * GIB,
             used_bytes: self.used(disk.id),
             health: DiskHealth::Ok,
-            scrub: Default::default(),
+            scrub: self.scrubs.get(&disk.id).copied().unwrap_or_default(),
             smart: None,
         });
         let vms = self.state.vms_on(node).filter_map(|vm| {
@@ -471,4 +473,33 @@ fn copies_that_share_a_rack_are_spread_when_racks_are_named() {
             segment.replicas.iter().map(|copy| world.state.nodes[&copy.node].rack.clone()).collect();
         assert_eq!(racks.len(), 3);
     }
+}
+
+#[test]
+fn the_end_of_each_scrub_and_each_damage_is_said_once() {
+    let mut world = World::new(3);
+    world.add_disk(1, 1);
+    let disk = disk_id(1);
+    let mut report = ScrubReport { progress: ScrubProgress::Running, ..Default::default() };
+    let mut then = |report: ScrubReport| {
+        let before = world.state.next_event;
+        world.scrubs.insert(disk, report);
+        world.pass(2);
+        let new =
+            world.state.events.iter().filter(|e| e.sequence >= before && e.subject == Subject::Disk(disk));
+        new.map(|event| (event.kind.clone(), event.severity)).collect::<Vec<_>>()
+    };
+    assert_eq!(then(report), []);
+    (report.damaged_blocks, report.found_blocks) = (3, 3);
+    assert_eq!(then(report), [("disk-damage".to_owned(), Severity::Warning)]);
+    report.damaged_blocks = 2;
+    assert_eq!(then(report), []);
+    (report.progress, report.last_end) = (ScrubProgress::Idle, Some(Timestamp(9)));
+    assert_eq!(then(report), [("scrub-ended".to_owned(), Severity::Warning)]);
+    report.damaged_blocks = 0;
+    assert_eq!(then(report), [("disk-repaired".to_owned(), Severity::Info)]);
+    (report.progress, report.found_blocks) = (ScrubProgress::Running, 0);
+    assert_eq!(then(report), []);
+    (report.progress, report.last_end) = (ScrubProgress::Idle, Some(Timestamp(11)));
+    assert_eq!(then(report), [("scrub-ended".to_owned(), Severity::Info)]);
 }

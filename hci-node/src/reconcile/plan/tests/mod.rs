@@ -90,6 +90,7 @@ fn pool_disk(number: u128) -> Disk {
         service: DiskService::InService,
         room: DiskRoom::Free,
         scrubs: 0,
+        verified: Verified::default(),
         key_salt: None,
     }
 }
