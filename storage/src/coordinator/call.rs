@@ -9,6 +9,7 @@ use crate::replica::protocol::{
     AckWhen, ReplicaAddress, ReplicaError, ReplicaOp, ReplicaOutcome, ReplicaRequest,
 };
 use crate::store::{BlockVersion, ReadReply, ReplicaWrite};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -173,6 +174,21 @@ impl Coordinator {
             {
                 Ok(versions)
             }
+            _ => Err(CallError::Lost("the answer does not fit the request".into())),
+        }
+    }
+
+    /// The segments of which a replica has anything in a layer.
+    pub(super) async fn stored(
+        &self,
+        target: Target,
+        layer: LayerRef,
+        segments: Range<u32>,
+    ) -> Result<Vec<SegmentIndex>, CallError> {
+        let (first, count) = (SegmentIndex(segments.start), segments.len() as u32);
+        let op = ReplicaOp::Stored { disk: target.disk, layer, first, count };
+        match self.call(target, op, self.rim.timing.member_deadline).await? {
+            ReplicaOutcome::Stored(stored) if stored.iter().all(|s| segments.contains(&s.0)) => Ok(stored),
             _ => Err(CallError::Lost("the answer does not fit the request".into())),
         }
     }

@@ -10,11 +10,12 @@ use super::members::{Contents, SlotState, Target};
 use super::{Coordinator, Phase, diff};
 use crate::config::CleanState;
 use crate::control::CommitError;
-use crate::ids::{DiskId, SegmentIndex};
-use crate::replica::protocol::{PowerEpoch, ReplicaOp, ReplicaOutcome};
+use crate::ids::{DiskId, LayerRef, SegmentIndex};
+use crate::replica::protocol::{MAX_STORED, PowerEpoch, ReplicaOp, ReplicaOutcome};
 use futures_util::StreamExt;
 use futures_util::future::{join_all, try_join_all};
 use netfabric::NodeId;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use tokio::time::Instant;
@@ -181,10 +182,10 @@ impl Coordinator {
 
     async fn reconcile_all(self: &Arc<Self>) -> Result<(), Interrupted> {
         let view = self.layers.view();
-        let segments = (0..geometry::segment_count(self.size())).map(SegmentIndex);
         let mut parts = Vec::new();
-        for segment in segments {
-            parts.extend(view.unsettled().iter().map(|layer| view.part(segment, *layer)));
+        for layer in view.unsettled() {
+            let stored = self.stored_anywhere(*layer).await?;
+            parts.extend(stored.into_iter().map(|segment| view.part(segment, *layer)));
         }
         let work = parts.into_iter().map(|part| self.reconcile(part));
         let mut results = futures_util::stream::iter(work).buffer_unordered(COMPARE_SEGMENTS);
@@ -192,6 +193,24 @@ impl Coordinator {
             result?;
         }
         Ok(())
+    }
+
+    /// The segments of which any replica has anything in a layer: a large volume that is thin is opened as fast as a small one.
+    async fn stored_anywhere(&self, layer: LayerRef) -> Result<BTreeSet<SegmentIndex>, Interrupted> {
+        let targets = self.table.lock().opening_members();
+        let segments = geometry::segment_count(self.size());
+        let mut stored = BTreeSet::new();
+        for first in (0..segments).step_by(MAX_STORED as usize) {
+            let range = first..segments.min(first.saturating_add(MAX_STORED));
+            let lists = try_join_all(targets.iter().map(|(target, _)| async {
+                self.stored(*target, layer, range.clone()).await.map_err(|error| {
+                    self.lose(target, error.reason());
+                    Interrupted
+                })
+            }));
+            stored.extend(lists.await?.into_iter().flatten());
+        }
+        Ok(stored)
     }
 
     /// Makes the replicas of a segment equal in one layer. Nobody writes meanwhile.

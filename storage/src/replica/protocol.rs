@@ -68,6 +68,9 @@ pub enum AckWhen {
     Durable,
 }
 
+/// Segments that one [`ReplicaOp::Stored`] asks for at most.
+pub const MAX_STORED: u32 = 4096;
+
 /// What a replica server is asked to do.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ReplicaOp {
@@ -105,6 +108,17 @@ pub enum ReplicaOp {
         /// Number of blocks.
         blocks: u32,
     },
+    /// List the segments of which anything is stored in a layer.
+    Stored {
+        /// The disk.
+        disk: DiskId,
+        /// The layer.
+        layer: LayerRef,
+        /// First segment.
+        first: SegmentIndex,
+        /// Number of segments; at most [`MAX_STORED`].
+        count: u32,
+    },
     /// Copy blocks from a layer to the one above it, where that one does not have them.
     Merge {
         /// From where.
@@ -138,7 +152,10 @@ impl ReplicaOp {
     /// The disk that it is about.
     pub fn disk(&self) -> DiskId {
         match self {
-            Self::Attach { disk } | Self::Flush { disk } | Self::Damaged { disk, .. } => *disk,
+            Self::Attach { disk }
+            | Self::Flush { disk }
+            | Self::Stored { disk, .. }
+            | Self::Damaged { disk, .. } => *disk,
             Self::Write { at, .. }
             | Self::Read { at, .. }
             | Self::Versions { at, .. }
@@ -174,6 +191,8 @@ pub enum ReplicaOutcome {
     Data(ReadReply),
     /// Versions.
     Versions(Vec<BlockVersion>),
+    /// Segments, ascending.
+    Stored(Vec<SegmentIndex>),
     /// Damaged blocks, a part of them when there are many.
     Damaged(Vec<DamagedBlocks>),
 }

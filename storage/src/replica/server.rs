@@ -5,8 +5,8 @@
 //! later is refused. Sessions live in memory: after a restart nobody is attached, so a coordinator learns of it by its next request.
 
 use super::protocol::{
-    AckWhen, BootEpoch, PowerEpoch, ReplicaError, ReplicaOp, ReplicaOutcome, ReplicaReply, ReplicaRequest,
-    Session,
+    AckWhen, BootEpoch, MAX_STORED, PowerEpoch, ReplicaError, ReplicaOp, ReplicaOutcome, ReplicaReply,
+    ReplicaRequest, Session,
 };
 use crate::ids::{
     BLOCK_SIZE, BLOCKS_PER_SEGMENT, DiskId, Generation, MAX_DEPTH, SegmentKey, Version, VolumeId,
@@ -177,6 +177,12 @@ impl ReplicaServer {
             ReplicaOp::Versions { at, block, blocks } => {
                 check_range(block, blocks)?;
                 Ok(ReplicaOutcome::Versions(store.versions(at.key(), block..block + blocks).await?))
+            }
+            ReplicaOp::Stored { layer, first, count, .. } => {
+                let end = first.0.checked_add(count).filter(|_| count <= MAX_STORED);
+                let end =
+                    end.ok_or_else(|| ReplicaError::Invalid(format!("{count} segments are too many")))?;
+                Ok(ReplicaOutcome::Stored(store.stored(layer, first.0..end).await?))
             }
             ReplicaOp::Merge { at, into, block, blocks, keep } => {
                 check_range(block, blocks)?;

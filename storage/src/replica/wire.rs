@@ -4,7 +4,7 @@ use super::protocol::{
     AckWhen, BootEpoch, PowerEpoch, ReplicaAddress, ReplicaError, ReplicaOp, ReplicaOutcome, ReplicaReply,
     ReplicaRequest, Session,
 };
-use crate::ids::{DiskId, Generation, LayerRef, Version, VolumeId};
+use crate::ids::{DiskId, Generation, LayerRef, SegmentIndex, Version, VolumeId};
 use crate::store::{BlockVersion, DamagedBlocks, Keep, ReadReply, ReplicaWrite, WriteContent};
 use bytes::Bytes;
 use netfabric::rpc::{DecodeError, EncodeError, Request, Response};
@@ -32,6 +32,7 @@ enum Op {
     Flush { disk: DiskId },
     Merge { at: ReplicaAddress, into: LayerRef, block: u32, blocks: u32, keep: Keep },
     Damaged { disk: DiskId, layers: Vec<LayerRef>, skip: u32 },
+    Stored { disk: DiskId, layer: LayerRef, first: SegmentIndex, count: u32 },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -49,6 +50,7 @@ enum Outcome {
     Data { crcs: Vec<u32> },
     Versions(Vec<BlockVersion>),
     Damaged(Vec<DamagedBlocks>),
+    Stored(Vec<SegmentIndex>),
 }
 
 pub(crate) fn encode_request(request: ReplicaRequest) -> Result<Request, EncodeError> {
@@ -68,6 +70,7 @@ pub(crate) fn encode_request(request: ReplicaRequest) -> Result<Request, EncodeE
         ReplicaOp::Merge { at, into, block, blocks, keep } => Op::Merge { at, into, block, blocks, keep },
         ReplicaOp::Versions { at, block, blocks } => Op::Versions { at, block, blocks },
         ReplicaOp::Flush { disk } => Op::Flush { disk },
+        ReplicaOp::Stored { disk, layer, first, count } => Op::Stored { disk, layer, first, count },
         ReplicaOp::Damaged { disk, layers, skip } => Op::Damaged { disk, layers: layers.to_vec(), skip },
     };
     let header = RequestHeader {
@@ -95,6 +98,7 @@ pub(crate) fn decode_request(request: &Request) -> Result<ReplicaRequest, Decode
         Op::Merge { at, into, block, blocks, keep } => ReplicaOp::Merge { at, into, block, blocks, keep },
         Op::Versions { at, block, blocks } => ReplicaOp::Versions { at, block, blocks },
         Op::Flush { disk } => ReplicaOp::Flush { disk },
+        Op::Stored { disk, layer, first, count } => ReplicaOp::Stored { disk, layer, first, count },
         Op::Damaged { disk, layers, skip } => ReplicaOp::Damaged { disk, layers: layers.into(), skip },
     };
     Ok(ReplicaRequest { volume: header.volume, generation: header.generation, session: header.session, op })
@@ -111,6 +115,7 @@ pub(crate) fn encode_reply(reply: ReplicaReply) -> Result<Response, EncodeError>
         }
         ReplicaOutcome::Versions(versions) => Outcome::Versions(versions),
         ReplicaOutcome::Damaged(runs) => Outcome::Damaged(runs),
+        ReplicaOutcome::Stored(segments) => Outcome::Stored(segments),
     });
     Ok(Response::new(&ReplyHeader { boot: reply.boot, served_us: reply.served_us, result })?.with_bulk(bulk))
 }
@@ -123,6 +128,7 @@ pub(crate) fn decode_reply(response: &Response) -> Result<ReplicaReply, DecodeEr
         Outcome::Data { crcs } => ReplicaOutcome::Data(ReadReply { data: response.bulk.clone(), crcs }),
         Outcome::Versions(versions) => ReplicaOutcome::Versions(versions),
         Outcome::Damaged(runs) => ReplicaOutcome::Damaged(runs),
+        Outcome::Stored(segments) => ReplicaOutcome::Stored(segments),
     });
     Ok(ReplicaReply { boot: header.boot, served_us: header.served_us, result })
 }
@@ -130,7 +136,7 @@ pub(crate) fn decode_reply(response: &Response) -> Result<ReplicaReply, DecodeEr
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::{LayerId, SegmentIndex, SegmentKey};
+    use crate::ids::{LayerId, SegmentKey};
     use proptest::prelude::*;
 
     fn at() -> impl Strategy<Value = ReplicaAddress> {
@@ -179,6 +185,12 @@ mod tests {
                 }),
             (at(), any::<u128>(), any::<u32>(), any::<u32>()).prop_map(|(at, volume, block, blocks)| {
                 ReplicaOp::Merge { at, into: layer(volume, block), block, blocks, keep: Keep::Always }
+            }),
+            (at(), any::<u32>()).prop_map(|(at, count)| ReplicaOp::Stored {
+                disk: at.disk,
+                layer: at.layer,
+                first: at.segment,
+                count
             }),
             (at(), any::<u32>(), any::<u32>()).prop_map(|(at, block, blocks)| ReplicaOp::Versions {
                 at,
@@ -244,6 +256,7 @@ mod tests {
             }).collect();
             for result in [
                 Ok(ReplicaOutcome::Damaged(damaged)),
+                Ok(ReplicaOutcome::Stored(blocks.iter().map(|(block, _, _)| SegmentIndex(*block)).collect())),
                 Ok(ReplicaOutcome::Versions(versions)),
                 Ok(ReplicaOutcome::Data(ReadReply { data: data.clone().into(), crcs: vec![1, 2] })),
                 Ok(ReplicaOutcome::Attached { previous: Generation(boot), power: PowerEpoch(uuid::Uuid::from_u128(boot.into())) }),

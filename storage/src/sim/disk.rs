@@ -2,7 +2,9 @@
 //! by seed, what was not flushed.
 
 use super::dice::Dice;
-use crate::ids::{BLOCK_SIZE, ByteSize, DiskId, Generation, LayerRef, SegmentKey, Version, VolumeId};
+use crate::ids::{
+    BLOCK_SIZE, ByteSize, DiskId, Generation, LayerRef, SegmentIndex, SegmentKey, Version, VolumeId,
+};
 use crate::status::{DiskHealth, DiskUsage};
 use crate::store::{
     BlockVersion, DamagedBlocks, DiskStore, Keep, ReadReply, ReplicaWrite, ScrubCursor, ScrubStep,
@@ -250,6 +252,22 @@ impl DiskStore for Handle {
             Ok(found
                 .map(|((_, block), s)| BlockVersion { block: *block, version: s.version, crc: s.crc })
                 .collect())
+        })
+    }
+
+    fn stored(
+        &self,
+        layer: LayerRef,
+        segments: Range<u32>,
+    ) -> BoxFuture<'_, Result<Vec<SegmentIndex>, StoreError>> {
+        Box::pin(async move {
+            self.pause(300).await;
+            let state = self.disk.state.lock();
+            let there = |segment: &SegmentIndex| {
+                let at = layer.key(*segment);
+                state.current.range((at, 0)..=(at, u32::MAX)).next().is_some()
+            };
+            Ok(segments.map(SegmentIndex).filter(there).collect())
         })
     }
 

@@ -18,7 +18,7 @@
 pub mod disk;
 mod layers;
 
-use crate::ids::{BLOCKS_PER_SEGMENT, Generation, SegmentKey, Version, VolumeId};
+use crate::ids::{BLOCKS_PER_SEGMENT, Generation, LayerRef, SegmentIndex, SegmentKey, Version, VolumeId};
 use crate::status::{DiskHealth, DiskUsage};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -207,6 +207,13 @@ pub trait DiskStore: Send + Sync + 'static {
         at: SegmentKey,
         blocks: Range<u32>,
     ) -> BoxFuture<'_, Result<Vec<BlockVersion>, StoreError>>;
+
+    /// The segments of a range of which anything is stored in a layer, ascending. Of the others all blocks are without a version.
+    fn stored(
+        &self,
+        layer: LayerRef,
+        segments: Range<u32>,
+    ) -> BoxFuture<'_, Result<Vec<SegmentIndex>, StoreError>>;
 
     /// The highest generation stored for the volume; the default when there is none.
     fn generation(&self, volume: VolumeId) -> BoxFuture<'_, Result<Generation, StoreError>>;

@@ -62,7 +62,7 @@ use self::format::batch::Operation;
 use self::format::layout::SLOT;
 use self::format::superblock::Superblock;
 use super::{BlockVersion, DiskStore, ReadReply, ReplicaWrite, ScrubCursor, ScrubStep, StoreError};
-use crate::ids::{ByteSize, DiskId, Generation, SegmentKey, VolumeId};
+use crate::ids::{ByteSize, DiskId, Generation, LayerRef, SegmentIndex, SegmentKey, VolumeId};
 use crate::key::DiskKey;
 use crate::status::{DiskHealth, DiskUsage};
 use bytes::Bytes;
@@ -176,6 +176,19 @@ impl DiskStore for LogStore {
         blocks: Range<u32>,
     ) -> BoxFuture<'_, Result<Vec<BlockVersion>, StoreError>> {
         Box::pin(self.engine.shared.versions(at, blocks))
+    }
+
+    fn stored(
+        &self,
+        layer: LayerRef,
+        segments: Range<u32>,
+    ) -> BoxFuture<'_, Result<Vec<SegmentIndex>, StoreError>> {
+        Box::pin(async move {
+            let core = self.engine.shared.core.lock();
+            core.check_failed()?;
+            let there = |segment: &SegmentIndex| core.index.names.contains_key(&layer.key(*segment));
+            Ok(segments.map(SegmentIndex).filter(there).collect())
+        })
     }
 
     fn generation(&self, volume: VolumeId) -> BoxFuture<'_, Result<Generation, StoreError>> {
