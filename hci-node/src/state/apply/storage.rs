@@ -8,9 +8,9 @@ use std::collections::BTreeSet;
 
 use super::{Applied, check_free, check_name, conflict, invalid, not_found, replicas, snapshots};
 use crate::state::{
-    BLOCK_BYTES, Cleanliness, ClusterState, DiskId, DiskService, Generation, Goal, Layers, NodeId, Outcome,
-    Refusal, RefusalKind, ReplicaState, SegmentIndex, Severity, Subject, Timestamp, Volume, VolumeFill,
-    VolumeId, VolumeLimits, VolumeOwner,
+    BLOCK_BYTES, Cleanliness, ClusterState, DiskId, DiskService, Generation, Goal, LayerRef, Layers, NodeId,
+    Outcome, Refusal, RefusalKind, ReplicaState, SegmentIndex, Severity, Subject, Timestamp, Volume,
+    VolumeFill, VolumeId, VolumeLimits, VolumeOwner,
     command::{NewVolume, VolumeChange},
     placement::{self, Wish},
 };
@@ -50,8 +50,16 @@ pub(super) fn plan_volume(
 ) -> Result<Volume, Refusal> {
     check_name("volume", &new.name)?;
     check_free("volume", &new.name, state.volumes.values().map(|volume| &volume.name))?;
-    if state.volumes.contains_key(&new.id) || state.purge.contains_key(&new.id) {
-        // Disks may still hold data under that id.
+    let is_layer = |layer: &LayerRef| layer.volume == new.id;
+    if state.volumes.contains_key(&new.id)
+        || state.purge.contains_key(&new.id)
+        || state.dead_layers.keys().any(is_layer)
+        || state.volumes.values().any(|volume| {
+            let of_snapshots = volume.layers.snapshots.iter().flat_map(|snapshot| &snapshot.chain);
+            volume.layers.chain.iter().chain(of_snapshots).any(is_layer)
+        })
+    {
+        // Disks may still hold data under that id, if only for its clones.
         return Err(invalid("the id of a volume is never used twice", "send the request with a new id"));
     }
     if new.size_bytes == 0 || new.size_bytes > MAX_VOLUME_BYTES {
