@@ -26,6 +26,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use storage::store::disk::Encryption;
 
 use super::Row;
 use crate::native::scratch::Directory;
@@ -72,7 +73,7 @@ impl Medium {
 /// Measures on both media.
 pub fn measure(hci: &Path, targets: Targets) -> Result<Vec<Row>> {
     if targets == Targets::VolumeInMemory {
-        return volume::measure(hci, Medium::Memory);
+        return volume::measure(hci, Medium::Memory, Encryption::None);
     }
     let mut rows = Vec::new();
     for medium in [Medium::Memory, Medium::Disk] {
@@ -83,7 +84,11 @@ pub fn measure(hci: &Path, targets: Targets) -> Result<Vec<Row>> {
             rows.extend(of_peer("qemu-storage-daemon", qsd::measure(medium)));
         }
         eprintln!("storage: a volume with three replicas, {}", medium.name());
-        rows.extend(volume::measure(hci, medium)?);
+        rows.extend(volume::measure(hci, medium, Encryption::None)?);
+        if medium == Medium::Memory {
+            eprintln!("storage: the same on encrypted disks");
+            rows.extend(volume::measure(hci, medium, Encryption::Aes256Xts)?);
+        }
         if targets == Targets::WithPeers {
             eprintln!("storage: Ceph with three OSDs, {}", medium.name());
             rows.extend(of_peer("Ceph", ceph::measure(medium)));

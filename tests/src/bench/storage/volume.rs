@@ -6,9 +6,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use storage::store::disk::Encryption;
 
 use super::Medium;
 use super::client::Client;
+use super::usage;
 use super::workload::{AREA, UNDER_LOSS, WORKLOADS};
 use crate::bench::Row;
 use crate::native::cluster::{self, DataCluster, Disks, PATIENCE};
@@ -25,8 +27,12 @@ enum Loss {
     Stopped,
 }
 
+/// How long idleness is watched, after what was begun under load has come to rest.
+const IDLE: Duration = Duration::from_secs(10);
+const REST: Duration = Duration::from_secs(3);
+
 /// Measures one.
-pub fn measure(hci: &Path, medium: Medium) -> Result<Vec<Row>> {
+pub fn measure(hci: &Path, medium: Medium, encryption: Encryption) -> Result<Vec<Row>> {
     let options = cluster::Options {
         hci: Some(hci.to_owned()),
         mtu: 9000,
@@ -34,12 +40,17 @@ pub fn measure(hci: &Path, medium: Medium) -> Result<Vec<Row>> {
             Medium::Memory => Disks::Memory(vec![DISK; 3]),
             Medium::Disk => Disks::Temporary,
         },
+        encryption,
         volume_bytes: AREA,
         ..Default::default()
     };
     let mut cluster = DataCluster::start(&options)?;
     cluster.open(0)?;
-    let rows = on_cluster(&format!("volume, {}", medium.name()), &mut cluster);
+    let target = match encryption {
+        Encryption::None => format!("volume, {}", medium.name()),
+        Encryption::Aes256Xts => format!("volume on encrypted disks, {}", medium.name()),
+    };
+    let rows = on_cluster(&target, &mut cluster);
     rows.with_context(|| cluster.logs())
 }
 
@@ -52,6 +63,7 @@ fn on_cluster(target: &str, cluster: &mut DataCluster) -> Result<Vec<Row>> {
         eprintln!("  {target}: {}", workload.name);
         rows.push(client.measure(workload, &pids)?.row(target, workload));
     }
+    rows.push(Row::new(target, "idle", vec![("cpu_percent", idle(&pids)?)]));
     let in_sync = cluster.record().lock().in_sync();
     ensure!(in_sync == 3, "only {in_sync} replicas are in sync at the end: these are no figures of three");
     // The socket serves one client at a time.
@@ -64,6 +76,16 @@ fn on_cluster(target: &str, cluster: &mut DataCluster) -> Result<Vec<Row>> {
         rows.push(Row::new(target, name, vec![("gap_s", gap.as_secs_f64())]));
     }
     Ok(rows)
+}
+
+/// Percent of one processor that the busiest process takes while nobody asks for anything.
+fn idle(pids: &[u32]) -> Result<f64> {
+    let used = || pids.iter().map(|pid| usage::cpu(&[*pid])).collect::<Result<Vec<_>>>();
+    std::thread::sleep(REST);
+    let before = used()?;
+    std::thread::sleep(IDLE);
+    let busiest = used()?.into_iter().zip(before).map(|(after, before)| after - before).max();
+    Ok(busiest.unwrap_or_default().as_secs_f64() / IDLE.as_secs_f64() * 100.0)
 }
 
 fn longest_gap(cluster: &mut DataCluster, loss: Loss) -> Result<Duration> {
