@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::layout::{CMDLINE_MAX, MIB};
+use crate::vcpu::model::CpuModel;
 
 /// Disks and NICs on bus 0, besides the host bridge, the random number generator, the guest agent's port, the seed disk, the watchdog and
 /// the LPC bridge.
@@ -19,8 +20,8 @@ const MAX_DEVICES: usize = 26;
 const MAX_VCPUS: u8 = 254;
 /// Below this no kernel and initramfs fit beside the boot structures.
 const MIN_MEMORY: u64 = 16 * MIB;
-/// Bound for a guest's memory; what guest physical addresses of 40 bits leave beside the PCI windows.
-const MAX_MEMORY: u64 = 512 << 30;
+/// Bound for a guest's memory. A processor with few address bits has room for less.
+const MAX_MEMORY: u64 = 4 << 40;
 /// One MSI-X table has to hold a vector for each queue and one for the configuration.
 const MAX_QUEUES: u16 = 64;
 /// Range that virtio-net allows for the MTU.
@@ -37,6 +38,9 @@ pub struct VmConfig {
     pub id: Uuid,
     /// Number of virtual processors, one socket of single-threaded cores.
     pub vcpus: u8,
+    /// What these show the guest of the host's.
+    #[serde(default)]
+    pub cpu_model: CpuModel,
     /// Guest memory in bytes; a multiple of 1 MiB.
     pub memory_bytes: u64,
     /// What runs first.
@@ -184,7 +188,7 @@ pub enum ConfigError {
     #[error("vcpus is {0}; it must be 1 to {MAX_VCPUS}")]
     Vcpus(u8),
     /// The memory size is out of range or not aligned.
-    #[error("memory_bytes is {0}; it must be a multiple of 1 MiB from 16 MiB to 512 GiB")]
+    #[error("memory_bytes is {0}; it must be a multiple of 1 MiB from 16 MiB to 4 TiB")]
     Memory(u64),
     /// A file that the guest needs cannot be read.
     #[error("{what} {path}: {error}")]
@@ -311,6 +315,7 @@ mod tests {
         VmConfig {
             name: "web".into(),
             id: Uuid::from_u128(1),
+            cpu_model: CpuModel::Host,
             vcpus: 2,
             memory_bytes: 256 * MIB,
             boot: Boot::Kernel {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::boot::BootError;
 use crate::config::ConfigError;
+use crate::vcpu::model::Missing;
 use crate::virtio::vhost_user::SessionError;
 
 /// Why a guest could not be started or controlled.
@@ -25,6 +26,17 @@ pub enum VmError {
     /// This host's KVM lacks something the VMM is built on.
     #[error("KVM on this host lacks {0}")]
     MissingCapability(&'static str),
+    /// This host's processor cannot show the guest what its model has.
+    #[error(transparent)]
+    CpuModel(#[from] Missing),
+    /// The guest's memory and the PCI windows above it are more than this host's processor can address.
+    #[error("{memory} bytes of memory need more than the {bits} address bits of this node's processor")]
+    AddressWidth {
+        /// Bytes of the guest's memory.
+        memory: u64,
+        /// What the processor has.
+        bits: u32,
+    },
     /// Guest memory could not be made.
     #[error("guest memory: {what}: {source}")]
     Memory {

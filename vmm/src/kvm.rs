@@ -12,6 +12,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use crate::error::{VmError, kvm};
 use crate::layout::{KVM_IDENTITY_MAP_START, KVM_TSS_START};
 use crate::memory::Memory;
+use crate::vcpu::model::CpuModel;
 
 /// What the VMM cannot do without.
 const REQUIRED: [(Cap, &str); 5] = [
@@ -22,21 +23,29 @@ const REQUIRED: [(Cap, &str); 5] = [
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
 ];
 
+/// What 64-bit processors have at least.
+const SMALLEST_WIDTH: u32 = 36;
+
 /// A VM without vCPUs yet.
 pub(crate) struct KvmGuest {
     pub(crate) vm: Arc<VmFd>,
-    pub(crate) supported_cpuid: CpuId,
+    /// What of it the guest is shown.
+    pub(crate) cpuid: CpuId,
     pub(crate) tsc_deadline: bool,
 }
 
-/// Opens KVM and makes a VM around this memory.
-pub(crate) fn create(memory: &Memory) -> Result<KvmGuest, VmError> {
+/// Opens KVM and makes a VM around this memory, whose processors are to look like this model.
+pub(crate) fn create(memory: &Memory, model: CpuModel) -> Result<KvmGuest, VmError> {
     let system = Kvm::new().map_err(kvm("open /dev/kvm"))?;
     for (cap, name) in REQUIRED {
         if !system.check_extension(cap) {
             return Err(VmError::MissingCapability(name));
         }
     }
+    let supported =
+        system.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
+    let cpuid = model.shape(&supported)?;
+    check_width(memory, address_bits(&supported))?;
     let vm = system.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
     // Only Intel needs these two; both have to come before the first vCPU.
     if vm.check_extension(Cap::SetIdentityMapAddr) {
@@ -49,10 +58,23 @@ pub(crate) fn create(memory: &Memory) -> Result<KvmGuest, VmError> {
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(kvm("KVM_CREATE_PIT2"))?;
     map_memory(&vm, memory)?;
-    let supported_cpuid =
-        system.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
     let tsc_deadline = system.check_extension(Cap::TscDeadlineTimer);
-    Ok(KvmGuest { vm: Arc::new(vm), supported_cpuid, tsc_deadline })
+    Ok(KvmGuest { vm: Arc::new(vm), cpuid, tsc_deadline })
+}
+
+/// Bits of a physical address (leaf 0x8000_0008, EAX).
+fn address_bits(cpuid: &CpuId) -> u32 {
+    let leaf = cpuid.as_slice().iter().find(|leaf| leaf.function == 0x8000_0008);
+    leaf.map_or(SMALLEST_WIDTH, |leaf| leaf.eax & 0xff)
+}
+
+/// Firmware puts large PCI windows above the memory: the upper half of the addresses is for them.
+fn check_width(memory: &Memory, bits: u32) -> Result<(), VmError> {
+    let end = memory.iter().map(|region| region.last_addr().0).max().unwrap_or(0);
+    if end >> bits.saturating_sub(1).min(63) > 0 {
+        return Err(VmError::AddressWidth { memory: memory.iter().map(|region| region.len()).sum(), bits });
+    }
+    Ok(())
 }
 
 fn map_memory(vm: &VmFd, memory: &Memory) -> Result<(), VmError> {

@@ -57,5 +57,6 @@ pub use config::{Boot, ConfigError, DiskConfig, MacAddr, NicConfig, ParseMacErro
 pub use error::VmError;
 pub use handle::{BackendState, DeviceStatus, VmHandle, VmState, VmStatus};
 pub use lifecycle::ExitReason;
+pub use vcpu::model::{CpuModel, Missing, ParseModelError};
 pub use virtio::vhost_user::SessionError;
 pub use vm::Vm;

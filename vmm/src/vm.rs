@@ -133,7 +133,7 @@ struct Builder<'a> {
 impl<'a> Builder<'a> {
     fn new(config: &'a VmConfig) -> Result<Self, VmError> {
         let memory = memory::create(config.memory_bytes)?;
-        let kvm = kvm_guest::create(&memory)?;
+        let kvm = kvm_guest::create(&memory, config.cpu_model)?;
         let interrupts = Arc::new(Interrupts::new(kvm.vm.clone())?);
         let gate = Arc::new(Gate::new());
         Ok(Self { config, memory, kvm, interrupts, lifecycle: Arc::default(), gate })
@@ -324,7 +324,7 @@ impl<'a> Builder<'a> {
         let mut vcpus = Vec::new();
         for id in 0..self.config.vcpus {
             let vcpu = self.kvm.vm.create_vcpu(id.into()).map_err(kvm("KVM_CREATE_VCPU"))?;
-            let cpuid = cpuid::for_vcpu(&self.kvm.supported_cpuid, topology, id);
+            let cpuid = cpuid::for_vcpu(&self.kvm.cpuid, topology, id);
             vcpu.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
             // Firmware starts at the reset vector and does the rest itself.
             if let Some(entry) = entry {

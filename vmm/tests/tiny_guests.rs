@@ -12,7 +12,7 @@ use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use lab::{DEADLINE, wait};
-use vmm::{ExitReason, Vm, VmConfig, VmError, VmState};
+use vmm::{CpuModel, ExitReason, Vm, VmConfig, VmError, VmState};
 
 /// A [`lab::Lab`] for kernels of a few instructions.
 struct Lab(lab::Lab);
@@ -77,6 +77,39 @@ fn a_guest_prints_and_shuts_down() {
     assert_eq!(handle.status().state, VmState::Ended(ExitReason::Shutdown));
     assert!(matches!(handle.pause(), Err(VmError::Ended)));
     assert!(!lab.0.path("console.sock").exists());
+}
+
+/// Prints a bit of ECX of CPUID's leaf 1 as a digit.
+fn print_feature(bit: u8) -> Vec<u8> {
+    // mov eax, 1; xor ecx, ecx; cpuid; shr ecx, bit; mov eax, ecx; and al, 1; add al, '0'; mov dx, 0x3f8; out dx, al
+    let mut code = vec![0xb8, 1, 0, 0, 0, 0x31, 0xc9, 0x0f, 0xa2, 0xc1, 0xe9, bit, 0x89, 0xc8];
+    code.extend_from_slice(&[0x24, 1, 0x04, b'0', 0x66, 0xba, 0xf8, 0x03, 0xee]);
+    code
+}
+
+#[test]
+fn a_guest_sees_the_features_of_its_cpu_model() {
+    const POPCNT: u8 = 23;
+    const AVX: u8 = 28;
+    let Some(lab) = Lab::new() else { return };
+    let supported = CpuModel::supported().unwrap();
+    assert!(supported.contains(&CpuModel::Host));
+    for (model, seen) in [(CpuModel::X86_64V2, "10"), (CpuModel::X86_64V3, "11"), (CpuModel::X86_64V4, "11")]
+    {
+        let code = [print_feature(POPCNT), print_feature(AVX), SPIN.to_vec()].concat();
+        let started = Vm::start(VmConfig { cpu_model: model, ..lab.config(&code, 1) });
+        if !supported.contains(&model) {
+            let refusal = started.err().unwrap().to_string();
+            assert!(refusal.starts_with(&format!("CPU model {model} needs ")), "{refusal}");
+            continue;
+        }
+        let vm = started.unwrap();
+        let mut text = [0; 2];
+        lab.0.console().read_exact(&mut text).unwrap();
+        assert_eq!(std::str::from_utf8(&text), Ok(seen), "{model}");
+        vm.handle().kill();
+        assert_eq!(wait(vm), ExitReason::Killed);
+    }
 }
 
 #[test]

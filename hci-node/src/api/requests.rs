@@ -9,6 +9,7 @@ use std::{
 
 use ipnet::Ipv4Net;
 use storage::{KeySalt, store::disk::Encryption};
+use vmm::CpuModel;
 
 use super::{
     problem::{Problem, ProblemKind},
@@ -413,6 +414,7 @@ impl Context<'_> {
             id: VmId::random(),
             name: request.name.clone(),
             vcpus: request.vcpus.unwrap_or(1),
+            cpu_model: self.cpu_model(request.cpu_model)?,
             memory_bytes: request.memory_bytes.unwrap_or(USUAL_MEMORY_BYTES),
             image: image.id,
             cmdline: request.cmdline.clone(),
@@ -429,6 +431,23 @@ impl Context<'_> {
             }),
         };
         Ok(Op::CreateVm { vm, unreachable: self.silent.clone() })
+    }
+
+    /// The model that a new VM gets: one that some node has, and by default one that all have, so that it can move everywhere.
+    fn cpu_model(&self, wanted: Option<CpuModel>) -> Result<CpuModel, Problem> {
+        let has = |report: &NodeReport, model| report.machine.cpu_models.contains(&model);
+        let Some(wanted) = wanted else {
+            let mut levels = CpuModel::ALL.into_iter().filter(|model| *model != CpuModel::Host);
+            let common = levels.rfind(|level| self.reports.values().all(|report| has(report, *level)));
+            return Ok(common.filter(|_| !self.reports.is_empty()).unwrap_or(CpuModel::Host));
+        };
+        if self.reports.is_empty() || self.reports.values().any(|report| has(report, wanted)) {
+            return Ok(wanted);
+        }
+        Err(invalid(
+            format!("no node that is there has CPU model {wanted}"),
+            "see what they have: hci node list -o wide",
+        ))
     }
 
     /// The live node with the most memory left: where the scheduler will probably put the next VM.

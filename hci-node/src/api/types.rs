@@ -6,8 +6,11 @@ mod guest;
 mod storage;
 
 pub use guest::*;
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 pub use storage::*;
+use vmm::CpuModel;
 
 /// A list of resources.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -214,6 +217,8 @@ pub struct Node {
     pub version: Option<String>,
     /// Its CPUs.
     pub cpus: Option<u16>,
+    /// The CPU models that VMs on it can have; none when it has no KVM.
+    pub cpu_models: Option<BTreeSet<CpuModel>>,
     /// Its memory.
     pub memory_bytes: Option<u64>,
     /// Its memory that is available.
@@ -422,6 +427,8 @@ pub struct Vm {
     pub epoch: u64,
     /// Its CPUs.
     pub vcpus: u8,
+    /// What these show its guest of the node's.
+    pub cpu_model: CpuModel,
     /// Its memory.
     pub memory_bytes: u64,
     /// Name of its image.
@@ -501,6 +508,9 @@ pub struct CreateVm {
     /// Its CPUs; 1 when none.
     #[serde(default)]
     pub vcpus: Option<u8>,
+    /// Its CPU model; when none, the highest level that all nodes have.
+    #[serde(default)]
+    pub cpu_model: Option<CpuModel>,
     /// Its memory; 1 GiB when none.
     #[serde(default)]
     pub memory_bytes: Option<u64>,

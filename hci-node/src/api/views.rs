@@ -99,6 +99,7 @@ impl Views<'_> {
             api: node.addresses.api.to_string(),
             version: report.map(|report| report.machine.version.clone()),
             cpus: report.map(|report| report.machine.cpus),
+            cpu_models: report.map(|report| report.machine.cpu_models.clone()),
             memory_bytes: report.map(|report| report.machine.memory_bytes),
             memory_available_bytes: report.map(|report| report.machine.memory_available_bytes),
             vms: count(self.state.vms_on(node.id)),
@@ -308,6 +309,7 @@ impl Views<'_> {
             node: vm.assignment.map(|run| self.node_name(run.node)),
             epoch: vm.epoch.0,
             vcpus: vm.vcpus,
+            cpu_model: vm.cpu_model,
             memory_bytes: vm.memory_bytes,
             image: image.map(|image| image.name.clone()).unwrap_or_default(),
             cmdline: vm

@@ -1,6 +1,10 @@
 //! Renewing this node's lease, once a second, with the report of what it sees.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
 use netfabric::rpc::{CallError, Request, codec};
 use tokio::{
@@ -8,6 +12,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, timeout},
 };
 use tokio_util::sync::CancellationToken;
+use vmm::CpuModel;
 
 use super::{
     lease::{NODE_LEASE, RENEW_EVERY},
@@ -103,9 +108,21 @@ fn machine(candidates: Vec<CandidateDisk>) -> MachineReport {
         memory_available_bytes: kib("MemAvailable").unwrap_or(0) << 10,
         cpus: std::thread::available_parallelism()
             .map_or(1, |cpus| u16::try_from(cpus.get()).unwrap_or(u16::MAX)),
+        cpu_models: cpu_models().clone(),
         booted: Timestamp(0),
         candidates,
     }
+}
+
+/// What KVM says does not change while the machine runs.
+fn cpu_models() -> &'static BTreeSet<CpuModel> {
+    static MODELS: LazyLock<BTreeSet<CpuModel>> = LazyLock::new(|| {
+        CpuModel::supported().unwrap_or_else(|error| {
+            tracing::error!(%error, "this node can run no VM");
+            BTreeSet::new()
+        })
+    });
+    &MODELS
 }
 
 fn booted() -> Timestamp {

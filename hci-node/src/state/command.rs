@@ -9,6 +9,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr};
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 use storage::KeySalt;
+use vmm::CpuModel;
 
 use super::{
     ids::*,
@@ -103,6 +104,8 @@ pub struct NewVm {
     pub name: String,
     /// Number of virtual CPUs.
     pub vcpus: u8,
+    /// What these show the guest of its node's.
+    pub cpu_model: CpuModel,
     /// Memory.
     pub memory_bytes: u64,
     /// The image that it boots.

@@ -2,9 +2,10 @@
 //!
 //! It is never replicated; the leader keeps the latest report of each node in memory.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use serde::{Deserialize, Serialize};
+use vmm::CpuModel;
 
 use super::ids::*;
 use crate::data::disks::smart::Smart;
@@ -54,6 +55,8 @@ pub struct MachineReport {
     pub memory_available_bytes: u64,
     /// CPUs.
     pub cpus: u16,
+    /// What its processors can show guests; nothing when it has no KVM.
+    pub cpu_models: BTreeSet<CpuModel>,
     /// Since when it runs.
     pub booted: Timestamp,
     /// Disks that could be given to the pool.

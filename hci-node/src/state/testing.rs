@@ -122,6 +122,7 @@ pub(crate) fn new_vm(n: u128, disks: Vec<NewVolume>) -> NewVm {
         id: VmId(id(2000 + n)),
         name: format!("vm{n}"),
         vcpus: 1,
+        cpu_model: vmm::CpuModel::Host,
         memory_bytes: 1 << 30,
         image: ImageId(id(200)),
         cmdline: None,

@@ -6,6 +6,7 @@
 
 pub(crate) mod cpuid;
 pub(crate) mod gate;
+pub(crate) mod model;
 pub(crate) mod registers;
 
 use std::any::Any;

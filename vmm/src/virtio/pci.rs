@@ -348,6 +348,7 @@ mod tests {
     use crate::layout::{ECAM_START, GIB, MIB, PCI_MMIO_START};
     use crate::pci::host_bridge::HostBridge;
     use crate::pci::{PciRoot, config_space, root};
+    use crate::vcpu::model::CpuModel;
     use crate::virtio::rng::Rng;
     use crate::{kvm, memory};
 
@@ -358,7 +359,7 @@ mod tests {
             return None;
         }
         let memory = memory::create(16 * MIB).unwrap();
-        let guest = kvm::create(&memory).unwrap();
+        let guest = kvm::create(&memory, CpuModel::Host).unwrap();
         let interrupts = Arc::new(Interrupts::new(guest.vm.clone()).unwrap());
         let device = Rng::default();
         let bar = PciRoot::initial_bar(0);

@@ -79,6 +79,8 @@ const COLUMNS: &[Column] = &[
     column("MEMORY", "/memory_bytes").shown(Show::Bytes),
     column("FREE", "/memory_available_bytes").shown(Show::Bytes),
     column("RACK", "/rack"),
+    column("CPUS", "/cpus").wide(),
+    column("CPU MODELS", "/cpu_models").wide(),
     column("VERSION", "/version").wide(),
     column("ID", "/id").wide(),
 ];

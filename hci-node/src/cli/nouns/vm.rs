@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::Subcommand;
 use serde_json::{Value, json};
+use vmm::CpuModel;
 
 use super::{Context, cloud_init::CloudInitArgs, exec, object_path, say, snapshot};
 use crate::cli::completion::names;
@@ -36,8 +37,11 @@ pub enum Verb {
         #[arg(long, add = names("/v1/images"))]
         image: String,
         /// The number of virtual CPUs.
-        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=128))]
         cpu: u8,
+        /// What its CPUs show it of the node's: x86-64-v2, x86-64-v3, x86-64-v4 or host. The highest level that all nodes have if not given.
+        #[arg(long)]
+        cpu_model: Option<CpuModel>,
         /// Its memory.
         #[arg(long, default_value = "1GiB", value_parser = parse_size)]
         memory: u64,
@@ -145,6 +149,7 @@ const COLUMNS: &[Column] = &[
     column("CPU", "/vcpus"),
     column("MEMORY", "/memory_bytes").shown(Show::Bytes),
     column("IMAGE", "/image").wide(),
+    column("CPU MODEL", "/cpu_model").wide(),
     column("RUN EPOCH", "/epoch").wide(),
     column("ID", "/id").wide(),
 ];
@@ -159,6 +164,7 @@ pub async fn run(context: &Context, verb: Verb) -> Result<ExitCode, CliError> {
             name,
             image,
             cpu,
+            cpu_model,
             memory,
             disk,
             network,
@@ -175,7 +181,7 @@ pub async fn run(context: &Context, verb: Verb) -> Result<ExitCode, CliError> {
             let disks: Vec<_> =
                 disk.iter().map(|size| json!({ "size_bytes": size, "replicas": replicas })).collect();
             let body = json!({
-                "name": name, "image": image, "vcpus": cpu, "memory_bytes": memory, "disks": disks,
+                "name": name, "image": image, "vcpus": cpu, "cpu_model": cpu_model, "memory_bytes": memory, "disks": disks,
                 "networks": network, "node": node, "cmdline": cmdline, "stopped": no_start,
                 "cloud_init": cloud_init.body()?,
             });

@@ -29,6 +29,14 @@ pub fn choose(
             reasons.push(format!("the data process of {} does not answer", member.name));
             continue;
         }
+        if report.machine.cpu_models.is_empty() {
+            reasons.push(format!("{} has no KVM: is virtualization enabled in its firmware?", member.name));
+            continue;
+        }
+        if !report.machine.cpu_models.contains(&vm.cpu_model) {
+            reasons.push(format!("{} lacks CPU model {}", member.name, vm.cpu_model));
+            continue;
+        }
         let taken: u64 = state.vms_on(*node).map(|other| other.memory_bytes).sum();
         let free = report.machine.memory_bytes.saturating_sub(RESERVED_BYTES).saturating_sub(taken);
         if free < vm.memory_bytes {
@@ -44,4 +52,38 @@ pub fn choose(
         [] => "no node that could run it is there".to_owned(),
         reasons => format!("{} MiB of memory needed, but {}", vm.memory_bytes >> 20, reasons.join("; ")),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm::CpuModel;
+
+    use super::*;
+    use crate::state::{Command, Op, Timestamp, report::*, testing::*};
+
+    #[test]
+    fn a_vm_goes_only_where_its_cpu_model_is() {
+        let mut state = cluster(3);
+        let mut new = new_vm(1, vec![]);
+        (new.cpu_model, new.preferred_node) = (CpuModel::X86_64V3, Some(node_id(1)));
+        let id = new.id;
+        let op = Op::CreateVm { vm: new, unreachable: vec![] };
+        state.apply(&Command { at: Timestamp(1), task: None, op }).unwrap();
+        let report = |models: &[CpuModel]| NodeReport {
+            machine: MachineReport {
+                memory_bytes: 8 << 30,
+                cpu_models: models.iter().copied().collect(),
+                ..Default::default()
+            },
+            local: LocalReport { data_process: ProcessState::Up, ..Default::default() },
+            boot_files: vec![],
+        };
+        let old = report(&[CpuModel::Host, CpuModel::X86_64V2]);
+        let mut live =
+            BTreeMap::from([(node_id(1), old.clone()), (node_id(2), old), (node_id(3), report(&[]))]);
+        let why = choose(&state, &live, &state.vms[&id], None).unwrap_err();
+        assert!(why.contains("n1 lacks CPU model x86-64-v3") && why.contains("n3 has no KVM"), "{why}");
+        live.insert(node_id(2), report(&[CpuModel::Host, CpuModel::X86_64V2, CpuModel::X86_64V3]));
+        assert_eq!(choose(&state, &live, &state.vms[&id], None), Ok(node_id(2)));
+    }
 }

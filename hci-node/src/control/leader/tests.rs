@@ -44,7 +44,11 @@ impl World {
             for node in &self.alive {
                 let vms = self.runs.iter().filter(|(at, _)| at == node).map(|(_, run)| run.clone()).collect();
                 let report = NodeReport {
-                    machine: MachineReport { memory_bytes: self.memory, ..Default::default() },
+                    machine: MachineReport {
+                        memory_bytes: self.memory,
+                        cpu_models: [vmm::CpuModel::Host].into(),
+                        ..Default::default()
+                    },
                     local: LocalReport { vms, data_process: ProcessState::Up, ..Default::default() },
                     boot_files: vec![],
                 };

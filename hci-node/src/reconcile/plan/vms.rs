@@ -128,6 +128,7 @@ fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
         name: vm.name.clone(),
         id: vm.id.0,
         vcpus: vm.vcpus,
+        cpu_model: vm.cpu_model,
         memory_bytes: vm.memory_bytes,
         boot: boot(view, vm)?,
         disks: disks.collect::<Result<_, String>>()?,

@@ -16,7 +16,7 @@ use crate::state::{
 };
 
 /// Most virtual CPUs, disks and NICs of a VM.
-const MAX_VCPUS: u8 = 64;
+const MAX_VCPUS: u8 = 128;
 const MAX_DISKS: usize = 16;
 const MAX_PORTS: usize = 8;
 /// Least and most memory of a VM.
@@ -73,6 +73,7 @@ pub(super) fn create(
             id: new.id,
             name: new.name.clone(),
             vcpus: new.vcpus,
+            cpu_model: new.cpu_model,
             memory_bytes: new.memory_bytes,
             image: new.image,
             cmdline: new.cmdline.clone(),

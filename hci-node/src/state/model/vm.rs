@@ -1,6 +1,7 @@
 //! VMs: what they are, whether and where they are meant to run.
 
 use serde::{Deserialize, Serialize};
+use vmm::CpuModel;
 
 use super::cloud_init::CloudInit;
 use super::firmware::FirmwareVariables;
@@ -53,6 +54,8 @@ pub struct Vm {
     pub name: String,
     /// Number of virtual CPUs.
     pub vcpus: u8,
+    /// What these show the guest of its node's.
+    pub cpu_model: CpuModel,
     /// Memory.
     pub memory_bytes: u64,
     /// The image that it boots.

@@ -98,7 +98,11 @@ impl World {
             Some(VmReport { vm: vm.id, epoch, state: VmRunState::Running, agent: None })
         });
         NodeReport {
-            machine: MachineReport { memory_bytes: 4 * GIB, ..Default::default() },
+            machine: MachineReport {
+                memory_bytes: 4 * GIB,
+                cpu_models: [vmm::CpuModel::Host].into(),
+                ..Default::default()
+            },
             local: LocalReport {
                 disks: disks.collect(),
                 vms: vms.collect(),

@@ -378,6 +378,7 @@ fn ports_elsewhere_are_forwarded_to_and_own_ones_are_not() {
                 id: other,
                 name: "db".to_owned(),
                 vcpus: 1,
+                cpu_model: vmm::CpuModel::Host,
                 memory_bytes: 1 << 30,
                 image: image(),
                 cmdline: None,

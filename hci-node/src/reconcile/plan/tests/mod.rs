@@ -148,6 +148,7 @@ pub(super) fn cluster() -> ClusterState {
                 id: vm(),
                 name: "web".to_owned(),
                 vcpus: 2,
+                cpu_model: vmm::CpuModel::Host,
                 memory_bytes: 1 << 30,
                 image: image(),
                 cmdline: None,
