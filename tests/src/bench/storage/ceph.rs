@@ -17,11 +17,12 @@ use super::fio;
 use super::qsd::Server;
 use super::workload::{AREA, Kind, LARGE, UNDER_LOSS, WORKLOADS, Workload};
 use crate::bench::Row;
+use crate::native::process::tail;
 use crate::native::scratch::{self, Directory};
 
 const OSDS: usize = 3;
 /// Room of an OSD: the data and its database.
-const OSD_BYTES: u64 = AREA + (1 << 30);
+const OSD_BYTES: u64 = AREA + (4 << 30);
 const COMMAND_LIMIT: &str = "60";
 const CLEAN_LIMIT: Duration = Duration::from_secs(90);
 /// A silent OSD is given up after some 20 s; the load has to outlast that.
@@ -41,17 +42,23 @@ struct Cluster {
 pub fn measure(medium: Medium) -> Result<Vec<Row>> {
     let mut cluster = Cluster::start(medium)?;
     let target = format!("ceph, {}", medium.name());
+    on_cluster(&target, &mut cluster).with_context(|| format!("its processes say: {}", tail(&cluster.log())))
+}
+
+fn on_cluster(target: &str, cluster: &mut Cluster) -> Result<Vec<Row>> {
     cluster.fill()?;
     let mut rows = Vec::new();
     for workload in WORKLOADS {
-        rows.push(fio::on_rbd(&target, workload, IMAGE, &cluster.config, &cluster.pids())?);
+        eprintln!("  {target}: {}", workload.name);
+        cluster.check_osds()?;
+        rows.push(fio::on_rbd(target, workload, IMAGE, &cluster.config, &cluster.pids())?);
     }
     let name = "4 KiB random write, depth 8, a replica is stopped";
-    rows.push(Row::new(&target, name, vec![("gap_s", cluster.gap(STOPPED, Signal::SIGSTOP)?.as_secs_f64())]));
+    rows.push(Row::new(target, name, vec![("gap_s", cluster.gap(STOPPED, Signal::SIGSTOP)?.as_secs_f64())]));
     kill(cluster.victim()?, Signal::SIGCONT)?;
     cluster.wait_until_clean()?;
     let name = "4 KiB random write, depth 8, a replica is killed";
-    rows.push(Row::new(&target, name, vec![("gap_s", cluster.gap(KILLED, Signal::SIGKILL)?.as_secs_f64())]));
+    rows.push(Row::new(target, name, vec![("gap_s", cluster.gap(KILLED, Signal::SIGKILL)?.as_secs_f64())]));
     Ok(rows)
 }
 
@@ -108,7 +115,7 @@ impl Cluster {
     fn daemon(&self, program: &str, id: &str) -> Result<Server> {
         let mut command = Command::new(program);
         command.args(["-f", "-i", id, "-c"]).arg(&self.config);
-        Server::start(command)
+        Server::start(command, &self.log())
     }
 
     fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
@@ -122,6 +129,17 @@ impl Cluster {
         let all: Vec<&str> =
             ["--connect-timeout", "20"].into_iter().chain(arguments.iter().copied()).collect();
         self.run("ceph", &all)
+    }
+
+    fn log(&self) -> PathBuf {
+        self.directory.path().join("ceph.log")
+    }
+
+    fn check_osds(&mut self) -> Result<()> {
+        for (number, osd) in self.osds.iter_mut().enumerate() {
+            ensure!(osd.runs()?, "OSD {number} has ended");
+        }
+        Ok(())
     }
 
     fn pids(&self) -> Vec<u32> {
@@ -196,6 +214,8 @@ osd crush chooseleaf type = 0
 mon osd min down reporters = 1
 run dir = {place}
 admin socket =
+log to stderr = true
+err to stderr = true
 log file =
 pid file =
 crash dir = {place}

@@ -1,5 +1,6 @@
 //! qemu-storage-daemon: one file as a vhost-user-blk device, the least that a vhost-user target can cost.
 
+use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -21,14 +22,20 @@ const START_LIMIT: Duration = Duration::from_secs(10);
 pub(super) struct Server(Child);
 
 impl Server {
-    /// Starts a command in the background, silently.
-    pub(super) fn start(mut command: Command) -> Result<Self> {
+    /// Starts a command in the background; what it complains of goes to a file.
+    pub(super) fn start(mut command: Command, log: &Path) -> Result<Self> {
         // SAFETY: between fork and exec only an async-signal-safe call is made: prctl.
         unsafe {
             command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));
         }
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let log = File::options().create(true).append(true).open(log)?;
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn();
         Ok(Self(child.with_context(|| format!("cannot start {:?}", command.get_program()))?))
+    }
+
+    /// Whether it has not ended.
+    pub(super) fn runs(&mut self) -> Result<bool> {
+        Ok(self.0.try_wait()?.is_none())
     }
 
     /// Its process id.
@@ -72,7 +79,7 @@ fn start(file: &Path, socket: &Path) -> Result<Server> {
             "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on",
             socket.display()
         ));
-    let server = Server::start(command)?;
+    let server = Server::start(command, &socket.with_extension("log"))?;
     let deadline = Instant::now() + START_LIMIT;
     while !socket.exists() {
         ensure!(Instant::now() < deadline, "qemu-storage-daemon made no socket within {START_LIMIT:?}");
