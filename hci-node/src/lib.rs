@@ -13,6 +13,7 @@
 //! | [`agent`] | the QEMU guest agent in guests: what they say, and how they are asked to do something |
 //! | [`cloud_init`] | the disk that tells a guest who it is |
 //! | [`images`] | `hci image-worker` and the reader of images that come from outside |
+//! | [`isolation`] | what processes give up that touch what may be hostile: VMMs, image workers |
 //! | [`paths`] | where a node keeps its files |
 //! | [`cli`] | the command line: parses, calls the API of a node, prints |
 
@@ -26,6 +27,7 @@ pub mod data;
 pub mod exposition;
 pub mod files;
 pub mod images;
+pub mod isolation;
 pub mod meta_store;
 pub mod paths;
 pub mod pinned_tls;

@@ -80,9 +80,9 @@ impl NodePaths {
         self.run.join("blk")
     }
 
-    /// The vhost-user-blk socket of a volume.
+    /// The vhost-user-blk socket of a volume, in a directory that only the VMM of its VM sees.
     pub fn block_socket(&self, volume: VolumeId) -> PathBuf {
-        self.block_sockets().join(format!("{volume}.sock"))
+        self.block_sockets().join(volume.to_string()).join("blk.sock")
     }
 
     /// Where the vhost-user-net sockets are.
@@ -90,9 +90,9 @@ impl NodePaths {
         self.run.join("net")
     }
 
-    /// The vhost-user-net socket of a port.
+    /// The vhost-user-net socket of a port, in a directory that only the VMM of its VM sees.
     pub fn port_socket(&self, port: PortId) -> PathBuf {
-        self.port_sockets().join(format!("{port}.sock"))
+        self.port_sockets().join(port.to_string()).join("net.sock")
     }
 
     /// Where the records of requests in flight are, which outlive a restart of the data process.
@@ -128,7 +128,7 @@ impl VmPaths {
         Self { dir: dir.into() }
     }
 
-    /// The directory, which belongs to the user that the VMM runs as.
+    /// The directory. The VMM may make sockets in it; its records belong to root.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -171,6 +171,11 @@ impl VmPaths {
     /// Who runs it; locked for as long as the process lives.
     pub fn pid(&self) -> PathBuf {
         self.dir.join("vmm.pid")
+    }
+
+    /// Where the VMM's own root directory is mounted, in its namespace; empty everywhere else.
+    pub fn root(&self) -> PathBuf {
+        self.dir.join("root")
     }
 
     /// How the last run ended.

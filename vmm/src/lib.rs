@@ -25,7 +25,7 @@
 //!
 //! # Where to start reading
 //! `vm` puts everything together. Then by subject: `config`, `layout` (the address map), `boot`, `firmware`, `vcpu`, `acpi`, `chipset`, `pci`,
-//! `virtio`, `console`.
+//! `virtio`, `console`; what threads may ask of the kernel is in [`isolation`].
 
 mod acpi;
 mod boot;
@@ -37,6 +37,7 @@ mod error;
 mod firmware;
 mod handle;
 mod interrupts;
+pub mod isolation;
 mod kvm;
 mod layout;
 mod lifecycle;

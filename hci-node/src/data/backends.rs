@@ -19,6 +19,7 @@ pub(crate) fn target_starter(paths: &NodePaths, shard: &Shard) -> TargetStarter 
     let paths = paths.clone();
     let (runtime, poll) = (shard.runtime().clone(), shard.poll().clone());
     Arc::new(move |volume, socket, device| {
+        super::make_socket_directory(&socket).map_err(|error| format!("{}: {error}", socket.display()))?;
         let options = TargetOptions {
             socket,
             socket_group: vmm_group().map(nix::unistd::Gid::as_raw),

@@ -252,6 +252,11 @@ impl Engine {
         }
         self.frames.set_peers(frames);
         // Each part is tried even when the other fails: a bad port must not keep volumes closed.
+        for port in &config.overlay.ports {
+            if let Err(error) = super::make_socket_directory(&port.socket) {
+                tracing::warn!(socket = %port.socket.display(), %error, "no directory for a port's socket");
+            }
+        }
         let overlay = self.frames.overlay().apply(&config.overlay);
         let storage = self.apply_storage(&config.storage).await;
         let failed =

@@ -35,7 +35,7 @@ mod uplink;
 #[cfg(test)]
 mod tests;
 
-use std::{os::unix::fs::PermissionsExt, sync::Arc, time::Duration};
+use std::{os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use netfabric::{pki::Identity, rpc::serve_unix};
@@ -139,24 +139,35 @@ async fn wait_for_identity(paths: &NodePaths) -> anyhow::Result<Identity> {
 
 /// Guests' sockets are made in directories that pass their group on, so that the unprivileged VMMs may connect.
 fn make_directories(paths: &NodePaths) -> anyhow::Result<()> {
-    let group = vmm_group();
     for dir in
         [paths.state().to_owned(), paths.run().to_owned(), paths.data(), paths.disks(), paths.inflight()]
     {
         std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     }
     for dir in [paths.block_sockets(), paths.port_sockets()] {
-        std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
-        if let Some(group) = group {
-            nix::unistd::chown(&dir, None, Some(group))
-                .with_context(|| format!("cannot give {} to the group {VMM_GROUP}", dir.display()))?;
-            std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o2750))
-                .with_context(|| format!("cannot set the permissions of {}", dir.display()))?;
-        }
+        std::fs::create_dir_all(&dir)
+            .and_then(|()| give_to_vmms(&dir))
+            .with_context(|| format!("cannot make {} for the group {VMM_GROUP}", dir.display()))?;
     }
     // Sockets get the permissions that the umask leaves: connecting needs the right to write.
     nix::sys::stat::umask(nix::sys::stat::Mode::S_IRWXO);
     Ok(())
+}
+
+/// Makes the directory of a guest's socket, unless it is there.
+pub fn make_socket_directory(socket: &Path) -> std::io::Result<()> {
+    let Some(dir) = socket.parent() else { return Ok(()) };
+    if dir.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(dir)?;
+    give_to_vmms(dir)
+}
+
+fn give_to_vmms(dir: &Path) -> std::io::Result<()> {
+    let Some(group) = vmm_group() else { return Ok(()) };
+    nix::unistd::chown(dir, None, Some(group))?;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o2750))
 }
 
 /// The group of the VMMs' user, when this process may give sockets to it.

@@ -8,7 +8,7 @@ use std::{
     fs::{self, OpenOptions},
     io,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Stdio,
     time::{Duration, Instant, SystemTime},
 };
@@ -17,7 +17,9 @@ use netfabric::rpc::CallError;
 use nix::unistd::User;
 
 use crate::{
+    data,
     files::{self, Durability, remove_if_there},
+    isolation::cgroup,
     paths::{NodePaths, VmPaths},
     state::{RunEpoch, VmId},
     vmm_role::{
@@ -26,7 +28,7 @@ use crate::{
     },
 };
 
-/// User that VMMs run as, when there is one by that name and the node runs as root.
+/// User whose group VMMs have, when there is one by that name and the node runs as root.
 const VMM_USER: &str = "hci-vmm";
 /// How long after its run file was written a VMM may take to lock its directory before it counts as vanished.
 const SPAWN_PATIENCE: Duration = Duration::from_secs(5);
@@ -136,16 +138,18 @@ pub struct Contents {
 pub fn start(paths: &NodePaths, run: &RunFile, contents: &Contents) -> io::Result<tokio::process::Child> {
     let vm = paths.vm(run.vm);
     make_directory(paths, &vm)?;
+    let disks = run.config.disks.iter().map(|disk| &disk.socket);
+    let nics = run.config.nics.iter().map(|nic| &nic.socket);
+    for socket in disks.chain(nics) {
+        // The VMM sees this directory, with what is made in it later, or nothing.
+        data::make_socket_directory(socket)?;
+    }
     // Nothing of an earlier run may be taken for this one's.
     for stale in [vm.exit(), vm.socket(), vm.console(), vm.agent(), vm.variables()] {
         remove_if_there(&stale)?;
     }
     if let Some(content) = &contents.variables {
-        // The VMM writes to it.
         files::replace(&vm.variables(), content, 0o600, Durability::Volatile)?;
-        if let Some(user) = vmm_user() {
-            nix::unistd::chown(&vm.variables(), Some(user.uid), Some(user.gid))?;
-        }
     }
     if let (Some(path), Some(content)) = (&run.config.seed, &contents.seed) {
         // Only the VMM's user gets into the directory, so that nobody else reads what may hold secrets.
@@ -161,6 +165,8 @@ pub fn start(paths: &NodePaths, run: &RunFile, contents: &Contents) -> io::Resul
         .stdout(log.try_clone()?)
         .stderr(log)
         .current_dir("/")
+        // A panic would look for its own executable, which a VMM cannot open.
+        .env_remove("RUST_BACKTRACE")
         .kill_on_drop(false);
     if vmm_user().is_some() {
         command.args(["--user", VMM_USER]);
@@ -177,6 +183,7 @@ fn executable() -> io::Result<PathBuf> {
     })
 }
 
+/// The user whose group VMMs have.
 fn vmm_user() -> Option<User> {
     if !nix::unistd::geteuid().is_root() {
         return None;
@@ -184,24 +191,14 @@ fn vmm_user() -> Option<User> {
     User::from_name(VMM_USER).ok().flatten()
 }
 
-/// The VM's directory belongs to the VMM. On the way to it and to the boot files everybody may pass, but not look.
+/// On the way to the VM's directory and to the boot files everybody may pass, but not look. The VMM does the rest before it gives up root.
 fn make_directory(paths: &NodePaths, vm: &VmPaths) -> io::Result<()> {
     fs::create_dir_all(vm.dir())?;
     fs::create_dir_all(paths.boot_files())?;
     for passage in [paths.state(), paths.run(), &paths.vms(), &paths.boot_files()] {
         fs::set_permissions(passage, fs::Permissions::from_mode(0o711))?;
     }
-    fs::set_permissions(vm.dir(), fs::Permissions::from_mode(0o700))?;
-    if let Some(user) = vmm_user() {
-        nix::unistd::chown(vm.dir(), Some(user.uid), Some(user.gid))?;
-        for file in [vm.pid(), vm.log()] {
-            match nix::unistd::chown(&file, Some(user.uid), Some(user.gid)) {
-                Ok(()) | Err(nix::errno::Errno::ENOENT) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-    Ok(())
+    fs::set_permissions(vm.dir(), fs::Permissions::from_mode(0o700))
 }
 
 /// Presses the power button.
@@ -256,6 +253,9 @@ pub enum Log {
 
 /// Removes the records of an ended run.
 pub fn forget(paths: &VmPaths, log: Log) -> io::Result<()> {
+    if let Some(name) = paths.dir().file_name().and_then(|name| name.to_str()) {
+        cgroup::remove(Path::new(cgroup::TREE), name);
+    }
     match log {
         Log::Keep => {
             // The run file last: without it there is no run.

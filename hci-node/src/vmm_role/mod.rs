@@ -5,8 +5,11 @@
 //! that resets itself gets a new machine in the same process. When the guest has ended, the process records how, and
 //! exits with a code that says the same.
 //!
+//! Before it makes the guest the process gives up whatever it does not need ([`jail`]): a guest that takes it over is still locked up.
+//!
 //! Threads: those of the `vmm` crate, the main thread that waits for the guest's end, and one that serves the socket.
 
+pub mod jail;
 pub mod protocol;
 pub mod record;
 
@@ -26,9 +29,9 @@ use vmm::{ExitReason, Vm, VmHandle};
 
 use self::{
     protocol::{GuestState, Kill, PowerButton, Reset, Status, VmmCall, VmmStatus},
-    record::{Ended, ExitRecord, RunFile, RunLock},
+    record::{Ended, ExitFile, ExitRecord, RunFile, RunLock},
 };
-use crate::paths::VmPaths;
+use crate::{isolation::identity, paths::VmPaths};
 
 /// A guest that resets itself over and over does so this often at most.
 const RESET_PAUSE: Duration = Duration::from_secs(1);
@@ -39,7 +42,7 @@ pub struct Args {
     /// What to run, as the control process wrote it; sockets and records are made beside it.
     #[arg(long)]
     pub config: PathBuf,
-    /// User to run as, when started by root.
+    /// User in whose group to run, as a user that no other VM has, when started by root.
     #[arg(long)]
     pub user: Option<String>,
 }
@@ -55,8 +58,8 @@ enum Code {
 
 /// Runs a VM until its guest has ended.
 pub fn run(args: &Args) -> ExitCode {
-    match prepare(args) {
-        Ok((paths, run, lock)) => {
+    match prepare(args).and_then(confine) {
+        Ok(Prepared { paths, run, lock, exit }) => {
             let ended = run_to_the_end(&paths, &run);
             let code = match &ended {
                 Ended::GuestShutdown => Code::GuestShutdown,
@@ -65,7 +68,7 @@ pub fn run(args: &Args) -> ExitCode {
             };
             tracing::info!(vm = %run.vm, epoch = run.epoch.0, ?ended, "the guest has ended");
             let record = ExitRecord { epoch: run.epoch, ended };
-            if let Err(error) = record::write_exit_record(&paths, &record) {
+            if let Err(error) = exit.write(&record) {
                 tracing::error!(%error, "cannot record how the guest ended");
             }
             // Whoever sees the lock free must find the record.
@@ -79,39 +82,44 @@ pub fn run(args: &Args) -> ExitCode {
     }
 }
 
+/// A process that is about to make its guest.
+pub struct Prepared {
+    /// The VM's files.
+    pub paths: VmPaths,
+    /// What to run.
+    pub run: RunFile,
+    /// Holds the VM's directory.
+    pub lock: RunLock,
+    /// Where to record the end.
+    pub exit: ExitFile,
+}
+
 /// Becomes an unprivileged process with a session of its own that holds the VM's directory.
-fn prepare(args: &Args) -> anyhow::Result<(VmPaths, RunFile, RunLock)> {
+///
+/// To be called by the process's only thread: there is no way back.
+pub fn prepare(args: &Args) -> anyhow::Result<Prepared> {
     // Fails only when this process leads a session already, which is what is wanted.
     let _ = nix::unistd::setsid();
-    if let Some(user) = &args.user {
-        drop_privileges(user)?;
-    }
+    identity::close_inherited().context("cannot close what was inherited")?;
     let dir =
         args.config.parent().filter(|dir| dir.is_absolute()).context("--config needs an absolute path")?;
     let paths = VmPaths::in_dir(dir);
     let lock = RunLock::take(&paths).with_context(|| format!("cannot take {}", dir.display()))?;
     let run: RunFile = read_config(&args.config)?;
-    Ok((paths, run, lock))
+    let exit = ExitFile::open(&paths).context("cannot make the record of the end")?;
+    jail::enter(&paths, &run, args.user.as_deref())?;
+    Ok(Prepared { paths, run, lock, exit })
+}
+
+/// The last layer: from here on the process asks the kernel for what its guest needs and nothing else.
+pub fn confine(prepared: Prepared) -> anyhow::Result<Prepared> {
+    vmm::isolation::confine_process().context("cannot install the system call filter")?;
+    Ok(prepared)
 }
 
 fn read_config(path: &Path) -> anyhow::Result<RunFile> {
     let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_slice(&text).with_context(|| format!("{} makes no sense", path.display()))
-}
-
-/// Gives up root for good. The supplementary groups are those of the user: `kvm` among them.
-fn drop_privileges(name: &str) -> anyhow::Result<()> {
-    use nix::unistd::{User, geteuid, initgroups, setgid, setuid};
-    if !geteuid().is_root() {
-        return Ok(());
-    }
-    let user = User::from_name(name)?.with_context(|| format!("there is no user {name}"))?;
-    let c_name = std::ffi::CString::new(name)?;
-    initgroups(&c_name, user.gid).context("cannot set the groups")?;
-    setgid(user.gid).context("cannot set the group")?;
-    setuid(user.uid).with_context(|| format!("cannot become {name}"))?;
-    anyhow::ensure!(setuid(nix::unistd::Uid::from_raw(0)).is_err(), "the process could become root again");
-    Ok(())
 }
 
 /// What the socket's server shares with the main thread.

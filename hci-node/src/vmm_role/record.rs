@@ -136,6 +136,24 @@ pub fn running(paths: &VmPaths) -> io::Result<Option<Option<ProcessRecord>>> {
     }
 }
 
+/// `exit.json`, kept open by a VMM that will not be able to make files when its guest ends.
+#[derive(Debug)]
+pub struct ExitFile(File);
+
+impl ExitFile {
+    /// Makes it. As long as it is empty it is no record.
+    pub fn open(paths: &VmPaths) -> io::Result<Self> {
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o644).custom_flags(libc::O_NOFOLLOW);
+        options.open(paths.exit()).map(Self)
+    }
+
+    /// Records how the run ended. If somebody has recorded it meanwhile, in a new file, that stays.
+    pub fn write(mut self, record: &ExitRecord) -> io::Result<()> {
+        self.0.write_all(&serde_json::to_vec(record)?)
+    }
+}
+
 /// Kills the process with SIGKILL, if it is still the one that was recorded.
 pub fn kill_recorded(process: ProcessRecord) -> io::Result<()> {
     if start_ticks(process.pid) != Some(process.start_ticks) {

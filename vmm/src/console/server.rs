@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::ring::Ring;
 use super::serial::SerialPort;
+use crate::isolation::{ThreadKind, confine_thread};
 use crate::socket;
 
 /// What those who attach late get to see.
@@ -93,7 +94,10 @@ impl ConsoleServer {
             input: Vec::new(),
         };
         server.register()?;
-        let thread = std::thread::Builder::new().name("console".into()).spawn(move || server.run())?;
+        let thread = std::thread::Builder::new().name("console".into()).spawn(move || {
+            confine_thread(ThreadKind::Console);
+            server.run();
+        })?;
         Ok(Self { output, stop, thread: Some(thread), path: path.to_owned() })
     }
 }

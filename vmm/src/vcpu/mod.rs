@@ -18,6 +18,7 @@ use std::thread::JoinHandle;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::bus::Bus;
+use crate::isolation::{ThreadKind, confine_thread};
 use crate::lifecycle::{ExitReason, Lifecycle};
 use gate::{Gate, Passage};
 
@@ -38,6 +39,7 @@ pub(crate) fn spawn(id: u8, mut vcpu: VcpuFd, context: VcpuContext) -> io::Resul
     let gate = context.gate.clone();
     gate.enter();
     let thread = std::thread::Builder::new().name(format!("vcpu{id}")).spawn(move || {
+        confine_thread(ThreadKind::Vcpu);
         let outcome = catch_unwind(AssertUnwindSafe(|| run(&mut vcpu, &context)));
         if let Err(panic) = outcome {
             let what = panic_text(panic.as_ref());

@@ -15,6 +15,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::ActiveQueue;
+use crate::isolation::{ThreadKind, confine_thread};
 use crate::memory::Memory;
 
 /// Ring features that every device offers that is served with [`Ring`].
@@ -136,6 +137,7 @@ impl Worker {
         let stop = Arc::new(Stop::new()?);
         let told = stop.clone();
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
+            confine_thread(ThreadKind::Device);
             if let Err(error) = serve(&told) {
                 tracing::warn!(device = name, %error, "not served until its driver resets it");
             }

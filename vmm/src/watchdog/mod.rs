@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 
 use self::registers::{LOCK_LOCKED, Registers};
+use crate::isolation::{ThreadKind, confine_thread};
 use crate::lifecycle::{ExitReason, Lifecycle};
 use crate::pci::PciDevice;
 use crate::pci::config_space::{ConfigSpace, Identity};
@@ -65,9 +66,10 @@ impl Watchdog {
         let inner = Inner { config, registers: Registers::default(), wanted: Wanted::Watch };
         let shared = Arc::new(Shared { inner: Mutex::new(inner), changed: Condvar::new() });
         let watched = shared.clone();
-        let thread = std::thread::Builder::new()
-            .name("watchdog".into())
-            .spawn(move || watched.watch(&lifecycle, &gate))?;
+        let thread = std::thread::Builder::new().name("watchdog".into()).spawn(move || {
+            confine_thread(ThreadKind::Watchdog);
+            watched.watch(&lifecycle, &gate);
+        })?;
         Ok(Self { shared, thread: Some(thread) })
     }
 }

@@ -20,7 +20,7 @@ use std::{
 use clap::Args as ClapArgs;
 
 use super::protocol::{Encoder, Header, MAX_DATA, Mode};
-use crate::state::BLOCK_BYTES;
+use crate::{isolation::identity, state::BLOCK_BYTES};
 use source::{Content, ImageError, Source};
 
 /// The parent hears something at least this often.
@@ -50,7 +50,7 @@ pub fn run(args: &Args) -> ExitCode {
 }
 
 fn serve(args: &Args) -> io::Result<()> {
-    sandbox::close_inherited()?;
+    identity::close_inherited()?;
     let image = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     let pipe = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     sandbox::enter(image.metadata()?.len())?;

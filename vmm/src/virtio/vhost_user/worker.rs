@@ -25,6 +25,7 @@ use super::device::Kind;
 use super::session::{Capabilities, Session, SessionError, Start};
 use crate::error::{VmError, resource};
 use crate::handle::{BackendState, DeviceStatus};
+use crate::isolation::{ThreadKind, confine_thread};
 use crate::virtio::device::{Activation, ConfigChange};
 
 /// Between two attempts to connect: short at first, as a restarted backend is back within tens of milliseconds.
@@ -135,7 +136,10 @@ impl WorkerHandle {
         };
         let thread = std::thread::Builder::new()
             .name(format!("vhost-{id}"))
-            .spawn(move || worker.run())
+            .spawn(move || {
+                confine_thread(ThreadKind::Backend);
+                worker.run();
+            })
             .map_err(resource("thread"))?;
         Ok(Self { shared, commands, wake, ready, thread: Some(thread) })
     }
