@@ -107,7 +107,7 @@ fn start(paths: &NodePaths, vm: VmId, kernel: &str, initramfs: &str) -> Result<C
     record::write_run_file(&files, &run)?;
     let hci = Path::new(&std::env::args().next().context("no name")?).with_file_name("hci");
     Command::new(hci)
-        .args(["vmm", "run", "--config"])
+        .args(["vmm", "run", "--user", "hci-vmm", "--config"])
         .arg(files.config())
         .spawn()
         .context("the VMM does not start")
