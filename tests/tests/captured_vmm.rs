@@ -2,10 +2,11 @@
 //! `hci vmm run` and tries one thing. Each attempt has to fail in the jail, and to succeed without it, so that it is known to be one.
 
 use std::fs::{self, Permissions};
+use std::io::Read;
 use std::net::TcpListener;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{SocketAddr, UnixListener};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use hci_node::isolation::cgroup;
 use hci_node::paths::{NodePaths, VmPaths};
 use hci_node::state::{PortId, RunEpoch, VmId, VolumeId};
-use hci_node::vmm_role::protocol::{self, Kill, Status};
+use hci_node::vmm_role::protocol::{self, Kill, Reset, Status};
 use hci_node::vmm_role::record::{self, Ended, RunFile};
 use hci_tests::native::process::executable;
 use tempfile::TempDir;
@@ -272,6 +273,23 @@ fn a_vmm_gets_no_more_memory_than_its_vm_is_worth() -> Result<()> {
     Ok(())
 }
 
+/// Waits for the guest's word on its console.
+async fn hear(files: &VmPaths) -> Result<()> {
+    let began = Instant::now();
+    let console = loop {
+        match UnixStream::connect(files.console()) {
+            Ok(console) => break console,
+            Err(_) => ensure!(began.elapsed() < PATIENCE, "there is no console"),
+        }
+        tokio::time::sleep(LOOK).await;
+    };
+    console.set_read_timeout(Some(PATIENCE))?;
+    let mut byte = [0];
+    (&console).read_exact(&mut byte)?;
+    ensure!(byte == *b"!", "the guest said {byte:?}");
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_guest_runs_and_ends_in_the_jail() -> Result<()> {
     ensure!(nix::unistd::geteuid().is_root(), "needs root");
@@ -292,17 +310,7 @@ async fn a_guest_runs_and_ends_in_the_jail() -> Result<()> {
         .spawn()?;
     let began = Instant::now();
     let said = || fs::read_to_string(files.log()).unwrap_or_default();
-    let console = loop {
-        if let Ok(console) = std::os::unix::net::UnixStream::connect(files.console()) {
-            break console;
-        }
-        ensure!(began.elapsed() < PATIENCE && vmm.try_wait()?.is_none(), "no console: {}", said());
-        tokio::time::sleep(LOOK).await;
-    };
-    console.set_read_timeout(Some(PATIENCE))?;
-    let mut byte = [0];
-    std::io::Read::read_exact(&mut &console, &mut byte).with_context(said)?;
-    ensure!(byte == *b"!", "the guest said {byte:?}");
+    hear(&files).await.with_context(said)?;
 
     let process = record::running(&files)?.flatten().context("it does not say that it runs")?;
     let status = fs::read_to_string(format!("/proc/{}/status", process.pid))?;
@@ -316,7 +324,13 @@ async fn a_guest_runs_and_ends_in_the_jail() -> Result<()> {
         ensure!(of(&process.pid.to_string())? != of("self")?, "it shares the namespace {namespace}");
     }
 
-    protocol::call(&files.socket(), &Status).await.with_context(said)?;
+    // Another machine is made, by a process that is in the jail already.
+    protocol::call(&files.socket(), &Reset).await.with_context(said)?;
+    while protocol::call(&files.socket(), &Status).await.with_context(said)?.resets == 0 {
+        ensure!(began.elapsed() < PATIENCE, "it is not reset: {}", said());
+        tokio::time::sleep(LOOK).await;
+    }
+    hear(&files).await.with_context(said)?;
     protocol::call(&files.socket(), &Kill).await.with_context(said)?;
     let ended = loop {
         if let Some(status) = vmm.try_wait()? {
