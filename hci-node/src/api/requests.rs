@@ -19,7 +19,7 @@ use crate::state::{
     CloudInit, ClusterState, DesiredRun, Disk, DiskId, DiskService, DiskState, Durability, FreezeId, ImageId,
     ImagePart, NetworkId, Node, NodeId, NodeService, Op, PoolPolicy, PortId, Rebalancing, Segment,
     SnapshotId, StopMode, Subject, VmId, VolumeId, VolumeLimits, WipePolicy,
-    command::{NewPort, NewVm, NewVolume, VolumeChange},
+    command::{NewPort, NewVm, NewVolume, VmChange, VolumeChange},
     report::NodeReport,
 };
 
@@ -423,6 +423,7 @@ impl Context<'_> {
             preferred_node: node,
             near: node.filter(|node| !self.silent.contains(node)).or_else(|| self.roomiest()),
             desired,
+            after_crash: request.after_crash.unwrap_or_default(),
             cloud_init: request.cloud_init.map(|given| CloudInit {
                 user_data: given.user_data,
                 network_config: given.network_config,
@@ -431,6 +432,23 @@ impl Context<'_> {
             }),
         };
         Ok(Op::CreateVm { vm, unreachable: self.silent.clone() })
+    }
+
+    /// `PATCH /v1/vms/NAME`.
+    pub fn set_vm(&self, name: &str, request: api::SetVm) -> Result<Op, Problem> {
+        if request == api::SetVm::default() {
+            return Err(invalid("nothing is to be changed", "hci vm set NAME --memory 8GiB"));
+        }
+        let vm = self.state.find_vm(name).ok_or_else(|| not_found("vm", name))?;
+        Ok(Op::SetVm {
+            vm: vm.id,
+            change: VmChange {
+                vcpus: request.vcpus,
+                cpu_model: request.cpu_model.map(|model| self.cpu_model(Some(model))).transpose()?,
+                memory_bytes: request.memory_bytes,
+                after_crash: request.after_crash,
+            },
+        })
     }
 
     /// The model that a new VM gets: one that some node has, and by default one that all have, so that it can move everywhere.

@@ -313,6 +313,7 @@ async fn write(member: &Arc<Member>, request: &ApiRequest, path: &[&str]) -> Res
         ("DELETE", ["networks", name]) => {
             Op::DeleteNetwork(state.find_network(name).ok_or_else(|| not_found("network", name))?.id)
         }
+        ("PATCH", ["vms", vm]) => context.set_vm(vm, parse(body)?)?,
         ("POST", ["vms"]) => context.create_vm(parse(body)?)?,
         ("DELETE", ["vms", name]) => {
             Op::DeleteVm(state.find_vm(name).ok_or_else(|| not_found("vm", name))?.id)

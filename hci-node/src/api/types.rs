@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 pub use storage::*;
 use vmm::CpuModel;
 
+pub use crate::state::AfterCrash;
+
 /// A list of resources.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct List<T> {
@@ -421,6 +423,8 @@ pub struct Vm {
     pub message: Option<String>,
     /// Whether it is meant to run.
     pub desired: VmDesired,
+    /// What becomes of it after a crash.
+    pub after_crash: AfterCrash,
     /// Name of its node.
     pub node: Option<String>,
     /// How often it was assigned to a node.
@@ -526,6 +530,9 @@ pub struct CreateVm {
     /// Kernel command line; the image's when none.
     #[serde(default)]
     pub cmdline: Option<String>,
+    /// What becomes of it after a crash; it is started again when none.
+    #[serde(default)]
+    pub after_crash: Option<AfterCrash>,
     /// Whether it is only created, not started.
     #[serde(default)]
     pub stopped: bool,
@@ -543,6 +550,24 @@ pub struct CreateVmDisk {
     /// How many copies; 3 when none, or as many as there are nodes with disks.
     #[serde(default)]
     pub replicas: Option<u8>,
+}
+
+/// `PATCH /v1/vms/NAME`: what is given is changed, from the VM's next run on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetVm {
+    /// Its CPUs.
+    #[serde(default)]
+    pub vcpus: Option<u8>,
+    /// Its CPU model.
+    #[serde(default)]
+    pub cpu_model: Option<CpuModel>,
+    /// Its memory.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
+    /// What becomes of it after a crash.
+    #[serde(default)]
+    pub after_crash: Option<AfterCrash>,
 }
 
 /// `POST /v1/vms/NAME/stop`.

@@ -306,6 +306,7 @@ impl Views<'_> {
                 DesiredRun::Running => api::VmDesired::Running,
                 DesiredRun::Stopped(_) => api::VmDesired::Stopped,
             },
+            after_crash: vm.after_crash,
             node: vm.assignment.map(|run| self.node_name(run.node)),
             epoch: vm.epoch.0,
             vcpus: vm.vcpus,

@@ -122,8 +122,23 @@ pub struct NewVm {
     pub near: Option<NodeId>,
     /// Whether it is started at once.
     pub desired: DesiredRun,
+    /// What becomes of it after a crash.
+    pub after_crash: AfterCrash,
     /// What its guest's cloud-init is told, if anything.
     pub cloud_init: Option<CloudInit>,
+}
+
+/// What is to change of a VM; the rest stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmChange {
+    /// Number of virtual CPUs.
+    pub vcpus: Option<u8>,
+    /// What these show the guest.
+    pub cpu_model: Option<CpuModel>,
+    /// Memory.
+    pub memory_bytes: Option<u64>,
+    /// What becomes of it after a crash.
+    pub after_crash: Option<AfterCrash>,
 }
 
 /// Why a VM is assigned.
@@ -384,6 +399,13 @@ pub enum Op {
         vm: NewVm,
         /// Nodes that cannot take copies now.
         unreachable: Vec<NodeId>,
+    },
+    /// Changes what a VM is made of, from its next run on, or what becomes of it.
+    SetVm {
+        /// The VM.
+        vm: VmId,
+        /// What changes.
+        change: VmChange,
     },
     /// Starts or stops a VM.
     SetVmDesired {

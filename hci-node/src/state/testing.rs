@@ -131,6 +131,7 @@ pub(crate) fn new_vm(n: u128, disks: Vec<NewVolume>) -> NewVm {
         preferred_node: None,
         near: None,
         desired: DesiredRun::Running,
+        after_crash: AfterCrash::Restart,
         cloud_init: None,
     }
 }

@@ -3,6 +3,7 @@
 mod firmware;
 mod layers;
 mod transfers;
+mod vms;
 
 use proptest::prelude::*;
 

@@ -14,7 +14,7 @@ const MAX_FILE: u64 = 1 << 20;
 
 /// What the guest's cloud-init is told.
 #[derive(Debug, Args)]
-pub struct CloudInitArgs {
+pub(super) struct CloudInitArgs {
     /// The file with cloud-init's user data.
     #[arg(long, value_name = "FILE")]
     user_data: Option<PathBuf>,
@@ -31,7 +31,7 @@ pub struct CloudInitArgs {
 
 impl CloudInitArgs {
     /// The `cloud_init` of the request; null when nothing was given.
-    pub fn body(&self) -> Result<Value, CliError> {
+    pub(super) fn body(&self) -> Result<Value, CliError> {
         let none = self.user_data.is_none()
             && self.network_config.is_none()
             && self.ssh_key.is_empty()

@@ -2,7 +2,8 @@
 
 use std::process::ExitCode;
 
-use clap::Subcommand;
+use clap::{Args, Subcommand};
+use hyper::Method;
 use serde_json::{Value, json};
 use vmm::CpuModel;
 
@@ -30,42 +31,27 @@ pub enum Verb {
     #[command(
         after_help = "Examples:\n  hci vm create web1 --image debian12 --disk 40GiB --network lan\n  hci vm create web2 --image debian12 --cpu 4 --memory 8GiB --disk 40GiB --network lan --ssh-key ~/.ssh/id_ed25519.pub\nAPI: POST /v1/vms"
     )]
-    Create {
-        /// The VM's name.
+    Create(Box<CreateArgs>),
+    /// Change a VM: what it is made of from its next run on, and what becomes of it after a crash.
+    #[command(
+        after_help = "Examples:\n  hci vm set web1 --memory 16GiB --cpu 8\n  hci vm set web1 --after-crash stop\nAPI: PATCH /v1/vms/NAME"
+    )]
+    Set {
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
         name: String,
-        /// The image that it boots.
-        #[arg(long, add = names("/v1/images"))]
-        image: String,
         /// The number of virtual CPUs.
-        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=128))]
-        cpu: u8,
-        /// What its CPUs show it of the node's: x86-64-v2, x86-64-v3, x86-64-v4 or host. The highest level that all nodes have if not given.
+        #[arg(long, value_parser = clap::value_parser!(u8).range(1..=128))]
+        cpu: Option<u8>,
+        /// What its CPUs show it of the node's: x86-64-v2, x86-64-v3, x86-64-v4 or host.
         #[arg(long)]
         cpu_model: Option<CpuModel>,
         /// Its memory.
-        #[arg(long, default_value = "1GiB", value_parser = parse_size)]
-        memory: u64,
-        /// The size of its disk; the image's if not given.
         #[arg(long, value_parser = parse_size)]
-        disk: Option<u64>,
-        /// The network of its NIC; may be given several times.
-        #[arg(long, add = names("/v1/networks"))]
-        network: Vec<String>,
-        /// How many copies of its disk on different nodes; 3 if there are as many nodes with disks.
-        #[arg(long, value_parser = clap::value_parser!(u8).range(1..=3))]
-        replicas: Option<u8>,
-        /// The node to start it on; the one with the most free memory if not given.
-        #[arg(long, add = names("/v1/nodes"))]
-        node: Option<String>,
-        /// The kernel command line; the image's if not given.
-        #[arg(long)]
-        cmdline: Option<String>,
-        /// Create it only.
-        #[arg(long)]
-        no_start: bool,
-        /// What the guest's cloud-init is told.
-        #[command(flatten)]
-        cloud_init: CloudInitArgs,
+        memory: Option<u64>,
+        /// Whether it is started again after a crash or stays off.
+        #[arg(long, value_parser = ["restart", "stop"])]
+        after_crash: Option<String>,
     },
     /// Start a VM.
     #[command(
@@ -141,6 +127,49 @@ pub enum Verb {
     },
 }
 
+/// What a new VM is made of.
+#[derive(Debug, Args)]
+pub struct CreateArgs {
+    /// The VM's name.
+    name: String,
+    /// The image that it boots.
+    #[arg(long, add = names("/v1/images"))]
+    image: String,
+    /// The number of virtual CPUs.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=128))]
+    cpu: u8,
+    /// What its CPUs show it of the node's: x86-64-v2, x86-64-v3, x86-64-v4 or host. The highest level that all nodes have if not given.
+    #[arg(long)]
+    cpu_model: Option<CpuModel>,
+    /// Its memory.
+    #[arg(long, default_value = "1GiB", value_parser = parse_size)]
+    memory: u64,
+    /// The size of its disk; the image's if not given.
+    #[arg(long, value_parser = parse_size)]
+    disk: Option<u64>,
+    /// The network of its NIC; may be given several times.
+    #[arg(long, add = names("/v1/networks"))]
+    network: Vec<String>,
+    /// How many copies of its disk on different nodes; 3 if there are as many nodes with disks.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=3))]
+    replicas: Option<u8>,
+    /// The node to start it on; the one with the most free memory if not given.
+    #[arg(long, add = names("/v1/nodes"))]
+    node: Option<String>,
+    /// The kernel command line; the image's if not given.
+    #[arg(long)]
+    cmdline: Option<String>,
+    /// Whether it is started again after a crash or stays off.
+    #[arg(long, default_value = "restart", value_parser = ["restart", "stop"])]
+    after_crash: String,
+    /// Create it only.
+    #[arg(long)]
+    no_start: bool,
+    /// What the guest's cloud-init is told.
+    #[command(flatten)]
+    cloud_init: CloudInitArgs,
+}
+
 const COLUMNS: &[Column] = &[
     column("NAME", "/name"),
     column("STATE", "/state"),
@@ -160,20 +189,22 @@ pub async fn run(context: &Context, verb: Verb) -> Result<ExitCode, CliError> {
         Verb::Exec { name, command } => return exec::run(context, &name, &command).await,
         Verb::List => context.list("/v1/vms", COLUMNS).await,
         Verb::Get { name } => context.show("/v1/vms", &name).await,
-        Verb::Create {
-            name,
-            image,
-            cpu,
-            cpu_model,
-            memory,
-            disk,
-            network,
-            replicas,
-            node,
-            cmdline,
-            no_start,
-            cloud_init,
-        } => {
+        Verb::Create(args) => {
+            let CreateArgs {
+                name,
+                image,
+                cpu,
+                cpu_model,
+                memory,
+                disk,
+                network,
+                replicas,
+                node,
+                cmdline,
+                after_crash,
+                no_start,
+                cloud_init,
+            } = *args;
             let disk = match disk {
                 Some(size) => Some(size),
                 None => image_disk(context, &image).await?,
@@ -182,10 +213,18 @@ pub async fn run(context: &Context, verb: Verb) -> Result<ExitCode, CliError> {
                 disk.iter().map(|size| json!({ "size_bytes": size, "replicas": replicas })).collect();
             let body = json!({
                 "name": name, "image": image, "vcpus": cpu, "cpu_model": cpu_model, "memory_bytes": memory, "disks": disks,
-                "networks": network, "node": node, "cmdline": cmdline, "stopped": no_start,
+                "networks": network, "node": node, "cmdline": cmdline, "after_crash": after_crash, "stopped": no_start,
                 "cloud_init": cloud_init.body()?,
             });
             let answer = context.client.post("/v1/vms", &body).await?;
+            context.change(answer, "/v1/vms", &name, COLUMNS).await
+        }
+        Verb::Set { name, cpu, cpu_model, memory, after_crash } => {
+            let body = json!({
+                "vcpus": cpu, "cpu_model": cpu_model, "memory_bytes": memory, "after_crash": after_crash,
+            });
+            let answer =
+                context.client.json(Method::PATCH, &object_path("/v1/vms", &name), Some(&body)).await?;
             context.change(answer, "/v1/vms", &name, COLUMNS).await
         }
         Verb::Start { name } => act(context, &name, "start", json!({})).await,

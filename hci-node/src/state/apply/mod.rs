@@ -127,6 +127,7 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
         Op::DeleteNetwork(network) => networks::delete(state, *network),
 
         Op::CreateVm { vm, unreachable } => vms::create(state, vm, unreachable, at),
+        Op::SetVm { vm, change } => vms::set(state, *vm, *change),
         Op::SetVmDesired { vm, desired } => vms::set_desired(state, *vm, *desired),
         Op::RestartVm(vm) => vms::restart(state, *vm, StopMode::Graceful),
         Op::DeleteVm(vm) => vms::delete(state, *vm),

@@ -9,10 +9,10 @@ use super::{
     Applied, check_free, check_name, cloud_init, conflict, images, invalid, networks, not_found, storage,
 };
 use crate::state::{
-    Assignment, ClusterState, DesiredRun, FirmwareVariables, Goal, ImagePart, MAX_VARIABLES, NodeId, Port,
-    Refusal, RefusalKind, Restart, RunEpoch, Severity, StopMode, Subject, Timestamp, Vm, VmExit, VmId,
-    VolumeFill, VolumeOwner,
-    command::{AssignReason, NewVm},
+    AfterCrash, Assignment, ClusterState, DesiredRun, FirmwareVariables, Goal, ImagePart, MAX_VARIABLES,
+    NodeId, Port, Refusal, RefusalKind, Restart, RunEpoch, Severity, StopMode, Subject, Timestamp, Vm,
+    VmExit, VmId, VolumeFill, VolumeOwner,
+    command::{AssignReason, NewVm, VmChange},
 };
 
 /// Most virtual CPUs, disks and NICs of a VM.
@@ -22,6 +22,8 @@ const MAX_PORTS: usize = 8;
 /// Least and most memory of a VM.
 const MIN_MEMORY_BYTES: u64 = 32 << 20;
 const MAX_MEMORY_BYTES: u64 = 4 << 40;
+/// Memory is given in multiples of this.
+const MEMORY_STEP: u64 = 1 << 20;
 
 pub(super) fn create(
     state: &mut ClusterState,
@@ -80,6 +82,7 @@ pub(super) fn create(
             disks: new.disks.iter().map(|disk| disk.id).collect(),
             ports: port_ids,
             desired: new.desired,
+            after_crash: new.after_crash,
             preferred_node: new.preferred_node,
             epoch: RunEpoch(0),
             assignment: None,
@@ -103,21 +106,37 @@ fn light_copy(state: &ClusterState) -> ClusterState {
     }
 }
 
+fn check_size(vcpus: u8, memory_bytes: u64) -> Result<(), Refusal> {
+    if !(1..=MAX_VCPUS).contains(&vcpus) {
+        return Err(invalid(format!("a VM cannot have {vcpus} CPUs"), format!("use --cpu 1 to {MAX_VCPUS}")));
+    }
+    if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&memory_bytes)
+        || !memory_bytes.is_multiple_of(MEMORY_STEP)
+    {
+        return Err(invalid(
+            format!("a VM cannot have {memory_bytes} bytes of memory"),
+            "use whole MiB: --memory 1GiB",
+        ));
+    }
+    Ok(())
+}
+
+/// Changes a VM. A run that goes on keeps what it was started with.
+pub(super) fn set(state: &mut ClusterState, id: VmId, change: VmChange) -> Result<Applied, Refusal> {
+    let vm = state.vms.get_mut(&id).ok_or_else(|| not_found("vm", id))?;
+    let vcpus = change.vcpus.unwrap_or(vm.vcpus);
+    let memory_bytes = change.memory_bytes.unwrap_or(vm.memory_bytes);
+    check_size(vcpus, memory_bytes)?;
+    (vm.vcpus, vm.memory_bytes) = (vcpus, memory_bytes);
+    vm.cpu_model = change.cpu_model.unwrap_or(vm.cpu_model);
+    vm.after_crash = change.after_crash.unwrap_or(vm.after_crash);
+    Ok(Applied::now("vm set", Subject::Vm(id), &vm.name))
+}
+
 fn check_shape(state: &ClusterState, new: &NewVm) -> Result<(), Refusal> {
     check_name("vm", &new.name)?;
     check_free("vm", &new.name, state.vms.values().map(|vm| &vm.name))?;
-    if !(1..=MAX_VCPUS).contains(&new.vcpus) {
-        return Err(invalid(
-            format!("a VM cannot have {} CPUs", new.vcpus),
-            format!("use --cpu 1 to {MAX_VCPUS}"),
-        ));
-    }
-    if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&new.memory_bytes) {
-        return Err(invalid(
-            format!("a VM cannot have {} bytes of memory", new.memory_bytes),
-            "use --memory 1GiB",
-        ));
-    }
+    check_size(new.vcpus, new.memory_bytes)?;
     if new.disks.len() > MAX_DISKS || new.ports.len() > MAX_PORTS {
         return Err(invalid(
             format!("a VM has at most {MAX_DISKS} disks and {MAX_PORTS} NICs"),
@@ -360,7 +379,11 @@ pub(super) fn exited(
             );
         }
         VmExit::Crashed(reason) => {
-            let message = format!("VM {name} crashed: {reason}");
+            let mut message = format!("VM {name} crashed: {reason}");
+            if vm.after_crash == AfterCrash::Stop && !asked_to_restart && vm.desired == DesiredRun::Running {
+                vm.desired = DesiredRun::Stopped(StopMode::Force);
+                message.push_str("; it stays off, as it is set to");
+            }
             state.note(at, Severity::Critical, "vm-crashed", Subject::Vm(id), message);
         }
         _ => {}

@@ -45,6 +45,17 @@ pub struct Assignment {
     pub since: Timestamp,
 }
 
+/// What becomes of a VM whose run crashed: its VMM died, its guest panicked, or it did not feed its watchdog. A lost node is no crash.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AfterCrash {
+    /// It is started again, after a pause that grows with each crash.
+    #[default]
+    Restart,
+    /// It stays off, as it is, for somebody to look at.
+    Stop,
+}
+
 /// A virtual machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vm {
@@ -68,6 +79,8 @@ pub struct Vm {
     pub ports: Vec<PortId>,
     /// Whether it is meant to run.
     pub desired: DesiredRun,
+    /// What becomes of it when a run ends that neither it nor anybody else meant to end.
+    pub after_crash: AfterCrash,
     /// The node that it should run on when that is possible.
     pub preferred_node: Option<NodeId>,
     /// Raised at each assignment.

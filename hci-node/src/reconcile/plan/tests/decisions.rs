@@ -386,6 +386,7 @@ fn ports_elsewhere_are_forwarded_to_and_own_ones_are_not() {
                 ports: vec![command::NewPort { id: second, network: network() }],
                 preferred_node: None,
                 near: None,
+                after_crash: AfterCrash::Restart,
                 desired: DesiredRun::Running,
                 cloud_init: None,
             },

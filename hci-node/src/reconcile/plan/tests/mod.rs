@@ -156,6 +156,7 @@ pub(super) fn cluster() -> ClusterState {
                 ports: vec![command::NewPort { id: port(), network: network() }],
                 preferred_node: None,
                 near: Some(me()),
+                after_crash: AfterCrash::Restart,
                 desired: DesiredRun::Running,
                 cloud_init: Some(CloudInit { hostname: Some("front".to_owned()), ..Default::default() }),
             },
