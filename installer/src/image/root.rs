@@ -13,8 +13,9 @@ use super::IMAGE_TIME;
 use super::base::Kernel;
 
 /// Our own files: path, mode, content.
-const FILES: [(&str, u32, &str); 12] = [
+const FILES: [(&str, u32, &str); 13] = [
     ("usr/lib/hci/install-init", 0o755, include_str!("../../image/install-init")),
+    ("etc/tmpfiles.d/hci.conf", 0o644, include_str!("../../image/tmpfiles.conf")),
     ("etc/systemd/system/hci-node.service", 0o644, include_str!("../../image/hci-node.service")),
     ("etc/systemd/system/hci-data.service", 0o644, include_str!("../../image/hci-data.service")),
     ("etc/systemd/system/hci-firstboot.service", 0o644, include_str!("../../image/hci-firstboot.service")),
