@@ -6,9 +6,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::state::Saved;
+
 /// A device behind a fixed range of addresses. Offsets are relative to the range; an access may reach past its end, and has any length
 /// from 1 to 8: hostile guests choose both.
-pub(crate) trait IoDevice: Send + Sync {
+pub(crate) trait IoDevice: Saved + Send + Sync {
     /// Fills `data`, which holds all ones before.
     fn read(&self, offset: u64, data: &mut [u8]);
     /// Takes `data`.
@@ -26,6 +28,11 @@ impl Bus {
     pub(crate) fn insert(&mut self, start: u64, len: u64, device: Arc<dyn IoDevice>) {
         let previous = self.devices.insert(start, (len, device));
         debug_assert!(previous.is_none(), "two devices at {start:#x}");
+    }
+
+    /// All devices with their addresses.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = (u64, &dyn Saved)> {
+        self.devices.iter().map(|(start, (_, device))| (*start, device.as_ref() as &dyn Saved))
     }
 
     /// A guest's read.
@@ -57,7 +64,20 @@ mod tests {
 
     use super::*;
 
+    use crate::state::{Invalid, Stateful};
+
     struct Echo(Mutex<Vec<(u64, Vec<u8>)>>);
+
+    impl Stateful for Echo {
+        const KIND: &'static str = "echo";
+        type State = ();
+        fn capture(&self) -> Result<(), Invalid> {
+            Ok(())
+        }
+        fn adopt(&self, (): ()) -> Result<(), Invalid> {
+            Ok(())
+        }
+    }
 
     impl IoDevice for Echo {
         fn read(&self, offset: u64, data: &mut [u8]) {

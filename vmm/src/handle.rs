@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::VmError;
 use crate::lifecycle::ExitReason;
+use crate::state::{DevicesState, StateError};
 use crate::vcpu::gate::Wanted;
 use crate::vm::Machine;
 
@@ -85,6 +86,32 @@ impl VmHandle {
     /// Lets the vCPUs run again.
     pub fn resume(&self) -> Result<(), VmError> {
         self.set_gate(Wanted::Run, "resume")
+    }
+
+    /// The state of all devices of a paused guest. It can go on afterwards. Memory and processors are not part of it.
+    ///
+    /// Devices that run are stopped and started again for it, which makes threads: in a confined process the main thread may call this, the
+    /// one that takes orders may not ([`crate::isolation`]). The same goes for [`VmHandle::restore_devices`].
+    pub fn save_devices(&self) -> Result<DevicesState, StateError> {
+        self.while_paused(|| self.machine.devices.save())
+    }
+
+    /// Has all devices of a paused guest take over this state, which another guest of the same making was saved with. Memory comes first:
+    /// queues go on where it says. After an error the guest must not go on.
+    pub fn restore_devices(&self, state: &DevicesState) -> Result<(), StateError> {
+        self.while_paused(|| self.machine.devices.restore(state))
+    }
+
+    /// Nobody can resume the guest meanwhile: the lock of the threads is held.
+    fn while_paused<T>(&self, act: impl FnOnce() -> Result<T, StateError>) -> Result<T, StateError> {
+        let _threads = self.machine.vcpu_threads.lock();
+        if self.machine.lifecycle.ended().is_some() {
+            return Err(StateError::Ended);
+        }
+        match self.machine.gate.wanted() {
+            Wanted::Pause => act(),
+            Wanted::Run | Wanted::Stop => Err(StateError::NotPaused),
+        }
     }
 
     /// What the guest is doing now.

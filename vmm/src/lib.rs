@@ -25,7 +25,7 @@
 //!
 //! # Where to start reading
 //! `vm` puts everything together. Then by subject: `config`, `layout` (the address map), `boot`, `firmware`, `vcpu`, `acpi`, `chipset`, `pci`,
-//! `virtio`, `console`; what threads may ask of the kernel is in [`isolation`].
+//! `virtio`, `console`, `state` (what devices save); what threads may ask of the kernel is in [`isolation`].
 
 mod acpi;
 mod boot;
@@ -44,6 +44,7 @@ mod lifecycle;
 mod memory;
 mod pci;
 mod socket;
+mod state;
 mod vcpu;
 mod virtio;
 mod vm;
@@ -58,6 +59,7 @@ pub use config::{Boot, ConfigError, DiskConfig, MacAddr, NicConfig, ParseMacErro
 pub use error::VmError;
 pub use handle::{BackendState, DeviceStatus, VmHandle, VmState, VmStatus};
 pub use lifecycle::ExitReason;
+pub use state::{DeviceState, DevicesState, StateError};
 pub use vcpu::model::{CpuModel, Missing, ParseModelError};
 pub use virtio::vhost_user::SessionError;
 pub use vm::Vm;

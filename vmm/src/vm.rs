@@ -33,6 +33,7 @@ use crate::memory::{self, Memory};
 use crate::pci::host_bridge::HostBridge;
 use crate::pci::root::{self, ConfigPorts};
 use crate::pci::{PciDevice, PciRoot};
+use crate::state::Devices;
 use crate::vcpu::cpuid::{self, Topology};
 use crate::vcpu::gate::{Gate, Wanted, install_kick_handler};
 use crate::vcpu::{self, VcpuContext, registers};
@@ -58,6 +59,7 @@ pub(crate) struct Machine {
     pub(crate) gate: Arc<Gate>,
     pub(crate) power: Arc<PowerDevice>,
     pub(crate) backends: Vec<Arc<worker::Shared>>,
+    pub(crate) devices: Devices,
     pub(crate) vcpu_threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -149,11 +151,19 @@ impl<'a> Builder<'a> {
         let pci = self.add_pci(workers, &mut ports, &mut mmio)?;
         let (entry, firmware) = self.load(&pci, &mut ports, &mut mmio)?;
 
+        let (ports, mmio) = (Arc::new(ports), Arc::new(mmio));
+        // Weak: handles may outlive the guest, and do not keep its devices.
+        let devices = Devices {
+            ports: Arc::downgrade(&ports),
+            mmio: Arc::downgrade(&mmio),
+            pci: Arc::downgrade(&pci.root),
+        };
         let machine = Arc::new(Machine {
             lifecycle: self.lifecycle.clone(),
             gate: self.gate.clone(),
             power,
             backends,
+            devices,
             vcpu_threads: Mutex::default(),
         });
         // From here on, `Vm` takes everything apart if something fails.
@@ -164,7 +174,7 @@ impl<'a> Builder<'a> {
             console: Some(console),
             _firmware: firmware,
         };
-        self.start_vcpus(&vm, entry, Arc::new(ports), Arc::new(mmio))?;
+        self.start_vcpus(&vm, entry, ports, mmio)?;
         tracing::info!(
             vm = vm.name,
             vcpus = self.config.vcpus,

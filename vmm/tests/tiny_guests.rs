@@ -198,3 +198,36 @@ fn a_kernel_that_is_none_is_refused() {
     fs::write(lab.0.path("kernel"), "#!/bin/sh").unwrap();
     assert!(matches!(Vm::start(config), Err(VmError::Boot(vmm::BootError::UnknownFormat(_)))));
 }
+
+/// What was saved, without the ACPI PM timer, which counts on while the guest is paused.
+fn but_for_the_timer(state: &vmm::DevicesState) -> serde_json::Value {
+    let mut state = serde_json::to_value(state).unwrap();
+    assert!(state.as_object_mut().unwrap().remove("port 0x608").is_some());
+    state
+}
+
+#[test]
+fn devices_of_a_paused_guest_move_to_another_one() {
+    let Some(lab) = Lab::new() else { return };
+    // The serial port's scratch register and PM1 enable; then it says that it is there.
+    let code = [out8(0x3ff, 0x5a), out16(0x602, 1 << 8), print(b"!"), SPIN.to_vec()].concat();
+    let old = lab.start(&code);
+    lab.0.console().read_exact(&mut [0]).unwrap();
+    assert_eq!(old.handle().save_devices(), Err(vmm::StateError::NotPaused));
+    old.handle().pause().unwrap();
+    let saved = old.handle().save_devices().unwrap();
+    old.handle().resume().unwrap();
+    let document = serde_json::to_vec(&saved).unwrap();
+    drop(old);
+
+    let new = lab.start(&SPIN);
+    new.handle().pause().unwrap();
+    let fresh = new.handle().save_devices().unwrap();
+    assert_ne!(but_for_the_timer(&fresh), but_for_the_timer(&saved));
+    new.handle().restore_devices(&serde_json::from_slice(&document).unwrap()).unwrap();
+    assert_eq!(but_for_the_timer(&new.handle().save_devices().unwrap()), but_for_the_timer(&saved));
+    let refused = new.handle().restore_devices(&vmm::DevicesState::default());
+    assert!(matches!(refused, Err(vmm::StateError::Devices(_))), "{refused:?}");
+    new.handle().kill();
+    assert_eq!(new.handle().save_devices(), Err(vmm::StateError::Ended));
+}

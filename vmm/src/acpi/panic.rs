@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::bus::IoDevice;
 use crate::lifecycle::{ExitReason, Lifecycle};
+use crate::state::{Invalid, Stateful};
 
 /// The kernel has panicked, and does nothing about it.
 const PANICKED: u8 = 1 << 0;
@@ -19,6 +20,20 @@ pub(crate) struct PanicDevice {
 impl PanicDevice {
     pub(crate) fn new(lifecycle: Arc<Lifecycle>) -> Self {
         Self { lifecycle }
+    }
+}
+
+/// It has no state.
+impl Stateful for PanicDevice {
+    const KIND: &'static str = "pvpanic";
+    type State = ();
+
+    fn capture(&self) -> Result<(), Invalid> {
+        Ok(())
+    }
+
+    fn adopt(&self, (): ()) -> Result<(), Invalid> {
+        Ok(())
     }
 }
 

@@ -6,11 +6,13 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 
 use crate::bus::IoDevice;
 use crate::interrupts::Interrupts;
 use crate::layout::SCI_IRQ;
 use crate::lifecycle::{ExitReason, Lifecycle};
+use crate::state::{Invalid, Stateful};
 
 /// `SLP_TYP` that means S5, as the DSDT says.
 pub(crate) const SLEEP_TYPE_S5: u8 = 5;
@@ -45,8 +47,8 @@ enum Request {
 }
 
 /// The PM1 registers.
-#[derive(Debug, Default)]
-struct Pm1 {
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(crate) struct Pm1 {
     status: u16,
     enable: u16,
     control: u16,
@@ -128,6 +130,26 @@ impl PowerDevice {
     }
 }
 
+impl Stateful for PowerDevice {
+    const KIND: &'static str = "pm1";
+    type State = Pm1;
+
+    fn capture(&self) -> Result<Pm1, Invalid> {
+        Ok(*self.registers.lock())
+    }
+
+    fn adopt(&self, state: Pm1) -> Result<(), Invalid> {
+        let bits = state.enable | state.status;
+        if bits & !ENABLE_MASK != 0 || state.control & SLEEP_ENABLE != 0 {
+            return Err(Invalid::because("bits that no register has"));
+        }
+        let mut registers = self.registers.lock();
+        *registers = state;
+        self.drive(&registers);
+        Ok(())
+    }
+}
+
 impl IoDevice for PowerDevice {
     fn read(&self, offset: u64, data: &mut [u8]) {
         self.registers.lock().read(offset, data);
@@ -160,6 +182,20 @@ impl KeyboardController {
 
     pub(crate) fn new(lifecycle: Arc<Lifecycle>) -> Self {
         Self { lifecycle }
+    }
+}
+
+/// It has no state.
+impl Stateful for KeyboardController {
+    const KIND: &'static str = "keyboard-controller";
+    type State = ();
+
+    fn capture(&self) -> Result<(), Invalid> {
+        Ok(())
+    }
+
+    fn adopt(&self, (): ()) -> Result<(), Invalid> {
+        Ok(())
     }
 }
 

@@ -6,9 +6,11 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 
 use crate::bus::IoDevice;
 use crate::layout::{GIB, MIB};
+use crate::state::{Invalid, Stateful};
 
 const SECONDS: u8 = 0x00;
 const MINUTES: u8 = 0x02;
@@ -45,6 +47,14 @@ struct State {
     ahead: i64,
 }
 
+/// What is saved.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct SavedCmos {
+    index: u8,
+    bytes: Vec<u8>,
+    ahead: i64,
+}
+
 /// The device.
 pub(crate) struct Cmos {
     clock: Clock,
@@ -58,7 +68,7 @@ impl Cmos {
         Self::with_clock(low_memory, high_memory, vcpus, Box::new(now))
     }
 
-    fn with_clock(low_memory: u64, high_memory: u64, vcpus: u8, clock: Clock) -> Self {
+    pub(crate) fn with_clock(low_memory: u64, high_memory: u64, vcpus: u8, clock: Clock) -> Self {
         let mut bytes = [0; BYTES];
         bytes[usize::from(STATUS_A)] = STATUS_A_USUAL;
         bytes[usize::from(STATUS_B)] = STATUS_B_24_HOURS;
@@ -183,6 +193,29 @@ impl State {
             };
             self.bytes[usize::from(index) % BYTES] = byte & keep;
         }
+    }
+}
+
+/// What a guest can set its clock to, and how far it may have come since.
+const YEARS: std::ops::Range<i64> = 1899..10_100;
+
+impl Stateful for Cmos {
+    const KIND: &'static str = "cmos";
+    type State = SavedCmos;
+
+    fn capture(&self) -> Result<SavedCmos, Invalid> {
+        let state = self.state.lock();
+        Ok(SavedCmos { index: state.index, bytes: state.bytes.to_vec(), ahead: state.ahead })
+    }
+
+    fn adopt(&self, saved: SavedCmos) -> Result<(), Invalid> {
+        let bytes = <[u8; BYTES]>::try_from(saved.bytes).map_err(|_| Invalid::because("not 128 bytes"))?;
+        let shown = Date::from_unix((self.clock)().saturating_add(saved.ahead));
+        if usize::from(saved.index) >= BYTES || !YEARS.contains(&shown.year) {
+            return Err(Invalid::because("an index or a time that cannot be set"));
+        }
+        *self.state.lock() = State { index: saved.index, bytes, ahead: saved.ahead };
+        Ok(())
     }
 }
 

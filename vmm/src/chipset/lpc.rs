@@ -7,7 +7,8 @@ use parking_lot::Mutex;
 
 use crate::layout::PM1_EVENT_PORT;
 use crate::pci::PciDevice;
-use crate::pci::config_space::{ConfigSpace, Identity};
+use crate::pci::config_space::{self, ConfigSpace, Identity};
+use crate::state::{Invalid, Stateful};
 
 /// The slot that firmware and systems expect it in.
 pub(crate) const SLOT: usize = 31;
@@ -47,6 +48,19 @@ impl LpcBridge {
         }
         config.add_register(RCBA, &[0; 4], &0xffff_c001u32.to_le_bytes());
         Self(Mutex::new(config))
+    }
+}
+
+impl Stateful for LpcBridge {
+    const KIND: &'static str = "lpc";
+    type State = config_space::Registers;
+
+    fn capture(&self) -> Result<Self::State, Invalid> {
+        Ok(self.0.lock().capture())
+    }
+
+    fn adopt(&self, state: Self::State) -> Result<(), Invalid> {
+        self.0.lock().adopt(&state)
     }
 }
 

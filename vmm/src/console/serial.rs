@@ -4,12 +4,14 @@ use std::io::{self, Write};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use vm_superio::serial::SerialEvents;
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::server::Output;
 use crate::bus::IoDevice;
+use crate::state::{Invalid, Stateful};
 
 /// Raises COM1's interrupt line through its irqfd.
 pub(crate) struct IrqTrigger(pub(crate) EventFd);
@@ -49,6 +51,20 @@ impl Write for OutputWriter {
     }
 }
 
+/// What is saved: the registers, and input that the guest has not read.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct SavedSerial {
+    baud_divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    input: Vec<u8>,
+}
+
 /// The serial port.
 pub(crate) struct SerialPort {
     model: Mutex<Serial<IrqTrigger, InputDrained, OutputWriter>>,
@@ -71,6 +87,49 @@ impl SerialPort {
             tracing::debug!(%error, "console input refused");
             0
         })
+    }
+}
+
+impl Stateful for SerialPort {
+    const KIND: &'static str = "serial";
+    type State = SavedSerial;
+
+    fn capture(&self) -> Result<SavedSerial, Invalid> {
+        let state = self.model.lock().state();
+        Ok(SavedSerial {
+            baud_divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            input: state.in_buffer,
+        })
+    }
+
+    fn adopt(&self, saved: SavedSerial) -> Result<(), Invalid> {
+        let [baud_divisor_low, baud_divisor_high] = saved.baud_divisor;
+        let state = SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: saved.interrupt_enable,
+            interrupt_identification: saved.interrupt_identification,
+            line_control: saved.line_control,
+            line_status: saved.line_status,
+            modem_control: saved.modem_control,
+            modem_status: saved.modem_status,
+            scratch: saved.scratch,
+            in_buffer: saved.input,
+        };
+        let mut model = self.model.lock();
+        let irq = IrqTrigger(model.interrupt_evt().0.try_clone().map_err(Invalid::because)?);
+        let drained = InputDrained(model.events().0.try_clone().map_err(Invalid::because)?);
+        let output = OutputWriter(model.writer().0.clone());
+        *model = Serial::from_state(&state, irq, drained, output)
+            .map_err(|error| Invalid(format!("{error:?}")))?;
+        Ok(())
     }
 }
 

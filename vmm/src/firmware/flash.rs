@@ -21,6 +21,7 @@ use super::pflash::{Effect, Mode, Pflash};
 use super::store::VariableStore;
 use crate::bus::IoDevice;
 use crate::error::{VmError, kvm, resource};
+use crate::state::{Invalid, Stateful};
 
 /// Flash ends where 32-bit addresses do.
 const FLASH_END: u64 = 1 << 32;
@@ -126,6 +127,31 @@ impl Chip {
             self.pflash.fail();
             self.dirty = Some(range);
         }
+    }
+}
+
+impl Stateful for Variables {
+    const KIND: &'static str = "pflash";
+    type State = Pflash;
+
+    fn capture(&self) -> Result<Pflash, Invalid> {
+        Ok(self.chip.lock().pflash.clone())
+    }
+
+    fn adopt(&self, state: Pflash) -> Result<(), Invalid> {
+        let mut chip = self.chip.lock();
+        chip.pflash.adopt(state)?;
+        let len = chip.pflash.content().len();
+        copy(&chip.mapping, chip.pflash.content(), 0..len);
+        chip.dirty = Some(0..len);
+        let mode = chip.pflash.mode();
+        if mode == Mode::ReadArray {
+            chip.persist();
+        }
+        // Taken away first: KVM refuses a slot over one that is there.
+        set_slot(&self.vm, VARIABLES_SLOT, self.start, None).map_err(Invalid::because)?;
+        let mapping = (mode == Mode::ReadArray).then_some(&chip.mapping);
+        set_slot(&self.vm, VARIABLES_SLOT, self.start, mapping).map_err(Invalid::because)
     }
 }
 

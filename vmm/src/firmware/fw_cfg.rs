@@ -8,10 +8,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::bus::IoDevice;
 use crate::memory::Memory;
+use crate::state::{Invalid, Stateful};
 
 /// Length of the ports from the selector on: selector (2, the second one is also data), two unused, DMA address (8).
 pub(crate) const PORTS_LEN: u64 = 12;
@@ -94,8 +96,9 @@ impl FwCfgBuilder {
     }
 }
 
-#[derive(Default)]
-struct State {
+/// The content of the selected item is part of it: it may have been made for an earlier state of the machine.
+#[derive(Clone, Default, Serialize, Deserialize)]
+pub(crate) struct State {
     /// The selected item, and how much of it was read.
     selected: Vec<u8>,
     offset: usize,
@@ -108,6 +111,20 @@ pub(crate) struct FwCfg {
     items: BTreeMap<u16, Content>,
     memory: Memory,
     state: Mutex<State>,
+}
+
+impl Stateful for FwCfg {
+    const KIND: &'static str = "fw-cfg";
+    type State = State;
+
+    fn capture(&self) -> Result<State, Invalid> {
+        Ok(self.state.lock().clone())
+    }
+
+    fn adopt(&self, state: State) -> Result<(), Invalid> {
+        *self.state.lock() = state;
+        Ok(())
+    }
 }
 
 /// The request is not possible.

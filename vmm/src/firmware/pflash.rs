@@ -6,6 +6,10 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
+use crate::state::Invalid;
+
 /// Size of an erase block; what OVMF for 4 MiB images is built for.
 pub(crate) const BLOCK: usize = 4096;
 
@@ -27,7 +31,7 @@ const STATUS_PROGRAM_ERROR: u8 = 1 << 4;
 const MANUFACTURER_AND_DEVICE: [u8; 2] = [0x89, 0x18];
 
 /// What a read answers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Mode {
     /// The content.
     ReadArray,
@@ -38,7 +42,7 @@ pub(crate) enum Mode {
 }
 
 /// What the next write is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 enum Expects {
     Command,
     Data,
@@ -56,6 +60,7 @@ pub(crate) enum Effect {
 }
 
 /// The chip.
+#[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Pflash {
     content: Vec<u8>,
     mode: Mode,
@@ -66,6 +71,20 @@ pub(crate) struct Pflash {
 impl Pflash {
     pub(crate) fn new(content: Vec<u8>) -> Self {
         Self { content, mode: Mode::ReadArray, expects: Expects::Command, status: STATUS_READY }
+    }
+
+    /// What reads answer.
+    pub(crate) fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Takes over the state of another chip, if it has the same size.
+    pub(crate) fn adopt(&mut self, other: Self) -> Result<(), Invalid> {
+        if other.content.len() != self.content.len() {
+            return Err(Invalid::because("a chip of another size"));
+        }
+        *self = other;
+        Ok(())
     }
 
     pub(crate) fn content(&self) -> &[u8] {

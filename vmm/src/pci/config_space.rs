@@ -1,6 +1,10 @@
 //! Configuration space of a function: a register file with a mask of the writable bits, one optional 64-bit memory BAR, and a list of
 //! capabilities. What registers mean beyond that is the device's business.
 
+use serde::{Deserialize, Serialize};
+
+use crate::state::Invalid;
+
 /// Size of the conventional configuration space. The extended one (above) is empty.
 pub(crate) const CONFIG_SIZE: usize = 256;
 
@@ -29,6 +33,10 @@ pub(crate) struct Identity {
     pub(crate) subsystem_vendor: u16,
     pub(crate) subsystem: u16,
 }
+
+/// Saved content of a register file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Registers(Vec<u8>);
 
 /// The register file.
 pub(crate) struct ConfigSpace {
@@ -109,6 +117,30 @@ impl ConfigSpace {
             if let (Some(register), Some(mask)) = (self.registers.get_mut(at), self.writable.get(at)) {
                 *register = *register & !mask | byte & mask;
             }
+        }
+    }
+
+    /// The content.
+    pub(crate) fn capture(&self) -> Registers {
+        Registers(self.registers.to_vec())
+    }
+
+    /// Takes over content that a guest can have written to this very function.
+    pub(crate) fn adopt(&mut self, state: &Registers) -> Result<(), Invalid> {
+        self.check(state)?;
+        self.registers.copy_from_slice(&state.0);
+        Ok(())
+    }
+
+    /// Whether [`ConfigSpace::adopt`] would take it.
+    pub(crate) fn check(&self, state: &Registers) -> Result<(), Invalid> {
+        if state.0.len() != CONFIG_SIZE {
+            return Err(Invalid::because("configuration space of another size"));
+        }
+        let registers = state.0.iter().zip(&self.registers).zip(&self.writable);
+        match registers.into_iter().position(|((new, old), writable)| (new ^ old) & !writable != 0) {
+            Some(at) => Err(Invalid(format!("another function: read-only register {at:#x} differs"))),
+            None => Ok(()),
         }
     }
 

@@ -5,9 +5,10 @@ use std::ops::Range;
 
 use parking_lot::Mutex;
 
-use super::config_space::{ConfigSpace, Identity};
+use super::config_space::{self, ConfigSpace, Identity};
 use super::root::PciDevice;
 use crate::layout::{ECAM_START, MIB};
+use crate::state::{Invalid, Stateful};
 
 const PCIEXBAR: usize = 0x60;
 const PCIEXBAR_ENABLE: u64 = 1;
@@ -53,6 +54,19 @@ impl HostBridge {
         };
         let start = register & PCIEXBAR_ADDRESS & !(len - 1);
         (register & PCIEXBAR_ENABLE != 0).then(|| start..start + len)
+    }
+}
+
+impl Stateful for HostBridge {
+    const KIND: &'static str = "host-bridge";
+    type State = config_space::Registers;
+
+    fn capture(&self) -> Result<Self::State, Invalid> {
+        Ok(self.0.lock().capture())
+    }
+
+    fn adopt(&self, state: Self::State) -> Result<(), Invalid> {
+        self.0.lock().adopt(&state)
     }
 }
 

@@ -7,10 +7,12 @@
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::error::{VmError, resource};
 use crate::interrupts::{Gsi, Interrupts, MsiMessage};
+use crate::state::Invalid;
 
 /// Capability id.
 pub(crate) const MSIX_CAPABILITY: u8 = 0x11;
@@ -30,6 +32,8 @@ pub(crate) trait VectorLines {
     fn disconnect(&mut self, vector: usize);
     /// Whether an interrupt is pending while disconnected.
     fn pending(&self, vector: usize) -> bool;
+    /// Signals a vector.
+    fn raise(&mut self, vector: usize);
 }
 
 /// The capability's body for so many vectors, with the masks of what is writable: table and pending bits lie in BAR 0.
@@ -40,6 +44,17 @@ pub(crate) fn capability(vectors: u16, table: u32, pending: u32) -> ([u8; 10], [
     body[6..].copy_from_slice(&pending.to_le_bytes());
     (body, (CONTROL_ENABLE | CONTROL_MASK_ALL).to_le_bytes())
 }
+
+/// What is saved of a vector.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct SavedVector {
+    entry: [u8; ENTRY_SIZE],
+    pending: bool,
+}
+
+/// What is saved of a table. Message control is a register of configuration space and saved with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedTable(Vec<SavedVector>);
 
 /// The table.
 pub(crate) struct MsixTable<L> {
@@ -99,6 +114,37 @@ impl<L: VectorLines> MsixTable<L> {
                 .filter(|(vector, _)| self.lines.pending(*vector))
                 .fold(0, |bits, (_, bit)| bits | bit);
         }
+    }
+
+    /// The table and what is pending.
+    pub(crate) fn capture(&self) -> SavedTable {
+        let vectors = self.entries.iter().enumerate();
+        let pending = |vector: usize| self.connected[vector].is_none() && self.lines.pending(vector);
+        SavedTable(
+            vectors.map(|(vector, entry)| SavedVector { entry: *entry, pending: pending(vector) }).collect(),
+        )
+    }
+
+    /// Whether [`MsixTable::adopt`] would take it.
+    pub(crate) fn check(&self, saved: &SavedTable) -> Result<(), Invalid> {
+        if saved.0.len() != self.entries.len() {
+            return Err(Invalid::because("another number of interrupt vectors"));
+        }
+        Ok(())
+    }
+
+    /// Takes over a saved table, with the message control that belongs to it.
+    pub(crate) fn adopt(&mut self, saved: &SavedTable, control: u16) -> Result<(), Invalid> {
+        self.check(saved)?;
+        self.control = control;
+        for (vector, saved) in saved.0.iter().enumerate() {
+            self.entries[vector] = saved.entry;
+            self.sync(vector);
+            if saved.pending {
+                self.lines.raise(vector);
+            }
+        }
+        Ok(())
     }
 
     /// Makes the line of a vector what the table says.
@@ -173,6 +219,11 @@ impl VectorLines for Vectors {
         // SAFETY: one valid pollfd, and a timeout of zero.
         unsafe { libc::poll(&mut poll, 1, 0) == 1 }
     }
+
+    fn raise(&mut self, vector: usize) {
+        // Fails only when the counter is full, and then it is raised.
+        let _ = self.events[vector].write(1);
+    }
 }
 
 #[cfg(test)]
@@ -199,6 +250,9 @@ mod tests {
         }
         fn pending(&self, vector: usize) -> bool {
             self.pending.contains(&vector)
+        }
+        fn raise(&mut self, vector: usize) {
+            self.pending.insert(vector);
         }
     }
 

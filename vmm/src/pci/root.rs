@@ -16,12 +16,13 @@ use crate::layout::{
     PHYSICAL_END, RESET_PORT,
 };
 use crate::lifecycle::{ExitReason, Lifecycle};
+use crate::state::{Invalid, Saved, Stateful};
 
 /// Slots of a bus.
 pub(crate) const SLOTS: usize = 32;
 
 /// A function 0 in one of the slots. All methods take what a hostile guest may send: any offset, any length from 1 to 8.
-pub(crate) trait PciDevice: Send + Sync {
+pub(crate) trait PciDevice: Saved + Send + Sync {
     /// Reads configuration space.
     fn config_read(&self, offset: usize, data: &mut [u8]);
     /// Writes configuration space.
@@ -86,14 +87,23 @@ impl PciRoot {
         let mut windows = self.windows.write();
         device.config_write(target.register, data);
         windows.retain(|(_, slot)| *slot != target.slot);
-        // Where it hides RAM it is RAM that answers: KVM does not ask.
-        let is_sound = |window: &Range<u64>| {
-            [PCI_MMIO_START..PCI_MMIO_END, HIGH_RAM_START..PHYSICAL_END]
-                .iter()
-                .any(|hole| hole.contains(&window.start) && window.end <= hole.end)
-        };
         if let Some(window) = device.decoded_memory().filter(is_sound) {
             windows.push((window, target.slot));
+        }
+    }
+
+    /// All devices with their slots.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = (usize, &dyn Saved)> {
+        (0..).zip(&self.slots).filter_map(|(slot, device)| Some((slot, device.as_deref()? as &dyn Saved)))
+    }
+
+    /// Asks all devices what memory they answer to, after their state was restored.
+    pub(crate) fn find_windows(&self) {
+        let mut windows = self.windows.write();
+        windows.clear();
+        for (slot, device) in (0..).zip(&self.slots) {
+            let window = device.as_deref().and_then(PciDevice::decoded_memory);
+            windows.extend(window.filter(is_sound).map(|window| (window, slot)));
         }
     }
 
@@ -110,6 +120,13 @@ impl PciRoot {
         let device = self.slots.get(*slot)?.as_deref()?;
         Some((device, address - window.start))
     }
+}
+
+/// Whether BARs may be there. Where one hides RAM it is RAM that answers: KVM does not ask.
+fn is_sound(window: &Range<u64>) -> bool {
+    [PCI_MMIO_START..PCI_MMIO_END, HIGH_RAM_START..PHYSICAL_END]
+        .iter()
+        .any(|hole| hole.contains(&window.start) && window.end <= hole.end)
 }
 
 /// What a configuration access means.
@@ -159,6 +176,20 @@ impl Ecam {
     }
 }
 
+/// Its place is a register of the host bridge's.
+impl Stateful for Ecam {
+    const KIND: &'static str = "ecam";
+    type State = ();
+
+    fn capture(&self) -> Result<(), Invalid> {
+        Ok(())
+    }
+
+    fn adopt(&self, (): ()) -> Result<(), Invalid> {
+        Ok(())
+    }
+}
+
 impl IoDevice for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let Some(target) = self.target(offset) {
@@ -178,6 +209,20 @@ pub(crate) struct MemoryWindow {
     pub(crate) root: Arc<PciRoot>,
     /// Where the window begins.
     pub(crate) base: u64,
+}
+
+/// What is in it is for the devices' BARs to say.
+impl Stateful for MemoryWindow {
+    const KIND: &'static str = "pci-window";
+    type State = ();
+
+    fn capture(&self) -> Result<(), Invalid> {
+        Ok(())
+    }
+
+    fn adopt(&self, (): ()) -> Result<(), Invalid> {
+        Ok(())
+    }
 }
 
 impl IoDevice for MemoryWindow {
@@ -223,6 +268,20 @@ impl ConfigPorts {
     fn target(&self, offset: u64, len: usize) -> Option<Target> {
         let offset = offset.checked_sub(4)? as usize;
         (offset + len <= 4).then(|| Target::from_ports(*self.address.lock(), offset)).flatten()
+    }
+}
+
+impl Stateful for ConfigPorts {
+    const KIND: &'static str = "pci-config-ports";
+    type State = u32;
+
+    fn capture(&self) -> Result<u32, Invalid> {
+        Ok(*self.address.lock())
+    }
+
+    fn adopt(&self, address: u32) -> Result<(), Invalid> {
+        *self.address.lock() = address;
+        Ok(())
     }
 }
 
@@ -326,6 +385,19 @@ mod tests {
             });
             config.set_memory_bar(PciRoot::initial_bar(PLAIN_SLOT), PLAIN_LEN);
             Self(Mutex::new(config))
+        }
+    }
+
+    impl Stateful for Plain {
+        const KIND: &'static str = "plain";
+        type State = crate::pci::config_space::Registers;
+
+        fn capture(&self) -> Result<Self::State, Invalid> {
+            Ok(self.0.lock().capture())
+        }
+
+        fn adopt(&self, state: Self::State) -> Result<(), Invalid> {
+            self.0.lock().adopt(&state)
         }
     }
 

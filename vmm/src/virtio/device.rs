@@ -4,11 +4,12 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::local::ServiceError;
 use crate::memory::Memory;
+use crate::state::Invalid;
 
 /// Virtio device ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +38,15 @@ pub(crate) struct ActiveQueue {
     pub(crate) call: EventFd,
 }
 
+/// What a newly set up queue starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Start {
+    /// A driver has just set the queues up.
+    Fresh,
+    /// The queues were in use when they were stopped: before a lost connection, or when the device was saved.
+    Resumed,
+}
+
 /// What a device gets when its driver is ready.
 #[derive(Debug)]
 pub(crate) struct Activation {
@@ -44,6 +54,7 @@ pub(crate) struct Activation {
     pub(crate) features: u64,
     pub(crate) memory: Memory,
     pub(crate) queues: Vec<ActiveQueue>,
+    pub(crate) start: Start,
 }
 
 /// A device could not be started; its driver is told to reset it.
@@ -77,8 +88,22 @@ pub(crate) trait VirtioDevice: Send {
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// The driver is ready. Not called again before [`VirtioDevice::reset`].
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+    /// State of its own, beside registers and rings, of a device that [`VirtioDevice::reset`] has stopped.
+    fn save(&self) -> Vec<u8> {
+        Vec::new()
+    }
+    /// Takes over what [`VirtioDevice::save`] gave; an activation that resumes follows.
+    fn restore(&mut self, state: &[u8]) -> Result<(), Invalid> {
+        if state.is_empty() { Ok(()) } else { Err(Invalid::because("this device has no state of its own")) }
+    }
     /// The driver reset the device. When this returns, the queues are not used any more.
     fn reset(&mut self);
+}
+
+/// The index up to which the backend has returned buffers.
+pub(crate) fn used_index(memory: &Memory, used: GuestAddress) -> Result<u16, GuestMemoryError> {
+    const INDEX_AT: u64 = 2;
+    memory.read_obj(GuestAddress(used.0.saturating_add(INDEX_AT)))
 }
 
 /// Copies the part of `config` that an access means.
@@ -124,6 +149,17 @@ impl ConfigChange {
 
     pub(crate) fn generation(&self) -> u8 {
         self.generation.load(Ordering::Acquire)
+    }
+
+    /// Generation and ISR register, to be saved.
+    pub(crate) fn capture(&self) -> [u8; 2] {
+        [self.generation(), self.isr.load(Ordering::Acquire)]
+    }
+
+    /// Takes over what was saved.
+    pub(crate) fn adopt(&self, [generation, isr]: [u8; 2]) {
+        self.generation.store(generation, Ordering::Release);
+        self.isr.store(isr, Ordering::Release);
     }
 
     /// The ISR register; reading clears it.

@@ -11,10 +11,11 @@ use std::thread::JoinHandle;
 
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{DescriptorChain, Queue, QueueT};
+use vm_memory::GuestMemoryError;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::device::ActiveQueue;
+use super::device::{ActiveQueue, Start, used_index};
 use crate::isolation::{ThreadKind, confine_thread};
 use crate::memory::Memory;
 
@@ -31,6 +32,8 @@ pub(crate) enum ServiceError {
     Events(#[from] io::Error),
     #[error("the guest's queue: {0}")]
     Queue(#[from] virtio_queue::Error),
+    #[error("the guest's queue: {0}")]
+    Memory(#[from] GuestMemoryError),
 }
 
 /// Whether there is anything to do with further buffers.
@@ -49,13 +52,26 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    pub(crate) fn new(active: ActiveQueue, features: u64, memory: Memory) -> Result<Self, ServiceError> {
+    pub(crate) fn new(
+        active: ActiveQueue,
+        features: u64,
+        memory: Memory,
+        start: Start,
+    ) -> Result<Self, ServiceError> {
         let mut queue = Queue::new(active.size)?;
         queue.try_set_size(active.size)?;
         queue.try_set_desc_table_address(active.descriptors)?;
         queue.try_set_avail_ring_address(active.available)?;
         queue.try_set_used_ring_address(active.used)?;
         queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+        if start == Start::Resumed {
+            let next = used_index(&memory, active.used)?;
+            queue.set_next_avail(next);
+            queue.set_next_used(next);
+            // Kicks and interrupts from before may be lost.
+            active.kick.write(1)?;
+            active.call.write(1)?;
+        }
         queue.set_ready(true);
         Ok(Self { queue, kick: active.kick, call: active.call, memory })
     }

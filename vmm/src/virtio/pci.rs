@@ -9,16 +9,18 @@ use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::device::{ActivateError, Activation, ActiveQueue, ConfigChange, DeviceType, VirtioDevice};
+use super::device::{ActivateError, Activation, ActiveQueue, ConfigChange, DeviceType, Start, VirtioDevice};
 use super::transport::{Action, Transport};
 use crate::error::{VmError, resource};
 use crate::interrupts::Interrupts;
 use crate::memory::Memory;
 use crate::pci::PciDevice;
-use crate::pci::config_space::{ConfigSpace, Identity};
+use crate::pci::config_space::{self, ConfigSpace, Identity};
 use crate::pci::msix::{self, MSIX_CAPABILITY, MsixTable, Vectors};
+use crate::state::{Invalid, Stateful};
 
 const VIRTIO_VENDOR: u16 = 0x1af4;
 /// Device id of modern functions: this plus the virtio device id.
@@ -127,7 +129,7 @@ impl VirtioPci {
         })
     }
 
-    fn activate(&self, inner: &mut Inner) -> Result<(), ActivateError> {
+    fn activate(&self, inner: &mut Inner, start: Start) -> Result<(), ActivateError> {
         let fail = |error: &dyn std::fmt::Display| ActivateError(error.to_string());
         let setups = inner.transport.queue_setups(&self.memory).map_err(|error| fail(&error))?;
         let mut queues = Vec::new();
@@ -149,13 +151,13 @@ impl VirtioPci {
             });
         }
         let features = inner.transport.driver_features();
-        inner.device.activate(Activation { features, memory: self.memory.clone(), queues })
+        inner.device.activate(Activation { features, memory: self.memory.clone(), queues, start })
     }
 
     fn write_common(&self, inner: &mut Inner, offset: u64, data: &[u8]) {
         match inner.transport.write(offset, data) {
             Action::None => {}
-            Action::Activate => match self.activate(inner) {
+            Action::Activate => match self.activate(inner, Start::Fresh) {
                 Ok(()) => inner.active = true,
                 Err(error) => {
                     tracing::warn!(device = self.id, %error, "device needs a reset");
@@ -245,6 +247,80 @@ impl VirtioPci {
         let length = inner.config.u32_at(self.window_at + 12) as usize;
         (bar == 0 && length == len && matches!(len, 1 | 2 | 4) && offset + len as u64 <= BAR_SIZE)
             .then_some(offset)
+    }
+}
+
+/// What is saved of a function and its device.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct SavedFunction {
+    config: config_space::Registers,
+    transport: Transport,
+    msix: msix::SavedTable,
+    /// Generation and ISR register.
+    change: [u8; 2],
+    device_type: u16,
+    device: Vec<u8>,
+}
+
+impl Stateful for VirtioPci {
+    const KIND: &'static str = "virtio-pci";
+    type State = SavedFunction;
+
+    /// A device that runs is stopped and goes on afterwards: only while it is stopped do its rings say where it is.
+    fn capture(&self) -> Result<SavedFunction, Invalid> {
+        let mut guard = self.inner.lock();
+        let inner = &mut *guard;
+        if inner.active {
+            inner.device.reset();
+        }
+        let saved = SavedFunction {
+            config: inner.config.capture(),
+            transport: inner.transport.clone(),
+            msix: inner.msix.capture(),
+            change: self.change.capture(),
+            device_type: inner.device.device_type() as u16,
+            device: inner.device.save(),
+        };
+        if inner.active {
+            self.resume(inner)?;
+        }
+        Ok(saved)
+    }
+
+    fn adopt(&self, saved: SavedFunction) -> Result<(), Invalid> {
+        let mut guard = self.inner.lock();
+        let inner = &mut *guard;
+        if saved.device_type != inner.device.device_type() as u16 {
+            return Err(Invalid::because("another type of device"));
+        }
+        inner.config.check(&saved.config)?;
+        inner.transport.check(&saved.transport)?;
+        inner.msix.check(&saved.msix)?;
+        if std::mem::take(&mut inner.active) {
+            inner.device.reset();
+        }
+        inner.device.restore(&saved.device)?;
+        inner.config.adopt(&saved.config)?;
+        inner.transport.adopt(saved.transport)?;
+        self.change.adopt(saved.change);
+        self.change.set_vector(inner.transport.config_vector());
+        let control = inner.config.u16_at(self.msix_at + 2);
+        inner.msix.adopt(&saved.msix, control)?;
+        self.move_doorbells(inner);
+        if inner.transport.is_running() {
+            self.resume(inner)?;
+        }
+        Ok(())
+    }
+}
+
+impl VirtioPci {
+    /// Has the device go on in rings that were in use.
+    fn resume(&self, inner: &mut Inner) -> Result<(), Invalid> {
+        inner.active = false;
+        self.activate(inner, Start::Resumed).map_err(Invalid::because)?;
+        inner.active = true;
+        Ok(())
     }
 }
 

@@ -36,9 +36,9 @@ impl VirtioDevice for Rng {
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { features, memory, queues } = activation;
+        let Activation { features, memory, queues, start } = activation;
         let Some(active) = queues.into_iter().next() else { return Ok(()) };
-        let ring = Ring::new(active, features, memory.clone())?;
+        let ring = Ring::new(active, features, memory.clone(), start)?;
         self.worker = Some(Worker::spawn_single("rng", ring, memory, fill_chain)?);
         Ok(())
     }

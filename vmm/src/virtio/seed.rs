@@ -71,9 +71,9 @@ impl VirtioDevice for Seed {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { features, memory, queues } = activation;
+        let Activation { features, memory, queues, start } = activation;
         let Some(active) = queues.into_iter().next() else { return Ok(()) };
-        let ring = Ring::new(active, features, memory.clone())?;
+        let ring = Ring::new(active, features, memory.clone(), start)?;
         let served = Served { content: self.content.clone(), memory };
         self.worker = Some(Worker::spawn_single("seed", ring, served, Served::answer)?);
         Ok(())

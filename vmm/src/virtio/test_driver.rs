@@ -6,7 +6,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::device::{Activation, ActiveQueue, VirtioDevice};
+use super::device::{Activation, ActiveQueue, Start, VirtioDevice};
 use crate::layout::MIB;
 use crate::memory::{self, Memory};
 
@@ -73,7 +73,20 @@ impl Driver {
                 DriverQueue { at, size, next: 0, kick: event(), call: event() }
             })
             .collect();
-        let active = (0..).zip(&queues).map(|(index, queue)| ActiveQueue {
+        let driver = Self { memory, queues };
+        driver.activate(device, Start::Fresh);
+        driver
+    }
+
+    /// Stops the device, as when it is saved, and has another one go on in its rings.
+    pub(crate) fn move_to(&self, old: &mut dyn VirtioDevice, new: &mut dyn VirtioDevice) {
+        old.reset();
+        new.restore(&old.save()).unwrap();
+        self.activate(new, Start::Resumed);
+    }
+
+    fn activate(&self, device: &mut dyn VirtioDevice, start: Start) {
+        let active = (0..).zip(&self.queues).map(|(index, queue)| ActiveQueue {
             index,
             size: queue.size,
             descriptors: GuestAddress(queue.at),
@@ -83,9 +96,9 @@ impl Driver {
             call: queue.call.try_clone().unwrap(),
         });
         let features = device.features() & !(1 << VIRTIO_RING_F_EVENT_IDX);
-        let activation = Activation { features, memory: memory.clone(), queues: active.collect() };
+        let activation =
+            Activation { features, memory: self.memory.clone(), queues: active.collect(), start };
         device.activate(activation).unwrap();
-        Self { memory, queues }
     }
 
     /// Makes buffers available and waits until the device has used them.

@@ -1,12 +1,14 @@
 //! The common configuration registers of the modern virtio PCI transport: a model without I/O. Writes return what is to be done about
 //! them ([`Action`]); nothing a guest writes, in whatever order, makes it panic.
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::device::NO_VECTOR;
+use crate::state::Invalid;
 
 /// Length of the registers.
 pub(crate) const COMMON_CONFIG_SIZE: usize = 0x38;
@@ -26,7 +28,7 @@ pub(crate) enum Action {
 }
 
 /// Registers of one queue.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Queue {
     max_size: u16,
     size: u16,
@@ -72,7 +74,7 @@ pub(crate) enum QueueError {
 }
 
 /// The registers.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Transport {
     device_features: u64,
     device_feature_select: u32,
@@ -105,6 +107,42 @@ impl Transport {
     pub(crate) fn reset(&mut self) {
         let sizes: Vec<_> = self.queues.iter().map(|queue| queue.max_size).collect();
         *self = Self::new(self.device_features, &sizes, self.vectors);
+    }
+
+    /// Whether the registers can be taken over by a device like this one: what its driver accepted is offered here too, its queues are
+    /// not larger, and they are in a state that register writes lead to.
+    pub(crate) fn check(&self, saved: &Self) -> Result<(), Invalid> {
+        let fits = |condition: bool, why: &str| if condition { Ok(()) } else { Err(Invalid::because(why)) };
+        let has = |bit: u8| saved.status & bit != 0;
+        let is_vector = |vector: u16| vector < self.vectors || vector == NO_VECTOR;
+        fits(saved.vectors == self.vectors, "another number of interrupt vectors")?;
+        fits(saved.queues.len() == self.queues.len(), "another number of queues")?;
+        fits(is_vector(saved.config_vector), "an interrupt vector that does not exist")?;
+        for (saved, own) in saved.queues.iter().zip(&self.queues) {
+            fits(saved.max_size == own.max_size && saved.size <= own.max_size, "queues of another size")?;
+            fits(is_vector(saved.vector), "an interrupt vector that does not exist")?;
+            fits(saved.size != 0 || !saved.enabled, "an enabled queue without entries")?;
+        }
+        fits(!has(STATUS_DRIVER_OK) || has(STATUS_FEATURES_OK), "a driver that is ready without features")?;
+        let mut with_own_offer = saved.clone();
+        with_own_offer.device_features = self.device_features;
+        fits(
+            !has(STATUS_FEATURES_OK) || with_own_offer.features_acceptable(),
+            "features that are not offered here",
+        )
+    }
+
+    /// Takes over saved registers. What is offered stays this device's.
+    pub(crate) fn adopt(&mut self, saved: Self) -> Result<(), Invalid> {
+        self.check(&saved)?;
+        let device_features = self.device_features;
+        *self = Self { device_features, ..saved };
+        Ok(())
+    }
+
+    /// The device is at work: its driver is ready, and it has not failed.
+    pub(crate) fn is_running(&self) -> bool {
+        self.status & (STATUS_DRIVER_OK | STATUS_NEEDS_RESET) == STATUS_DRIVER_OK
     }
 
     /// What the driver accepted.

@@ -15,7 +15,8 @@ use self::registers::{LOCK_LOCKED, Registers};
 use crate::isolation::{ThreadKind, confine_thread};
 use crate::lifecycle::{ExitReason, Lifecycle};
 use crate::pci::PciDevice;
-use crate::pci::config_space::{ConfigSpace, Identity};
+use crate::pci::config_space::{self, ConfigSpace, Identity};
+use crate::state::{Invalid, Stateful};
 use crate::vcpu::{self, gate::Gate};
 
 /// A page: the registers are 16 bytes of it.
@@ -104,6 +105,25 @@ impl Drop for Watchdog {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+impl Stateful for Watchdog {
+    const KIND: &'static str = "i6300esb";
+    type State = (config_space::Registers, registers::SavedRegisters);
+
+    fn capture(&self) -> Result<Self::State, Invalid> {
+        let inner = self.shared.inner.lock();
+        Ok((inner.config.capture(), inner.registers.capture()))
+    }
+
+    fn adopt(&self, (config, registers): Self::State) -> Result<(), Invalid> {
+        let mut inner = self.shared.inner.lock();
+        inner.config.check(&config)?;
+        inner.registers.adopt(&registers, Instant::now())?;
+        inner.config.adopt(&config)?;
+        self.shared.changed.notify_one();
+        Ok(())
     }
 }
 

@@ -6,6 +6,10 @@
 
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
+use crate::state::Invalid;
+
 const TIMER_1: u64 = 0x00;
 const TIMER_2: u64 = 0x04;
 const RELOAD: u64 = 0x0c;
@@ -30,7 +34,7 @@ const LOCK_ENABLED: u8 = 1 << 1;
 const LOCK_FREE_RUNNING: u8 = 1 << 2;
 
 /// How far a write is let through.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 enum Gate {
     #[default]
     Closed,
@@ -38,6 +42,15 @@ enum Gate {
     Half,
     /// The next write counts.
     Open,
+}
+
+/// What is saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedRegisters {
+    gate: Gate,
+    preload: [u32; 2],
+    config: u16,
+    lock: u8,
 }
 
 /// The registers.
@@ -58,6 +71,22 @@ impl Default for Registers {
 }
 
 impl Registers {
+    pub(super) fn capture(&self) -> SavedRegisters {
+        let Self { gate, preload, config, lock, .. } = *self;
+        SavedRegisters { gate, preload, config, lock }
+    }
+
+    /// Takes over what was saved. The count starts over: the guest had no chance to feed it since.
+    pub(super) fn adopt(&mut self, saved: &SavedRegisters, now: Instant) -> Result<(), Invalid> {
+        let SavedRegisters { gate, preload, config, lock } = *saved;
+        if preload.iter().any(|preload| preload & !PRELOAD_MASK != 0) {
+            return Err(Invalid::because("a count that does not fit its register"));
+        }
+        let started = (lock & LOCK_ENABLED != 0).then_some(now);
+        *self = Self { gate, preload, config, lock, started };
+        Ok(())
+    }
+
     /// When the machine is to be reset, unless the driver does something before.
     pub(super) fn due(&self) -> Option<Instant> {
         let resets = self.config & CONFIG_NO_REBOOT == 0 && self.lock & LOCK_FREE_RUNNING == 0;

@@ -3,6 +3,8 @@
 //! Nothing is queued for the driver: what is still to be told follows from what it was told, so that a driver that asks over
 //! and over, or never listens, costs nothing.
 
+use serde::{Deserialize, Serialize};
+
 /// The port's number. Number 0 is kept for a console by drivers of all systems.
 pub(super) const PORT: u32 = 1;
 /// Length of a message without a name behind it.
@@ -15,7 +17,7 @@ const PORT_OPEN: u16 = 6;
 const PORT_NAME: u16 = 7;
 
 /// Whether an end of the port is open.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum End {
     #[default]
     Closed,
@@ -23,7 +25,7 @@ pub(super) enum End {
 }
 
 /// What the driver knows and does.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Control {
     /// The driver is to be told that there is a port.
     announce: bool,

@@ -14,11 +14,16 @@ use std::fs;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
+
+use self::control::Control;
 use self::server::{Rings, Server};
-use super::device::{ActivateError, Activation, DeviceType, VirtioDevice, read_config_bytes};
+use super::device::{ActivateError, Activation, DeviceType, Start, VirtioDevice, read_config_bytes};
 use super::local::{RING_FEATURES, Ring, Worker};
 use crate::socket;
+use crate::state::Invalid;
 
 /// `VIRTIO_CONSOLE_F_MULTIPORT`: ports have names and are opened and closed.
 const MULTIPORT: u64 = 1 << 1;
@@ -38,12 +43,20 @@ pub(crate) struct Port {
     listener: UnixListener,
     path: PathBuf,
     worker: Option<Worker>,
+    /// Where the exchange with the driver stood when the thread ended.
+    control: Arc<Mutex<Control>>,
 }
 
 impl Port {
     /// A port of this name, served on the socket at `path`.
     pub(crate) fn new(name: &'static str, path: &Path) -> io::Result<Self> {
-        Ok(Self { name, listener: socket::listen(path)?, path: path.to_owned(), worker: None })
+        Ok(Self {
+            name,
+            listener: socket::listen(path)?,
+            path: path.to_owned(),
+            worker: None,
+            control: Arc::default(),
+        })
     }
 }
 
@@ -78,7 +91,7 @@ impl VirtioDevice for Port {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { features, memory, mut queues } = activation;
+        let Activation { features, memory, mut queues, start } = activation;
         if features & MULTIPORT == 0 {
             // Its only port would be the console that there is none of.
             return Ok(());
@@ -86,7 +99,7 @@ impl VirtioDevice for Port {
         let mut ring = |index| -> Result<Ring, ActivateError> {
             let at = queues.iter().position(|queue| queue.index == index);
             let at = at.ok_or_else(|| ActivateError(format!("queue {index} is not set up")))?;
-            Ok(Ring::new(queues.swap_remove(at), features, memory.clone())?)
+            Ok(Ring::new(queues.swap_remove(at), features, memory.clone(), start)?)
         };
         let rings = Rings {
             control_to_guest: ring(CONTROL_TO_GUEST)?,
@@ -94,8 +107,21 @@ impl VirtioDevice for Port {
             to_guest: ring(TO_GUEST)?,
             from_guest: ring(FROM_GUEST)?,
         };
-        let server = Server::new(self.name, self.listener.try_clone()?, memory)?;
+        if start == Start::Fresh {
+            *self.control.lock() = Control::default();
+        }
+        let server = Server::new(self.name, self.listener.try_clone()?, memory, self.control.clone())?;
         self.worker = Some(Worker::spawn("agent-port", move |stop| server.run(rings, stop))?);
+        Ok(())
+    }
+
+    fn save(&self) -> Vec<u8> {
+        // A few plain fields: encoding them does not fail.
+        postcard::to_stdvec(&*self.control.lock()).unwrap_or_default()
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), Invalid> {
+        *self.control.lock() = postcard::from_bytes(state).map_err(Invalid::because)?;
         Ok(())
     }
 

@@ -7,7 +7,9 @@ use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::control::{Control, End, MESSAGE_BYTES};
@@ -46,6 +48,8 @@ pub(super) struct Server {
     epoll: Epoll,
     listener: UnixListener,
     control: Control,
+    /// Where `control` is left at the end of the thread.
+    kept: Arc<Mutex<Control>>,
     client: Option<Client>,
     next_token: u64,
     to_client: VecDeque<u8>,
@@ -53,13 +57,21 @@ pub(super) struct Server {
 }
 
 impl Server {
-    pub(super) fn new(name: &'static str, listener: UnixListener, memory: Memory) -> io::Result<Self> {
+    /// `kept` is where the control messages go on from.
+    pub(super) fn new(
+        name: &'static str,
+        listener: UnixListener,
+        memory: Memory,
+        kept: Arc<Mutex<Control>>,
+    ) -> io::Result<Self> {
+        let control = kept.lock().clone();
         Ok(Self {
             name,
             memory,
             epoll: Epoll::new()?,
             listener,
-            control: Control::default(),
+            control,
+            kept,
             client: None,
             next_token: FIRST_CLIENT,
             to_client: VecDeque::new(),
@@ -68,7 +80,13 @@ impl Server {
     }
 
     /// Serves the port until it is told to stop.
-    pub(super) fn run(mut self, mut rings: Rings, stop: &Stop) -> Result<(), ServiceError> {
+    pub(super) fn run(mut self, rings: Rings, stop: &Stop) -> Result<(), ServiceError> {
+        let served = self.serve(rings, stop);
+        *self.kept.lock() = self.control;
+        served
+    }
+
+    fn serve(&mut self, mut rings: Rings, stop: &Stop) -> Result<(), ServiceError> {
         let kicks = [&rings.control_to_guest, &rings.control_from_guest, &rings.to_guest, &rings.from_guest];
         let fds = kicks.map(|ring| (ring.kick_fd(), KICK));
         for (fd, token) in fds.into_iter().chain([(self.listener.as_raw_fd(), LISTENER), (stop.fd(), KICK)]) {

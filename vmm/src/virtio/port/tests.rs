@@ -183,3 +183,27 @@ fn a_driver_starts_anew_after_a_reset() {
     after.write_all(b"again").unwrap();
     assert_eq!(from_device(&mut driver, TO_GUEST), b"again");
 }
+
+#[test]
+fn the_port_stays_open_over_a_move_and_rings_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old_path, new_path) = (dir.path().join("old.sock"), dir.path().join("new.sock"));
+    let mut old = Port::new(NAME, &old_path).unwrap();
+    let mut driver = opened(&mut old);
+    let mut before = client(&mut driver, &old_path);
+    let mut new = Port::new(NAME, &new_path).unwrap();
+    driver.move_to(&mut old, &mut new);
+    assert!(ends(&mut before));
+    assert_eq!(from_device(&mut driver, CONTROL_TO_GUEST), CLOSED, "its client is not there");
+    let mut after = client(&mut driver, &new_path);
+    to_device(&mut driver, FROM_GUEST, b"still open");
+    assert_eq!(read(&mut after, 10), b"still open");
+}
+
+#[test]
+fn a_hostile_state_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut port = Port::new(NAME, &dir.path().join("port.sock")).unwrap();
+    assert!(port.restore(&[7; 5]).is_err());
+    assert!(port.restore(&[]).is_err());
+}

@@ -12,11 +12,11 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::device::Kind;
 use crate::memory::Memory;
-use crate::virtio::device::{Activation, ActiveQueue};
+use crate::virtio::device::{Activation, ActiveQueue, Start, used_index};
 
 /// Features of the rings themselves, passed on for every kind of device.
 const RING_FEATURES: u64 =
@@ -62,15 +62,6 @@ pub(crate) struct Capabilities {
     /// Device configuration, as long as the kind of device asked for.
     pub(crate) config: Vec<u8>,
     pub(crate) max_queues: u16,
-}
-
-/// What a newly set up queue starts from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Start {
-    /// A driver has just set the queues up.
-    Fresh,
-    /// The queues were in use when the last connection was lost.
-    Resumed,
 }
 
 /// A connection.
@@ -202,10 +193,4 @@ fn read_config(
         .get_config(0, len as u32, VhostUserConfigFlags::empty(), &vec![0; len])
         .map_err(request("GET_CONFIG"))?;
     Ok(config)
-}
-
-/// The index up to which the backend has returned buffers.
-fn used_index(memory: &Memory, used: GuestAddress) -> Result<u16, GuestMemoryError> {
-    const INDEX_AT: u64 = 2;
-    memory.read_obj(GuestAddress(used.0.saturating_add(INDEX_AT)))
 }

@@ -30,7 +30,7 @@ use crate::error::VmError;
 use crate::handle::BackendState;
 use crate::layout::MIB;
 use crate::memory::{self, Memory};
-use crate::virtio::device::{Activation, ActiveQueue, ConfigChange};
+use crate::virtio::device::{Activation, ActiveQueue, ConfigChange, Start};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
@@ -191,7 +191,7 @@ impl Driver {
             kick: self.kick.try_clone().unwrap(),
             call: self.call.try_clone().unwrap(),
         };
-        Activation { features, memory: self.memory.clone(), queues: vec![queue] }
+        Activation { features, memory: self.memory.clone(), queues: vec![queue], start: Start::Fresh }
     }
 
     /// Makes one more buffer available and kicks.

@@ -22,11 +22,11 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::Kind;
-use super::session::{Capabilities, Session, SessionError, Start};
+use super::session::{Capabilities, Session, SessionError};
 use crate::error::{VmError, resource};
 use crate::handle::{BackendState, DeviceStatus};
 use crate::isolation::{ThreadKind, confine_thread};
-use crate::virtio::device::{Activation, ConfigChange};
+use crate::virtio::device::{Activation, ConfigChange, Start};
 
 /// Between two attempts to connect: short at first, as a restarted backend is back within tens of milliseconds.
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
@@ -223,7 +223,8 @@ impl Worker {
         while !self.shared.quitting.load(Ordering::SeqCst) {
             match self.commands.try_recv() {
                 Ok(Command::Activate(activation)) => {
-                    self.activation = Some(Queues { activation, start: Start::Fresh });
+                    let start = activation.start;
+                    self.activation = Some(Queues { activation, start });
                     if let Err(error) = self.start_queues() {
                         self.drop_session(&error);
                     }
