@@ -494,7 +494,7 @@ async fn the_copies_of_a_lost_node_are_rebuilt_on_another_one() {
     for node in &nodes[..3] {
         node.add_disk("disk").await;
     }
-    nodes[0].post("/v1/volumes", json!({ "name": "v", "size_bytes": 3_u64 << 30, "replicas": 3 })).await;
+    nodes[0].post("/v1/volumes", json!({ "name": "v", "size_bytes": 1_u64 << 30, "replicas": 3 })).await;
     let (status, _) = nodes[0]
         .ask(Method::PATCH, "/v1/pool", json!({ "rebuild_grace_seconds": 2, "rebalance": false }))
         .await;
@@ -521,12 +521,12 @@ async fn the_copies_of_a_lost_node_are_rebuilt_on_another_one() {
     // What is left changes its number of copies and its size.
     let set = nodes[0].ask(Method::PATCH, "/v1/volumes/v", json!({ "replicas": 2 })).await;
     assert_eq!(set.0, 202, "{}", set.1);
-    nodes[0].post("/v1/volumes/v/grow", json!({ "size_bytes": 5_u64 << 30 })).await;
-    eventually("the volume has two copies of five segments", async || {
+    nodes[0].post("/v1/volumes/v/grow", json!({ "size_bytes": 2_u64 << 30 })).await;
+    eventually("the volume has two copies of two segments", async || {
         let volume = nodes[0].get("/v1/volumes/v").await;
         let placement = volume["placement"].as_array()?;
         let copies: u64 = placement.iter().filter_map(|place| place["in_sync"].as_u64()).sum();
-        (copies == 10 && volume["segments"] == 5).then_some(())
+        (copies == 4 && volume["segments"] == 2).then_some(())
     })
     .await;
     data.iter().for_each(CancellationToken::cancel);
