@@ -10,6 +10,9 @@ use serde::de::DeserializeOwned;
 /// Version of all message types of this build.
 pub const VERSION: u8 = 1;
 
+/// Room for the headers that there are many of: they grow once, not five times.
+const USUAL: usize = 160;
+
 /// A value that cannot be encoded.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot encode a message: {0}")]
@@ -34,7 +37,9 @@ pub enum DecodeError {
 
 /// Encodes a value behind the version byte.
 pub fn encode<T: Serialize>(value: &T) -> Result<Bytes, EncodeError> {
-    Ok(postcard::to_extend(value, vec![VERSION])?.into())
+    let mut bytes = Vec::with_capacity(USUAL);
+    bytes.push(VERSION);
+    Ok(postcard::to_extend(value, bytes)?.into())
 }
 
 /// Decodes what [`encode`] made; all bytes must be used.

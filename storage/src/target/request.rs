@@ -157,13 +157,11 @@ fn walk<M: GuestMemory>(memory: &M, ring: DescriptorTable, head: u16) -> Result<
 
 /// Takes `len` bytes off the front of some pieces; `None` when there are fewer or memory is not there.
 fn take_front<M: GuestMemory>(memory: &M, pieces: &mut Vec<Piece>, len: usize) -> Option<Vec<u8>> {
-    let mut out = vec![0; len];
-    let mut done = 0;
-    while done < len {
+    let mut out = Vec::with_capacity(len);
+    while out.len() < len {
         let (address, left) = pieces.first_mut()?;
-        let n = (*left as usize).min(len - done);
-        memory.read_slice(&mut out[done..done + n], *address).ok()?;
-        done += n;
+        let n = (*left as usize).min(len - out.len());
+        memory.write_all_volatile_to(*address, &mut out, n).ok()?;
         *address = address.checked_add(n as u64)?;
         *left -= n as u32;
         if *left == 0 {

@@ -44,6 +44,13 @@ const RESERVED_SLOTS: u32 = 4;
 /// Who waits for a record.
 pub(super) type Tell = oneshot::Sender<Result<(), StoreError>>;
 
+/// What a record of the log is made of.
+pub(super) struct Record {
+    pub(super) operation: Operation,
+    /// Of a record of data, else nothing.
+    pub(super) data: Bytes,
+}
+
 /// A record that waits for its batch.
 struct Queued {
     operation: Operation,
@@ -103,8 +110,8 @@ struct InFlight {
 pub(super) enum Admission {
     /// It is in the queue.
     Admitted(Turn, oneshot::Receiver<Result<(), StoreError>>),
-    /// Ask again after the next checkpoint.
-    Later,
+    /// Ask again with it after the next checkpoint.
+    Later(Record),
 }
 
 /// Who starts the batch that a write goes into.
@@ -267,22 +274,23 @@ impl Core {
     }
 
     /// Takes a record in, if there is room for it.
-    pub(super) fn admit(&mut self, operation: Operation, data: Bytes) -> Result<Admission, StoreError> {
+    pub(super) fn admit(&mut self, record: Record) -> Result<Admission, StoreError> {
         self.check_failed()?;
+        let Record { operation, data } = &record;
         if data.len() > self.record_bytes() {
             return Err(StoreError::Invalid("the write is larger than a record of this log".to_owned()));
         }
         if self.head - self.tail + self.queued_bytes + data.len() as u64 > self.unapplied_at_most() {
             self.starved = true;
-            return Ok(Admission::Later);
+            return Ok(Admission::Later(record));
         }
-        if let Some((at, blocks, needs)) = needs(&operation) {
+        if let Some((at, blocks, needs)) = needs(operation) {
             match self.want(at, blocks, needs) {
                 Ok(()) => {}
                 // A checkpoint gives slots back, and while it runs some are counted twice.
                 Err(StoreError::Full) if self.giving > 0 || self.applying => {
                     self.starved = true;
-                    return Ok(Admission::Later);
+                    return Ok(Admission::Later(record));
                 }
                 Err(error) => {
                     self.full = true;
@@ -291,6 +299,7 @@ impl Core {
             }
         }
         let (tell, told) = oneshot::channel();
+        let Record { operation, data } = record;
         self.queued_bytes += data.len() as u64;
         let turn = if self.queue.is_empty() { Turn::First } else { Turn::Behind };
         self.queue.push_back(Queued { operation, data, tell });

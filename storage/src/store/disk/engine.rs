@@ -4,7 +4,7 @@
 //! a batch; the end of a batch starts the next when more wait. The applier has a thread, which sleeps while there is nothing to apply.
 
 use super::apply::Applier;
-use super::core::{Admission, Core, Turn};
+use super::core::{Admission, Core, Record, Turn};
 use super::device::{Device, Finished, Request};
 use super::format::batch::Operation;
 use crate::store::StoreError;
@@ -42,6 +42,8 @@ struct Work {
 pub(super) struct Shared {
     pub(super) device: Arc<dyn Device>,
     pub(super) core: Arc<Mutex<Core>>,
+    /// Bytes of data in one record of the log at most.
+    pub(super) record_bytes: usize,
     syncs: Mutex<Syncs>,
     /// Told when a checkpoint has made room.
     pub(super) room: Notify,
@@ -101,9 +103,11 @@ impl Drop for Starts<'_> {
 
 impl Shared {
     pub(super) fn new(device: Arc<dyn Device>, core: Arc<Mutex<Core>>) -> Arc<Self> {
+        let record_bytes = core.lock().record_bytes();
         Arc::new(Self {
             device,
             core,
+            record_bytes,
             syncs: Mutex::default(),
             room: Notify::new(),
             work: Mutex::default(),
@@ -113,18 +117,11 @@ impl Shared {
 
     /// Logs a record. Returns when it is in the log.
     pub(super) async fn log(self: &Arc<Self>, operation: Operation, data: Bytes) -> Result<(), StoreError> {
-        let (turn, told) = loop {
-            // Before asking, so that no room made in between goes unnoticed.
-            let mut room = std::pin::pin!(self.room.notified());
-            room.as_mut().enable();
-            let admission = self.core.lock().admit(operation.clone(), data.clone())?;
-            match admission {
-                Admission::Admitted(turn, told) => break (turn, told),
-                Admission::Later => {
-                    self.look_for_work();
-                    room.await;
-                }
-            }
+        let record = Record { operation, data };
+        let first = self.core.lock().admit(record)?;
+        let (turn, told) = match first {
+            Admission::Admitted(turn, told) => (turn, told),
+            Admission::Later(record) => Box::pin(self.admit_later(record)).await?,
         };
         if turn == Turn::First {
             // Also when the caller gives up meanwhile: others rely on it.
@@ -132,6 +129,25 @@ impl Shared {
             tokio::task::yield_now().await;
         }
         told.await.unwrap_or_else(|_| Err(StoreError::Io("the disk was closed".to_owned())))
+    }
+
+    /// Has a record admitted that found no room.
+    async fn admit_later(
+        &self,
+        mut record: Record,
+    ) -> Result<(Turn, oneshot::Receiver<Result<(), StoreError>>), StoreError> {
+        loop {
+            // Before asking, so that no room made in between goes unnoticed.
+            let mut room = std::pin::pin!(self.room.notified());
+            room.as_mut().enable();
+            let admission = self.core.lock().admit(record)?;
+            match admission {
+                Admission::Admitted(turn, told) => return Ok((turn, told)),
+                Admission::Later(back) => record = back,
+            }
+            self.look_for_work();
+            room.await;
+        }
     }
 
     /// Starts batches as long as there is one to start. Only one caller at a time is in the loop; the others leave it to that one.

@@ -68,7 +68,6 @@ impl Shared {
         at: SegmentKey,
         write: ReplicaWrite,
     ) -> Result<(), StoreError> {
-        let most = self.core.lock().record_bytes();
         let blocks = write.blocks();
         let WriteContent::Data { data, crcs } = &write.content else {
             let (operation, data) = operation(at, write)?;
@@ -78,7 +77,7 @@ impl Shared {
             && blocks.end <= BLOCKS_PER_SEGMENT
             && write.version != Version::default();
         let positions = large(blocks);
-        if !sane || positions.is_none() && data.len() <= most {
+        if !sane || positions.is_none() && data.len() <= self.record_bytes {
             let (operation, data) = operation(at, write)?;
             return self.log(operation, data).await;
         }
@@ -104,7 +103,7 @@ impl Shared {
         version: Version,
         mut rest: Part,
     ) -> Result<(), StoreError> {
-        let step = (self.core.lock().record_bytes() / BLOCK_SIZE as usize) as u32;
+        let step = (self.record_bytes / BLOCK_SIZE as usize) as u32;
         let mut parts = Vec::new();
         while !rest.crcs.is_empty() {
             let Part { block, data, crcs } = rest.split_to(rest.block.saturating_add(step));
