@@ -12,7 +12,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::config::{BACKOFF, CONFIRM_REFUSAL, HANDSHAKE_TIMEOUT, RETIRE_AFTER};
+use super::config::{BACKOFF, CONFIRM_REFUSAL, CONFIRMATIONS, HANDSHAKE_TIMEOUT, RETIRE_AFTER};
 use super::hello::Instance;
 use super::lane::Lane;
 use super::refusal::Refusals;
@@ -382,14 +382,19 @@ async fn watch_link(shared: Arc<Shared>, peer: Arc<Peer>, connection: quinn::Con
     }
 }
 
-/// Waits until the peer refuses packets and nothing is heard from it.
+/// Waits until the peer refuses packets and nothing is heard from it. What a process that was killed had sent may still arrive after the first
+/// refusal, and the kernel limits how often it refuses: so one refusal is reason to listen several times.
 async fn refused(peer: &Peer, connection: &quinn::Connection) {
     loop {
         peer.refused.notified().await;
-        let heard = connection.stats().udp_rx.datagrams;
-        sleep(CONFIRM_REFUSAL).await;
-        if connection.stats().udp_rx.datagrams == heard {
-            return;
+        for _ in 0..CONFIRMATIONS {
+            let before = connection.stats();
+            sleep(CONFIRM_REFUSAL).await;
+            let after = connection.stats();
+            let asked = after.udp_tx.datagrams > before.udp_tx.datagrams;
+            if asked && after.udp_rx.datagrams == before.udp_rx.datagrams {
+                return;
+            }
         }
         tracing::warn!(peer = %peer.node, "packets are refused although the peer is heard");
     }
