@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use crate::boot::BootError;
 use crate::config::ConfigError;
+use crate::state::StateError;
+use crate::transfer::TransferError;
 use crate::vcpu::model::Missing;
 use crate::virtio::vhost_user::SessionError;
 
@@ -95,6 +97,12 @@ pub enum VmError {
     /// The guest has ended.
     #[error("the guest has ended")]
     Ended,
+    /// The guest could not be made from what was saved.
+    #[error(transparent)]
+    Saved(#[from] TransferError),
+    /// A device does not go on.
+    #[error("a device does not go on: {0}")]
+    Device(#[source] StateError),
 }
 
 /// Adds what was asked of KVM to its answer.

@@ -1,5 +1,6 @@
 //! Control of a running guest from other threads.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::VmError;
 use crate::lifecycle::ExitReason;
 use crate::state::{DevicesState, StateError};
+use crate::transfer::TransferError;
 use crate::vcpu::gate::Wanted;
 use crate::vm::Machine;
 
@@ -20,7 +22,7 @@ const GATE_DEADLINE: Duration = Duration::from_secs(5);
 pub enum VmState {
     /// vCPUs run.
     Running,
-    /// vCPUs are held by [`VmHandle::pause`].
+    /// vCPUs are held by [`VmHandle::pause`], or have not run since [`crate::Vm::restore`].
     Paused,
     /// The guest has ended.
     Ended(ExitReason),
@@ -83,9 +85,46 @@ impl VmHandle {
         self.set_gate(Wanted::Pause, "pause")
     }
 
-    /// Lets the vCPUs run again.
+    /// Lets the vCPUs run again, and devices work that were held by [`VmHandle::save`] or [`crate::Vm::restore`]: that makes threads, as
+    /// [`VmHandle::save_devices`] does.
+    ///
+    /// The guest's clocks have gone on meanwhile, unless it was made by [`crate::Vm::restore`]. Its watchdog for hung processors is told that they
+    /// were not.
     pub fn resume(&self) -> Result<(), VmError> {
+        if self.machine.lifecycle.ended().is_some() {
+            return Err(VmError::Ended);
+        }
+        self.machine.devices.release().map_err(VmError::Device)?;
+        if let Some(core) = &*self.machine.core.lock() {
+            for vcpu in core.vcpus.iter().filter_map(|vcpu| vcpu.fd.try_lock()) {
+                // Fails for guests that have no such clock.
+                let _ = vcpu.kvmclock_ctrl();
+            }
+        }
         self.set_gate(Wanted::Run, "resume")
+    }
+
+    /// Writes a paused guest down: memory, processors and devices, for [`crate::Vm::restore`]. It can go on afterwards, also after an error. Until
+    /// it does its devices leave its memory alone.
+    ///
+    /// As [`VmHandle::save_devices`], not for every thread of a confined process.
+    pub fn save(&self, to: &mut dyn Write) -> Result<(), TransferError> {
+        self.while_paused(|| {
+            let away = |device: &DeviceStatus| device.backend == BackendState::Waiting;
+            if let Some(device) = self.status().devices.into_iter().find(away) {
+                return Err(TransferError::BackendAway(device.id));
+            }
+            let core = self.machine.core.lock();
+            let core = core.as_ref().ok_or(StateError::Ended)?;
+            self.machine.devices.hold()?;
+            core.save(&self.machine.devices, to)
+        })
+    }
+
+    /// Has the thread that waits in [`crate::Vm::wait`] do something. It is dropped undone if the guest ends first.
+    pub fn ask(&self, job: impl FnOnce(&Self) + Send + 'static) {
+        let handle = self.clone();
+        self.machine.lifecycle.ask(Box::new(move || job(&handle)));
     }
 
     /// The state of all devices of a paused guest. It can go on afterwards. Memory and processors are not part of it.
@@ -103,14 +142,14 @@ impl VmHandle {
     }
 
     /// Nobody can resume the guest meanwhile: the lock of the threads is held.
-    fn while_paused<T>(&self, act: impl FnOnce() -> Result<T, StateError>) -> Result<T, StateError> {
+    fn while_paused<T, E: From<StateError>>(&self, act: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
         let _threads = self.machine.vcpu_threads.lock();
         if self.machine.lifecycle.ended().is_some() {
-            return Err(StateError::Ended);
+            return Err(StateError::Ended.into());
         }
         match self.machine.gate.wanted() {
             Wanted::Pause => act(),
-            Wanted::Run | Wanted::Stop => Err(StateError::NotPaused),
+            Wanted::Run | Wanted::Stop => Err(StateError::NotPaused.into()),
         }
     }
 

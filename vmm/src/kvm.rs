@@ -32,6 +32,8 @@ pub(crate) struct KvmGuest {
     /// What of it the guest is shown.
     pub(crate) cpuid: CpuId,
     pub(crate) tsc_deadline: bool,
+    /// The model-specific registers that it keeps for a guest.
+    pub(crate) msrs: Vec<u32>,
 }
 
 /// Opens KVM and makes a VM around this memory, whose processors are to look like this model.
@@ -59,7 +61,8 @@ pub(crate) fn create(memory: &Memory, model: CpuModel) -> Result<KvmGuest, VmErr
     vm.create_pit2(pit).map_err(kvm("KVM_CREATE_PIT2"))?;
     map_memory(&vm, memory)?;
     let tsc_deadline = system.check_extension(Cap::TscDeadlineTimer);
-    Ok(KvmGuest { vm: Arc::new(vm), cpuid, tsc_deadline })
+    let msrs = system.get_msr_index_list().map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
+    Ok(KvmGuest { vm: Arc::new(vm), cpuid, tsc_deadline, msrs: msrs.as_slice().to_vec() })
 }
 
 /// Bits of a physical address (leaf 0x8000_0008, EAX).

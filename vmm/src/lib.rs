@@ -3,7 +3,7 @@
 //!
 //! # What it is
 //! [`VmConfig`] says what the guest is made of, [`Vm::start`] makes and runs it, [`VmHandle`] controls it from other threads, and
-//! [`Vm::wait`] returns how it ended ([`ExitReason`]). The machine is a small Q35-like PC: in-kernel interrupt controllers and timer, PCI
+//! [`Vm::wait`] returns how it ended ([`ExitReason`]). [`VmHandle::save`] writes a guest down, and [`Vm::restore`] makes one that goes on from there. The machine is a small Q35-like PC: in-kernel interrupt controllers and timer, PCI
 //! Express with modern virtio devices, ACPI, a 16550. The VMM moves no data itself: the guest's kicks go from KVM to the
 //! vhost-user backend through an ioeventfd, the backend's interrupts to the guest through an irqfd.
 //!
@@ -14,7 +14,8 @@
 //! - `rng`, `seed`, `agent-port`: serve the random number generator, the seed disk and the guest agent's port.
 //! - `watchdog`: sleeps until the guest arms its watchdog and does not feed it.
 //!
-//! There is no async runtime. Whoever calls [`Vm::wait`] drives the end: first vCPUs, then devices, then the console.
+//! There is no async runtime. Whoever calls [`Vm::wait`] drives the end: first vCPUs, then devices, then the console. Until then that thread does
+//! what it is asked for ([`VmHandle::ask`]).
 //!
 //! # Invariants
 //! - Whatever a guest writes to registers, tables and rings ends in an ignored write, a device that needs a reset, or
@@ -25,7 +26,7 @@
 //!
 //! # Where to start reading
 //! `vm` puts everything together. Then by subject: `config`, `layout` (the address map), `boot`, `firmware`, `vcpu`, `acpi`, `chipset`, `pci`,
-//! `virtio`, `console`, `state` (what devices save); what threads may ask of the kernel is in [`isolation`].
+//! `virtio`, `console`, `state` (what devices save), `transfer` (a whole guest as a stream); what threads may ask of the kernel is in [`isolation`].
 
 mod acpi;
 mod boot;
@@ -45,6 +46,7 @@ mod memory;
 mod pci;
 mod socket;
 mod state;
+mod transfer;
 mod vcpu;
 mod virtio;
 mod vm;
@@ -60,6 +62,7 @@ pub use error::VmError;
 pub use handle::{BackendState, DeviceStatus, VmHandle, VmState, VmStatus};
 pub use lifecycle::ExitReason;
 pub use state::{DeviceState, DevicesState, StateError};
-pub use vcpu::model::{CpuModel, Missing, ParseModelError};
+pub use transfer::TransferError;
+pub use vcpu::model::{CpuModel, Missing, ParseModelError, Processor};
 pub use virtio::vhost_user::SessionError;
 pub use vm::Vm;

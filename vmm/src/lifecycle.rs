@@ -1,8 +1,11 @@
 //! How a guest ends: one value that is set once, by whoever is first, and that [`crate::Vm::wait`] waits for.
+//!
+//! While it waits, that thread does what others ask it for and may not do themselves, as starting the threads of devices ([`Lifecycle::ask`]).
 
+use std::collections::VecDeque;
 use std::fmt;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
 /// Why a guest ended.
@@ -30,37 +33,61 @@ impl fmt::Display for ExitReason {
     }
 }
 
+/// Something to be done by the thread that waits for the end.
+pub(crate) type Job = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
+struct State {
+    ended: Option<ExitReason>,
+    jobs: VecDeque<Job>,
+}
+
 /// The end of a guest, set once.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Lifecycle {
-    ended: Mutex<Option<ExitReason>>,
+    state: Mutex<State>,
     changed: Condvar,
 }
 
 impl Lifecycle {
     /// Ends the guest. The first reason stays.
     pub(crate) fn end(&self, reason: ExitReason) {
-        let mut ended = self.ended.lock();
-        if ended.is_none() {
+        let mut state = self.state.lock();
+        if state.ended.is_none() {
             tracing::info!(%reason, "guest ends");
-            *ended = Some(reason);
+            state.ended = Some(reason);
+            // Whoever asked learns from the drop that nobody does it any more.
+            state.jobs.clear();
+            self.changed.notify_all();
+        }
+    }
+
+    /// Has the thread that waits for the end do something. Dropped undone once the guest has ended.
+    pub(crate) fn ask(&self, job: Job) {
+        let mut state = self.state.lock();
+        if state.ended.is_none() {
+            state.jobs.push_back(job);
             self.changed.notify_all();
         }
     }
 
     /// The reason, once there is one.
     pub(crate) fn ended(&self) -> Option<ExitReason> {
-        self.ended.lock().clone()
+        self.state.lock().ended.clone()
     }
 
-    /// Waits for the end. The one wait of this crate without a deadline: guests run as long as they like.
+    /// Waits for the end, and does meanwhile what it is asked for. The one wait of this crate without a deadline: guests run as long as they
+    /// like.
     pub(crate) fn wait(&self) -> ExitReason {
-        let mut ended = self.ended.lock();
+        let mut state = self.state.lock();
         loop {
-            if let Some(reason) = ended.clone() {
+            if let Some(reason) = state.ended.clone() {
                 return reason;
             }
-            self.changed.wait(&mut ended);
+            match state.jobs.pop_front() {
+                Some(job) => MutexGuard::unlocked(&mut state, job),
+                None => self.changed.wait(&mut state),
+            }
         }
     }
 }
@@ -76,5 +103,20 @@ mod tests {
         lifecycle.end(ExitReason::Shutdown);
         lifecycle.end(ExitReason::Killed);
         assert_eq!(lifecycle.wait(), ExitReason::Shutdown);
+    }
+
+    #[test]
+    fn whoever_waits_for_the_end_does_what_it_is_asked_for() {
+        let lifecycle = std::sync::Arc::new(Lifecycle::default());
+        let (done, told) = std::sync::mpsc::channel();
+        let ender = lifecycle.clone();
+        lifecycle.ask(Box::new(move || {
+            done.send("asked").unwrap();
+            ender.end(ExitReason::Killed);
+        }));
+        let (late, never) = std::sync::mpsc::channel();
+        lifecycle.ask(Box::new(move || late.send("late").unwrap()));
+        assert_eq!(lifecycle.wait(), ExitReason::Killed);
+        assert_eq!((told.recv(), never.recv().is_err()), (Ok("asked"), true), "nothing is done after the end");
     }
 }

@@ -102,6 +102,15 @@ pub(crate) trait Stateful {
 
     /// Takes a state over. Checked before anything changes; what is refused leaves the device as it was.
     fn adopt(&self, state: Self::State) -> Result<(), Invalid>;
+
+    /// Keeps away from the guest's memory until [`Stateful::release`], for those devices that ever touch it by themselves. When this
+    /// returns, all that was under way is done.
+    fn hold(&self) {}
+
+    /// Goes on, or begins with what it has taken over meanwhile.
+    fn release(&self) -> Result<(), Invalid> {
+        Ok(())
+    }
 }
 
 /// What the buses demand of devices; every [`Stateful`] one has it.
@@ -110,6 +119,10 @@ pub(crate) trait Saved {
     fn save(&self, place: &str) -> Result<DeviceState, StateError>;
     /// Takes over what was saved.
     fn restore(&self, place: &str, state: &DeviceState) -> Result<(), StateError>;
+    /// [`Stateful::hold`].
+    fn keep_away(&self);
+    /// [`Stateful::release`].
+    fn go_on(&self, place: &str) -> Result<(), StateError>;
 }
 
 impl<T: Stateful> Saved for T {
@@ -131,6 +144,14 @@ impl<T: Stateful> Saved for T {
         }
         let adopted = T::decode(state.version, &state.body).and_then(|state| self.adopt(state));
         adopted.map_err(|error| StateError::Invalid { place: place.to_owned(), why: error.0 })
+    }
+
+    fn keep_away(&self) {
+        self.hold();
+    }
+
+    fn go_on(&self, place: &str) -> Result<(), StateError> {
+        self.release().map_err(|error| StateError::Invalid { place: place.to_owned(), why: error.0 })
     }
 }
 
@@ -163,6 +184,19 @@ impl Devices {
             Some(place) => Err(StateError::Devices(place.clone())),
             None => self.pci.upgrade().map(|pci| pci.find_windows()).ok_or(StateError::Ended),
         }
+    }
+
+    /// Has all devices keep away from the guest's memory.
+    pub(crate) fn hold(&self) -> Result<(), StateError> {
+        self.visit(|_, device| {
+            device.keep_away();
+            Ok(())
+        })
+    }
+
+    /// Lets them go on. Those that were not held do not notice.
+    pub(crate) fn release(&self) -> Result<(), StateError> {
+        self.visit(|place, device| device.go_on(place))
     }
 
     fn visit(

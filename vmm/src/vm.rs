@@ -3,6 +3,7 @@
 //! The order of the end is the reverse of the beginning: vCPUs first, so that nobody touches devices; then the devices, so
 //! that no backend touches memory; the console last, so that its clients see the last line.
 
+use std::io::Read;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -34,6 +35,7 @@ use crate::pci::host_bridge::HostBridge;
 use crate::pci::root::{self, ConfigPorts};
 use crate::pci::{PciDevice, PciRoot};
 use crate::state::Devices;
+use crate::transfer::{self, Core, TransferError};
 use crate::vcpu::cpuid::{self, Topology};
 use crate::vcpu::gate::{Gate, Wanted, install_kick_handler};
 use crate::vcpu::{self, VcpuContext, registers};
@@ -61,6 +63,8 @@ pub(crate) struct Machine {
     pub(crate) backends: Vec<Arc<worker::Shared>>,
     pub(crate) devices: Devices,
     pub(crate) vcpu_threads: Mutex<Vec<JoinHandle<()>>>,
+    /// What there is beside the devices, as long as the guest has not been taken apart.
+    pub(crate) core: Mutex<Option<Core>>,
 }
 
 /// A running guest. Dropping it kills it.
@@ -87,7 +91,14 @@ impl Vm {
     /// Makes a guest and lets it run. Returns once its first instruction may have been executed.
     pub fn start(config: VmConfig) -> Result<Self, VmError> {
         config.validate().map_err(VmError::Config)?;
-        Builder::new(&config)?.run()
+        Builder::new(&config, Gate::new())?.run(Origin::Boot)
+    }
+
+    /// Makes a guest that goes on where one of the same making was when [`VmHandle::save`] wrote it. It is paused, and its devices leave its
+    /// memory alone, until [`VmHandle::resume`].
+    pub fn restore(config: VmConfig, from: &mut dyn Read) -> Result<Self, VmError> {
+        config.validate().map_err(VmError::Config)?;
+        Builder::new(&config, Gate::closed())?.run(Origin::Saved(from))
     }
 
     /// A handle to control the guest.
@@ -110,6 +121,7 @@ impl Vm {
         for thread in threads.drain(..) {
             let _ = thread.join();
         }
+        self.machine.core.lock().take();
         self.devices.clear();
         self.console.take();
     }
@@ -120,6 +132,14 @@ impl Drop for Vm {
         self.machine.lifecycle.end(ExitReason::Killed);
         self.stop();
     }
+}
+
+/// What a guest begins with.
+enum Origin<'a> {
+    /// What runs first is loaded.
+    Boot,
+    /// What it was when it was saved.
+    Saved(&'a mut dyn Read),
 }
 
 /// A guest in the making.
@@ -133,15 +153,15 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn new(config: &'a VmConfig) -> Result<Self, VmError> {
+    fn new(config: &'a VmConfig, gate: Gate) -> Result<Self, VmError> {
         let memory = memory::create(config.memory_bytes)?;
         let kvm = kvm_guest::create(&memory, config.cpu_model)?;
         let interrupts = Arc::new(Interrupts::new(kvm.vm.clone())?);
-        let gate = Arc::new(Gate::new());
-        Ok(Self { config, memory, kvm, interrupts, lifecycle: Arc::default(), gate })
+        let (lifecycle, gate) = (Arc::default(), Arc::new(gate));
+        Ok(Self { config, memory, kvm, interrupts, lifecycle, gate })
     }
 
-    fn run(self) -> Result<Vm, VmError> {
+    fn run(self, origin: Origin<'_>) -> Result<Vm, VmError> {
         let workers = self.connect_backends()?;
         let backends = workers.iter().map(WorkerHandle::shared).collect();
         let mut ports = Bus::default();
@@ -149,7 +169,11 @@ impl<'a> Builder<'a> {
         let console = self.add_console(&mut ports)?;
         let power = self.add_power(&mut ports);
         let pci = self.add_pci(workers, &mut ports, &mut mmio)?;
-        let (entry, firmware) = self.load(&pci, &mut ports, &mut mmio)?;
+        let firmware = self.add_firmware(&pci, &mut ports, &mut mmio)?;
+        let entry = match origin {
+            Origin::Boot => self.load()?,
+            Origin::Saved(_) => None,
+        };
 
         let (ports, mmio) = (Arc::new(ports), Arc::new(mmio));
         // Weak: handles may outlive the guest, and do not keep its devices.
@@ -165,6 +189,7 @@ impl<'a> Builder<'a> {
             backends,
             devices,
             vcpu_threads: Mutex::default(),
+            core: Mutex::default(),
         });
         // From here on, `Vm` takes everything apart if something fails.
         let vm = Vm {
@@ -174,12 +199,19 @@ impl<'a> Builder<'a> {
             console: Some(console),
             _firmware: firmware,
         };
-        self.start_vcpus(&vm, entry, ports, mmio)?;
+        let core = self.core(entry)?;
+        self.start_vcpus(&vm, &core, ports, mmio)?;
+        if let Origin::Saved(from) = origin {
+            vm.machine.devices.hold().map_err(TransferError::from)?;
+            core.restore(&vm.machine.devices, from)?;
+        }
+        *vm.machine.core.lock() = Some(core);
         tracing::info!(
             vm = vm.name,
             vcpus = self.config.vcpus,
             memory = self.config.memory_bytes,
-            "guest runs"
+            state = ?vm.handle().status().state,
+            "guest is made"
         );
         Ok(vm)
     }
@@ -199,37 +231,34 @@ impl<'a> Builder<'a> {
         disks.chain(nics).collect()
     }
 
-    /// Puts in place what runs first.
-    fn load(
+    /// Puts a kernel in place and returns where it is entered. Firmware is entered where processors begin.
+    fn load(&self) -> Result<Option<boot::Entry>, VmError> {
+        let Boot::Kernel { kernel, initramfs, cmdline } = &self.config.boot else { return Ok(None) };
+        let tables = Tables::build(&Description::initial(self.config.vcpus));
+        let rsdp = tables.write(&self.memory).map_err(BootError::from)?;
+        let initramfs = initramfs.as_deref();
+        let memory_size = self.config.memory_bytes;
+        let source = BootSource { kernel, initramfs, cmdline, memory_size, rsdp };
+        let entry = boot::load(&self.memory, source)?;
+        registers::write_gdt(&self.memory, entry).map_err(BootError::from)?;
+        Ok(Some(entry))
+    }
+
+    /// Puts firmware in place, if it is what runs first, with its variables and what it asks about the machine.
+    fn add_firmware(
         &self,
         pci: &Pci,
         ports: &mut Bus,
         mmio: &mut Bus,
-    ) -> Result<(Option<boot::Entry>, Option<flash::Code>), VmError> {
-        match &self.config.boot {
-            Boot::Kernel { kernel, initramfs, cmdline } => {
-                let tables = Tables::build(&Description::initial(self.config.vcpus));
-                let rsdp = tables.write(&self.memory).map_err(BootError::from)?;
-                let initramfs = initramfs.as_deref();
-                let memory_size = self.config.memory_bytes;
-                let source = BootSource { kernel, initramfs, cmdline, memory_size, rsdp };
-                let entry = boot::load(&self.memory, source)?;
-                registers::write_gdt(&self.memory, entry).map_err(BootError::from)?;
-                Ok((Some(entry), None))
-            }
-            Boot::Firmware { code, template, variables } => {
-                let code = flash::Code::open(code)?;
-                let (store, content) = VariableStore::open(variables, template)?;
-                let (start, len, chip) = flash::install(&self.kvm.vm, &code, store, content)?;
-                mmio.insert(start, len, chip);
-                ports.insert(
-                    layout::FW_CFG_PORT.into(),
-                    fw_cfg::PORTS_LEN,
-                    Arc::new(items::build(&self.machine(pci), &self.memory)),
-                );
-                Ok((None, Some(code)))
-            }
-        }
+    ) -> Result<Option<flash::Code>, VmError> {
+        let Boot::Firmware { code, template, variables } = &self.config.boot else { return Ok(None) };
+        let code = flash::Code::open(code)?;
+        let (store, content) = VariableStore::open(variables, template)?;
+        let (start, len, chip) = flash::install(&self.kvm.vm, &code, store, content)?;
+        mmio.insert(start, len, chip);
+        let told = Arc::new(items::build(&self.machine(pci), &self.memory));
+        ports.insert(layout::FW_CFG_PORT.into(), fw_cfg::PORTS_LEN, told);
+        Ok(Some(code))
     }
 
     /// What firmware is told.
@@ -322,14 +351,8 @@ impl<'a> Builder<'a> {
         Parts::new(self.kvm.vm.clone(), self.memory.clone(), self.interrupts.clone(), queues, bar)
     }
 
-    fn start_vcpus(
-        &self,
-        vm: &Vm,
-        entry: Option<boot::Entry>,
-        ports: Arc<Bus>,
-        mmio: Arc<Bus>,
-    ) -> Result<(), VmError> {
-        install_kick_handler().map_err(resource("signal handler"))?;
+    /// Makes the vCPUs.
+    fn core(&self, entry: Option<boot::Entry>) -> Result<Core, VmError> {
         let topology = Topology { vcpus: self.config.vcpus, tsc_deadline: self.kvm.tsc_deadline };
         let mut vcpus = Vec::new();
         for id in 0..self.config.vcpus {
@@ -344,17 +367,28 @@ impl<'a> Builder<'a> {
                     registers::setup_boot_processor(&vcpu, entry)?;
                 }
             }
-            vcpus.push(vcpu);
+            vcpus.push(transfer::Vcpu { fd: Arc::new(Mutex::new(vcpu)), cpuid: Mutex::new(cpuid) });
         }
+        Ok(Core {
+            id: self.config.id,
+            vm: self.kvm.vm.clone(),
+            memory: self.memory.clone(),
+            vcpus,
+            msrs: self.kvm.msrs.clone(),
+        })
+    }
+
+    fn start_vcpus(&self, vm: &Vm, core: &Core, ports: Arc<Bus>, mmio: Arc<Bus>) -> Result<(), VmError> {
+        install_kick_handler().map_err(resource("signal handler"))?;
         let mut threads = vm.machine.vcpu_threads.lock();
-        for (id, vcpu) in (0..).zip(vcpus) {
+        for (id, vcpu) in (0..).zip(&core.vcpus) {
             let context = VcpuContext {
                 gate: vm.machine.gate.clone(),
                 lifecycle: self.lifecycle.clone(),
                 ports: ports.clone(),
                 mmio: mmio.clone(),
             };
-            threads.push(vcpu::spawn(id, vcpu, context).map_err(resource("vCPU thread"))?);
+            threads.push(vcpu::spawn(id, vcpu.fd.clone(), context).map_err(resource("vCPU thread"))?);
         }
         Ok(())
     }

@@ -231,3 +231,155 @@ fn devices_of_a_paused_guest_move_to_another_one() {
     new.handle().kill();
     assert_eq!(new.handle().save_devices(), Err(vmm::StateError::Ended));
 }
+
+/// Counts in a register and in memory, and prints a letter after the other as long as both agree.
+fn counts() -> Vec<u8> {
+    let mut code = vec![0x31, 0xdb]; // xor ebx, ebx
+    code.extend_from_slice(&[0xbf, 0x00, 0x00, 0x20, 0x00]); // mov edi, 0x200000
+    code.extend_from_slice(&[0xb1, b'a', 0x66, 0xba, 0xf8, 0x03]); // mov cl, 'a'; mov dx, 0x3f8
+    let begin = code.len();
+    code.extend_from_slice(&[0x43, 0xff, 0x07, 0x39, 0x1f]); // inc ebx; inc dword [edi]; cmp [edi], ebx
+    code.extend_from_slice(&[0x75, 0x16]); // jne: they differ
+    code.extend_from_slice(&[0x88, 0xc8, 0xee]); // mov al, cl; out dx, al
+    code.extend_from_slice(&NEXT_LETTER);
+    // Not faster than a client of the console reads: mov esi, 50000; dec esi; jnz
+    code.extend_from_slice(&[0xbe, 0x50, 0xc3, 0x00, 0x00, 0x4e, 0x75, 0xfd]);
+    code.extend_from_slice(&[0xeb, (begin as u8).wrapping_sub(code.len() as u8 + 2)]); // jmp begin
+    code.extend_from_slice(&[0xb0, b'!', 0xee, 0xeb, 0xfe]); // prints a mark and spins
+    code
+}
+
+/// inc cl; after 'z' comes 'a'
+const NEXT_LETTER: [u8; 9] = [0xfe, 0xc1, 0x80, 0xf9, b'z' + 1, 0x75, 0x02, 0xb1, b'a'];
+
+/// mov dword [address], value
+fn store(address: u32, value: u32) -> Vec<u8> {
+    [&[0xc7, 0x05], &address.to_le_bytes()[..], &value.to_le_bytes()].concat()
+}
+
+/// Prints a letter at each tick of the local APIC's timer: whenever its count is higher than it was a moment before.
+fn ticks() -> Vec<u8> {
+    const COUNT: [u8; 4] = 0xfee0_0390_u32.to_le_bytes();
+    let mut code = [
+        vec![0xb1, b'a', 0x66, 0xba, 0xf8, 0x03], // mov cl, 'a'; mov dx, 0x3f8
+        store(0xfee0_00f0, 0x1ff),                // enabled
+        store(0xfee0_03e0, 0xb),                  // not divided
+        store(0xfee0_0320, 0x2_0040),             // periodic
+        store(0xfee0_0380, 20_000_000),
+        [&[0x8b, 0x1d], &COUNT[..]].concat(), // mov ebx, [count]
+    ]
+    .concat();
+    let begin = code.len();
+    code.extend([&[0xa1], &COUNT[..]].concat()); // mov eax, [count]
+    code.extend_from_slice(&[0x39, 0xd8, 0x89, 0xc3, 0x76, 0xf5]); // cmp eax, ebx; mov ebx, eax; jbe begin
+    code.extend_from_slice(&[0x88, 0xc8, 0xee]); // mov al, cl; out dx, al
+    code.extend_from_slice(&NEXT_LETTER);
+    code.extend_from_slice(&[0xeb, (begin as u8).wrapping_sub(code.len() as u8 + 2)]); // jmp begin
+    code
+}
+
+/// Reads the letters that a guest prints: each has to be the one after the last.
+struct Letters {
+    console: std::os::unix::net::UnixStream,
+    last: Option<u8>,
+}
+
+impl Letters {
+    /// Those of a guest that has just begun, or goes on behind this letter.
+    fn new(lab: &Lab, last: Option<u8>) -> Self {
+        Self { console: lab.0.console(), last }
+    }
+
+    fn follow(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            let expected = self.last.map_or(b'a', |last| if last == b'z' { b'a' } else { last + 1 });
+            assert_eq!(*byte as char, expected as char);
+            self.last = Some(*byte);
+        }
+    }
+
+    fn read_some(&mut self) {
+        let mut some = [0; 30];
+        self.console.read_exact(&mut some).unwrap();
+        self.follow(&some);
+    }
+
+    /// Pauses the guest after some letters and reads what is still on its way.
+    fn read_and_pause(&mut self, vm: &Vm) {
+        self.read_some();
+        vm.handle().pause().unwrap();
+        self.console.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        let silent_by = Instant::now() + DEADLINE;
+        let mut rest = [0; 4096];
+        while let Ok(len @ 1..) = self.console.read(&mut rest) {
+            assert!(Instant::now() < silent_by, "output goes on while paused");
+            self.follow(&rest[..len]);
+        }
+        self.console.set_read_timeout(Some(DEADLINE)).unwrap();
+    }
+}
+
+#[test]
+fn a_saved_guest_goes_on_where_it_was() {
+    let Some(lab) = Lab::new() else { return };
+    for (code, vcpus) in [(counts(), 2), (ticks(), 1)] {
+        let config = lab.config(&code, vcpus);
+        let mut vm = Vm::start(config.clone()).unwrap();
+        let mut last = None;
+        for _ in 0..2 {
+            let mut letters = Letters::new(&lab, last);
+            letters.read_and_pause(&vm);
+            last = letters.last;
+            let mut saved = Vec::new();
+            vm.handle().save(&mut saved).unwrap();
+            drop(vm);
+            vm = Vm::restore(config.clone(), &mut &saved[..]).unwrap();
+            assert_eq!(vm.handle().status().state, VmState::Paused, "it does not run by itself");
+            vm.handle().resume().unwrap();
+        }
+        Letters::new(&lab, last).read_and_pause(&vm);
+        vm.handle().kill();
+        assert_eq!(wait(vm), ExitReason::Killed);
+    }
+}
+
+#[test]
+fn a_guest_that_was_saved_can_go_on_itself() {
+    let Some(lab) = Lab::new() else { return };
+    let vm = lab.start(&counts());
+    let mut letters = Letters::new(&lab, None);
+    letters.read_and_pause(&vm);
+    vm.handle().save(&mut Vec::new()).unwrap();
+    let full = vm.handle().save(&mut Full);
+    assert!(matches!(full, Err(vmm::TransferError::Stream(_))), "{full:?}");
+    vm.handle().resume().unwrap();
+    letters.read_some();
+    vm.handle().kill();
+    assert_eq!(wait(vm), ExitReason::Killed);
+}
+
+#[test]
+fn the_thread_that_waits_for_the_end_does_what_it_is_asked_for() {
+    let Some(lab) = Lab::new() else { return };
+    let vm = lab.start(&SPIN);
+    let (done, told) = std::sync::mpsc::channel();
+    vm.handle().ask(move |guest| done.send((std::thread::current().id(), guest.pause().is_ok())).unwrap());
+    let handle = vm.handle();
+    let waiter = std::thread::spawn(move || (std::thread::current().id(), vm.wait()));
+    let (thread, paused) = told.recv_timeout(DEADLINE).unwrap();
+    assert!(paused && handle.status().state == VmState::Paused);
+    handle.kill();
+    assert_eq!(waiter.join().unwrap(), (thread, ExitReason::Killed));
+}
+
+/// A stream that takes nothing.
+struct Full;
+
+impl Write for Full {
+    fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+        Err(std::io::ErrorKind::StorageFull.into())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}

@@ -48,16 +48,30 @@ pub(crate) struct Gate {
 impl Gate {
     /// An open gate.
     pub(crate) fn new() -> Self {
+        Self::at(Wanted::Run)
+    }
+
+    /// A gate that is closed for a pause: threads wait at it before their first run.
+    pub(crate) fn closed() -> Self {
+        Self::at(Wanted::Pause)
+    }
+
+    fn at(wanted: Wanted) -> Self {
         Self {
-            state: Mutex::new(State { wanted: Wanted::Run, waiting: 0, present: 0 }),
+            state: Mutex::new(State { wanted, waiting: 0, present: 0 }),
             changed: Condvar::new(),
-            fast: AtomicU8::new(Wanted::Run as u8),
+            fast: AtomicU8::new(wanted as u8),
         }
+    }
+
+    /// Whether the threads may run on. Read without a lock, between any two runs.
+    pub(crate) fn is_open(&self) -> bool {
+        self.fast.load(Ordering::Acquire) == Wanted::Run as u8
     }
 
     /// Called by a vCPU thread before each run. Waits while the gate is closed.
     pub(crate) fn pass(&self) -> Passage {
-        if self.fast.load(Ordering::Acquire) == Wanted::Run as u8 {
+        if self.is_open() {
             return Passage::Run;
         }
         let mut state = self.state.lock();

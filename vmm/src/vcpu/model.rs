@@ -146,6 +146,94 @@ impl CpuModel {
     }
 }
 
+/// Registers whose bits are features: leaf, index, and which of EAX, EBX, ECX and EDX.
+const FEATURE_REGISTERS: [(u32, u32, usize); 14] = [
+    (1, 0, 2),
+    (1, 0, 3),
+    (7, 0, 1),
+    (7, 0, 2),
+    (7, 0, 3),
+    (7, 1, 0),
+    (0xd, 0, 0),
+    (0xd, 1, 0),
+    (0x4000_0001, 0, 0),
+    (0x8000_0001, 0, 2),
+    (0x8000_0001, 0, 3),
+    (0x8000_0007, 0, 3),
+    (0x8000_0008, 0, 1),
+    (0x8000_000a, 0, 3),
+];
+
+/// A machine's processor, as far as it matters to a guest that is saved on one machine and goes on on another.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Processor {
+    /// Who made it.
+    pub vendor: String,
+    /// Of all features that KVM can show of it: the same value, the same features.
+    pub features: u64,
+}
+
+impl Processor {
+    /// This machine's.
+    ///
+    /// # Errors
+    /// KVM cannot be opened or asked.
+    pub fn of_host() -> Result<Self, VmError> {
+        let system = Kvm::new().map_err(kvm("open /dev/kvm"))?;
+        let cpuid =
+            system.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
+        Ok(Self::of(&cpuid))
+    }
+
+    fn of(cpuid: &CpuId) -> Self {
+        let [_, b, c, d] = registers(cpuid, 0, 0);
+        let name: Vec<u8> = [b, d, c].into_iter().flat_map(u32::to_le_bytes).collect();
+        let vendor = name.into_iter().filter(u8::is_ascii_graphic).map(char::from).collect();
+        // FNV-1a: it need not withstand anybody, only be the same everywhere and in all releases.
+        let bits = FEATURE_REGISTERS.iter().flat_map(|(leaf, index, at)| registers(cpuid, *leaf, *index)[*at].to_le_bytes());
+        let features = bits.fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+        });
+        Self { vendor, features }
+    }
+
+    /// Whether a guest of that model that ran on `saved` may go on here: a named model has the same features everywhere but for
+    /// the vendor's own, `host` has those of its machine. The guest's own leaves are compared when it is made.
+    pub fn carries(&self, saved: &Self, model: CpuModel) -> bool {
+        self.vendor == saved.vendor && (model != Host || self.features == saved.features)
+    }
+}
+
+fn registers(cpuid: &CpuId, leaf: u32, index: u32) -> [u32; 4] {
+    let entry = cpuid.as_slice().iter().find(|entry| (entry.function, entry.index) == (leaf, index));
+    entry.map_or([0; 4], |entry| [entry.eax, entry.ebx, entry.ecx, entry.edx])
+}
+
+/// Whether a guest that has been shown `saved` can go on where it would be shown `own`: by the same vendor, with all its features and address bits.
+///
+/// # Errors
+/// What is missing, as a sentence.
+pub(crate) fn check_fit(saved: &CpuId, own: &CpuId) -> Result<(), String> {
+    let vendor = |cpuid: &CpuId| registers(cpuid, 0, 0)[1..].to_vec();
+    if vendor(saved) != vendor(own) {
+        return Err("this node's processor is of another vendor".to_owned());
+    }
+    for (leaf, index, register) in FEATURE_REGISTERS {
+        let missing = registers(saved, leaf, index)[register] & !registers(own, leaf, index)[register];
+        if missing != 0 {
+            let register = ["EAX", "EBX", "ECX", "EDX"][register];
+            return Err(format!(
+                "this node's processor lacks features that it was shown: bits {missing:#x} of {register} in leaf {leaf:#x}.{index}"
+            ));
+        }
+    }
+    let width = |cpuid: &CpuId| registers(cpuid, 0x8000_0008, 0)[0] & 0xff;
+    if width(saved) > width(own) {
+        return Err(format!("this node's processor has {} address bits instead of {}", width(own), width(saved)));
+    }
+    Ok(())
+}
+
 impl fmt::Display for CpuModel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
@@ -387,6 +475,29 @@ mod tests {
             ["AVX512F", "AVX512DQ", "CLFLUSHOPT", "CLWB", "AVX512CD", "AVX512BW", "AVX512VL"]
         );
         assert!(missing.to_string().starts_with("CPU model x86-64-v4 needs AVX512F, "));
+    }
+
+    #[test]
+    fn a_guest_goes_on_only_where_all_is_that_it_was_shown() {
+        let cpuid = |leaves: &[kvm_cpuid_entry2]| CpuId::from_entries(leaves).unwrap();
+        let own = cpuid(&rich());
+        let changed = |function: u32, register: usize, value: u32| {
+            let mut leaves = rich();
+            for leaf in leaves.iter_mut().filter(|leaf| (leaf.function, leaf.index) == (function, 0)) {
+                *[&mut leaf.eax, &mut leaf.ebx, &mut leaf.ecx, &mut leaf.edx][register] = value;
+            }
+            cpuid(&leaves)
+        };
+        assert_eq!(check_fit(&own, &own), Ok(()));
+        let fewer = changed(7, 1, 1 << 5);
+        assert_eq!(check_fit(&fewer, &own), Ok(()), "a better processor will do");
+        let why = check_fit(&own, &fewer).unwrap_err();
+        assert!(why.contains("of EBX in leaf 0x7.0"), "{why}");
+        let foreign = changed(0, 2, u32::from_le_bytes(*b"Else"));
+        assert!(check_fit(&own, &foreign).unwrap_err().contains("vendor"));
+        let [own, fewer, foreign] = [&own, &fewer, &foreign].map(Processor::of);
+        assert!(own.carries(&own, Host) && own.carries(&fewer, X86_64V2) && !own.carries(&fewer, Host));
+        assert!(!foreign.carries(&own, X86_64V2));
     }
 
     #[test]

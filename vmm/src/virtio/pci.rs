@@ -55,6 +55,16 @@ struct Inner {
     /// Where the doorbells are registered.
     doorbells_at: Option<u64>,
     active: bool,
+    pace: Pace,
+}
+
+/// Whether a device whose driver is ready works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pace {
+    /// It does.
+    Free,
+    /// It keeps away from the guest's memory.
+    Held,
 }
 
 /// The function.
@@ -113,6 +123,7 @@ impl VirtioPci {
             msix: MsixTable::new(vectors.len(), parts.vectors),
             doorbells_at: None,
             active: false,
+            pace: Pace::Free,
             device,
         };
         let id = inner.device.id().to_owned();
@@ -307,8 +318,25 @@ impl Stateful for VirtioPci {
         let control = inner.config.u16_at(self.msix_at + 2);
         inner.msix.adopt(&saved.msix, control)?;
         self.move_doorbells(inner);
-        if inner.transport.is_running() {
+        if inner.transport.is_running() && inner.pace == Pace::Free {
             self.resume(inner)?;
+        }
+        Ok(())
+    }
+
+    fn hold(&self) {
+        let mut inner = self.inner.lock();
+        inner.pace = Pace::Held;
+        if std::mem::take(&mut inner.active) {
+            inner.device.reset();
+        }
+    }
+
+    fn release(&self) -> Result<(), Invalid> {
+        let mut inner = self.inner.lock();
+        inner.pace = Pace::Free;
+        if inner.transport.is_running() && !inner.active {
+            self.resume(&mut inner)?;
         }
         Ok(())
     }

@@ -1,0 +1,183 @@
+//! A paused guest as a stream of bytes: to be kept and gone on with later, on this machine or on another one.
+//!
+//! ```text
+//! Start      whose state it is and how large
+//! Memory*    runs of pages; pages of zeroes are left out
+//! Machine    interrupt controllers, timer, clock
+//! Processor  one for each vCPU
+//! Devices    all devices by their places
+//! End
+//! ```
+//!
+//! The stream goes to any [`Write`] and comes from any [`Read`], frame by frame ([`frame`]): neither side ever holds more than one frame. Memory
+//! comes first: what a device has done with its rings is read from there, and a sender that lets the guest run on sends pages again.
+//!
+//! # Invariants
+//! - Nobody touches the guest's memory while it is written or read: vCPUs wait at the gate and devices are held
+//!   ([`crate::state::Devices::hold`]). A device that worked on would have a completion in a page that was copied and its data in one that was not.
+//! - A guest that was read does not run, and its devices do not work, before [`crate::VmHandle::resume`]. So whoever resumes it can make sure
+//!   first that no other one will.
+//! - A stream is from a disk or a peer. What is damaged, cut off, of another guest or of a newer release is refused with the reason; what is
+//!   hostile costs the guest that is made from it and nothing else.
+//! - Each frame has a version of its own. A newer release reads what an older one wrote.
+//!
+//! # Time
+//! The guest's clocks (TSC, kvmclock, PM timer) go on from where they were: for it no time has passed. Its real-time clock shows the host's
+//! time, so that it can set its wall clock by that.
+
+pub(crate) mod frame;
+mod machine;
+mod pages;
+mod processor;
+
+use std::io::{self, Read, Write};
+use std::sync::Arc;
+
+use kvm_bindings::CpuId;
+use kvm_ioctls::VmFd;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use self::frame::{FrameReader, FrameWriter, Kind, Part};
+use self::machine::MachineState;
+use self::processor::ProcessorState;
+use crate::memory::Memory;
+use crate::state::{Devices, DevicesState, StateError};
+use crate::vcpu::SharedVcpu;
+
+/// Why a guest could not be saved, or not made from what was saved.
+#[derive(Debug, thiserror::Error)]
+pub enum TransferError {
+    /// The stream could not be written or read.
+    #[error("the stream of the saved guest broke: {0}")]
+    Stream(#[from] io::Error),
+    /// The stream was damaged, or never was one.
+    #[error("the saved guest is damaged: {0}")]
+    Damaged(&'static str),
+    /// Written by a newer release.
+    #[error("the saved guest has {part} of version {found}, and this release reads up to {known}")]
+    Version {
+        /// Which part of it.
+        part: &'static str,
+        /// What was found.
+        found: u16,
+        /// The newest one that is known.
+        known: u16,
+    },
+    /// It is not the guest that was to be made.
+    #[error("the saved guest is another one: {0}")]
+    Another(String),
+    /// This machine cannot go on with it.
+    #[error("the saved guest cannot go on here: {0}")]
+    Unfit(String),
+    /// A call to KVM failed.
+    #[error("KVM: {what}: {source}")]
+    Kvm {
+        /// What was asked of it.
+        what: &'static str,
+        /// What it said.
+        source: kvm_ioctls::Error,
+    },
+    /// A device has no state to give, or takes none.
+    #[error(transparent)]
+    Devices(#[from] StateError),
+    /// Requests of the guest may be under way there, and nobody can say.
+    #[error("the backend of device {0:?} is away")]
+    BackendAway(String),
+}
+
+/// Adds what was asked of KVM to its answer.
+fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> TransferError {
+    move |source| TransferError::Kvm { what, source }
+}
+
+/// What makes up a guest beside its devices.
+pub(crate) struct Core {
+    /// The guest's identity.
+    pub(crate) id: Uuid,
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) memory: Memory,
+    pub(crate) vcpus: Vec<Vcpu>,
+    /// The model-specific registers that KVM keeps for a guest.
+    pub(crate) msrs: Vec<u32>,
+}
+
+/// A vCPU, and what it shows its guest of itself.
+pub(crate) struct Vcpu {
+    pub(crate) fd: SharedVcpu,
+    pub(crate) cpuid: Mutex<CpuId>,
+}
+
+/// Whose state a stream is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Start {
+    id: Uuid,
+    vcpus: u8,
+    /// Where RAM lies: guest address and size.
+    ram: Vec<(u64, u64)>,
+}
+
+impl Part for Start {
+    const KIND: Kind = Kind::Start;
+    const NAME: &'static str = "a beginning";
+    type Body = Self;
+}
+
+struct DevicesPart;
+
+impl Part for DevicesPart {
+    const KIND: Kind = Kind::Devices;
+    const NAME: &'static str = "a list of devices";
+    type Body = DevicesState;
+}
+
+impl Core {
+    fn start(&self) -> Start {
+        Start { id: self.id, vcpus: self.vcpus.len() as u8, ram: pages::ranges(&self.memory) }
+    }
+
+    /// Writes the guest. Its vCPUs wait at the gate and its devices are held.
+    pub(crate) fn save(&self, devices: &Devices, to: &mut dyn Write) -> Result<(), TransferError> {
+        let mut to = FrameWriter::new(to);
+        to.part::<Start>(&self.start())?;
+        pages::save(&self.memory, &mut to)?;
+        to.part::<MachineState>(&MachineState::capture(&self.vm)?)?;
+        for vcpu in &self.vcpus {
+            to.part::<ProcessorState>(&ProcessorState::capture(vcpu, &self.msrs)?)?;
+        }
+        to.part::<DevicesPart>(&devices.save()?)?;
+        to.end()
+    }
+
+    /// Reads a guest into one that was just made, as [`Core::save`] finds it.
+    pub(crate) fn restore(&self, devices: &Devices, from: &mut dyn Read) -> Result<(), TransferError> {
+        let mut from = FrameReader::new(from);
+        self.check(&from.part::<Start>()?)?;
+        pages::restore(&self.memory, &mut from)?;
+        let machine = from.part::<MachineState>()?;
+        machine.restore_controllers(&self.vm)?;
+        for vcpu in &self.vcpus {
+            from.part::<ProcessorState>()?.restore(vcpu)?;
+        }
+        devices.restore(&from.part::<DevicesPart>()?)?;
+        // Last, so that as little time as possible passes for the guest.
+        machine.restore_time(&self.vm)?;
+        from.end()
+    }
+
+    fn check(&self, saved: &Start) -> Result<(), TransferError> {
+        let own = self.start();
+        let differs = |what: &str| Err(TransferError::Another(what.to_owned()));
+        if saved.id != own.id {
+            return differs("it has another identity");
+        }
+        if saved.vcpus != own.vcpus || saved.ram != own.ram {
+            return differs("it has another number of processors or another size of memory");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
