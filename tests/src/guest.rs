@@ -28,7 +28,7 @@ const MODULES: [&str; 12] = [
 ];
 
 /// The BusyBox applets that the guest's scripts call.
-const APPLETS: [&str; 24] = [
+const APPLETS: [&str; 25] = [
     "sh",
     "mount",
     "insmod",
@@ -53,6 +53,7 @@ const APPLETS: [&str; 24] = [
     "wget",
     "losetup",
     "ln",
+    "date",
 ];
 
 const ROOT_SIZE_MIB: u32 = 16;

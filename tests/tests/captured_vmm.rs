@@ -111,7 +111,12 @@ impl World {
             "disks": [{ "id": "disk0", "socket": backend }],
             "console_socket": files.console(),
         });
-        let run = RunFile { vm, epoch: RunEpoch(1), config: serde_json::from_value(config)? };
+        let run = RunFile {
+            vm,
+            epoch: RunEpoch(1),
+            config: serde_json::from_value(config)?,
+            begin: Default::default(),
+        };
         record::write_run_file(&files, &run)?;
         Ok(Self {
             config: files.config(),

@@ -1,5 +1,6 @@
 //! A guest under our VMM, with Debian's kernel and Debian's QEMU guest agent, in an emulated machine with KVM: the seed disk is read, programs
-//! run, a file system is frozen and thawed, the guest is shut down; another one panics, which is noticed. What is asked is in `src/bin/guest-agent.rs`.
+//! run, a file system is frozen and thawed, the guest is paused, written down and goes on in another VMM, and is shut down; another one panics, which is
+//! noticed. What is asked is in `src/bin/guest-agent.rs`.
 
 use std::fs;
 use std::path::{Path, PathBuf};

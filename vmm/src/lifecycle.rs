@@ -117,6 +117,10 @@ mod tests {
         let (late, never) = std::sync::mpsc::channel();
         lifecycle.ask(Box::new(move || late.send("late").unwrap()));
         assert_eq!(lifecycle.wait(), ExitReason::Killed);
-        assert_eq!((told.recv(), never.recv().is_err()), (Ok("asked"), true), "nothing is done after the end");
+        assert_eq!(
+            (told.recv(), never.recv().is_err()),
+            (Ok("asked"), true),
+            "nothing is done after the end"
+        );
     }
 }

@@ -1,7 +1,11 @@
 //! The task that owns the connection to one VM's agent: connects again and again, looks at the guest's addresses now and then, and does
 //! what it is asked for, one thing after the other.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use parking_lot::Mutex;
 use tokio::{
@@ -187,6 +191,11 @@ impl Task {
                 Ok(_) | Err(AgentFailure::Silent | AgentFailure::Away) => Ok(Answer::ShuttingDown),
                 Err(failure) => Err(failure),
             },
+            Request::SetTime => {
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+                let now = i64::try_from(now).unwrap_or(i64::MAX);
+                agent.call(&Command::SetTime(now), QUICK).await.map(|_| Answer::TimeSet)
+            }
             Request::Start { command } => {
                 agent.call(&Command::Exec(&command), QUICK).await.and_then(protocol::pid).map(Answer::Started)
             }

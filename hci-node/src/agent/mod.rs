@@ -48,6 +48,8 @@ pub enum Request {
     Thaw,
     /// Shut the guest down.
     Shutdown,
+    /// Set the guest's clock to this node's.
+    SetTime,
     /// Start a program.
     Start {
         /// The program, and its arguments.
@@ -66,6 +68,8 @@ pub enum Answer {
     Thawed(Hold),
     /// The guest is about to shut down.
     ShuttingDown,
+    /// The guest's clock is set.
+    TimeSet,
     /// The program runs.
     Started(GuestPid),
     /// How it is.

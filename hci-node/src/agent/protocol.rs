@@ -31,6 +31,8 @@ pub(super) enum Command<'a> {
     Freeze,
     Thaw,
     Shutdown,
+    /// To this many nanoseconds since 1970.
+    SetTime(i64),
     Exec(&'a [String]),
     ExecStatus(GuestPid),
 }
@@ -44,6 +46,7 @@ impl Command<'_> {
             Self::Freeze => ("guest-fsfreeze-freeze", Value::Null),
             Self::Thaw => ("guest-fsfreeze-thaw", Value::Null),
             Self::Shutdown => ("guest-shutdown", json!({ "mode": "powerdown" })),
+            Self::SetTime(nanoseconds) => ("guest-set-time", json!({ "time": nanoseconds })),
             Self::Exec(command) => {
                 let (path, arguments) =
                     command.split_first().map_or(("", &[][..]), |(path, rest)| (path, rest));

@@ -15,10 +15,11 @@ use super::{
     problem::{Problem, ProblemKind},
     types as api,
 };
+use crate::control::leader::scheduler;
 use crate::state::{
     CloudInit, ClusterState, DesiredRun, Disk, DiskId, DiskService, DiskState, Durability, FreezeId, ImageId,
-    ImagePart, NetworkId, Node, NodeId, NodeService, Op, PoolPolicy, PortId, Rebalancing, Segment,
-    SnapshotId, StopMode, Subject, VmId, VolumeId, VolumeLimits, WipePolicy,
+    ImagePart, Make, NetworkId, Node, NodeId, NodeService, Op, PoolPolicy, PortId, Rebalancing, Segment,
+    SnapshotId, StopMode, Subject, Vm, VmId, VolumeId, VolumeLimits, WipePolicy,
     command::{NewPort, NewVm, NewVolume, VmChange, VolumeChange},
     report::NodeReport,
 };
@@ -29,6 +30,19 @@ const USUAL_MEMORY_BYTES: u64 = 1 << 30;
 const USUAL_MTU: u16 = 1500;
 /// Copies of a volume when nothing was said, as far as there are nodes.
 const USUAL_REPLICAS: usize = 3;
+
+/// Longest name of a volume.
+const MAX_NAME: usize = 63;
+/// What the state of a run takes at most beside its memory: for each vCPU, for its devices, and for the frames around its memory.
+const VCPU_STATE_BYTES: u64 = 64 << 10;
+const DEVICES_STATE_BYTES: u64 = 16 << 20;
+const FRAMES_PART: u64 = 64;
+
+/// How large the state of a run can become.
+fn state_bytes(run: Make) -> u64 {
+    let memory = run.memory_bytes + run.memory_bytes / FRAMES_PART;
+    memory + u64::from(run.vcpus) * VCPU_STATE_BYTES + DEVICES_STATE_BYTES
+}
 
 /// What requests are understood with.
 pub struct Context<'a> {
@@ -449,6 +463,68 @@ impl Context<'_> {
                 after_crash: request.after_crash,
             },
         })
+    }
+
+    /// `POST /v1/vms/NAME/start`: a suspended VM goes on where it was, unless that is discarded.
+    pub fn start_vm(&self, name: &str, request: api::StartVm) -> Result<Op, Problem> {
+        let vm = self.vm(name)?;
+        let desired = DesiredRun::Running;
+        if request.discard_state {
+            return Ok(Op::DiscardSuspension { vm: vm.id, desired });
+        }
+        self.check_resumable(vm)?;
+        Ok(Op::SetVmDesired { vm: vm.id, desired })
+    }
+
+    /// `POST /v1/vms/NAME/resume`.
+    pub fn resume_vm(&self, name: &str) -> Result<Op, Problem> {
+        let vm = self.vm(name)?;
+        self.check_resumable(vm)?;
+        Ok(Op::ResumeVm(vm.id))
+    }
+
+    /// Whether some node can go on with a suspended VM. One that was never suspended may wait for a node.
+    fn check_resumable(&self, vm: &Vm) -> Result<(), Problem> {
+        if !vm.is_suspended() || self.reports.is_empty() {
+            return Ok(());
+        }
+        scheduler::choose(self.state, self.reports, vm, None).map(|_| ()).map_err(|why| {
+            Problem::new(
+                ProblemKind::Capacity,
+                format!("no node can go on with VM {} now: {why}", vm.name),
+                format!(
+                    "free memory or bring a node back (hci node list); to boot it anew instead: hci vm start {} --discard-state",
+                    vm.name
+                ),
+            )
+        })
+    }
+
+    /// `POST /v1/vms/NAME/suspend`: the volume is thin, and as large as the state can become.
+    pub fn suspend_vm(&self, name: &str) -> Result<Op, Problem> {
+        let vm = self.vm(name)?;
+        let run = vm.assignment.map_or(vm.make(), |run| run.make);
+        let plain = format!("{}-state", vm.name);
+        let free = plain.len() <= MAX_NAME && self.state.find_volume(&plain).is_none();
+        let volume = NewVolume {
+            id: VolumeId::random(),
+            name: if free { plain } else { format!("state-{}", vm.id) },
+            size_bytes: state_bytes(run),
+            replicas: self.state_replicas(vm),
+            min_in_sync: None,
+            durability: Durability::WriteBack,
+        };
+        Ok(Op::SuspendVm { vm: vm.id, volume, unreachable: self.silent.clone() })
+    }
+
+    /// As many copies as the VM's disks have: what is lost with those is lost anyway.
+    fn state_replicas(&self, vm: &Vm) -> u8 {
+        let disks = vm.disks.iter().filter_map(|disk| self.state.volumes.get(disk));
+        disks.map(|disk| disk.replicas).max().unwrap_or_else(|| self.usual_replicas())
+    }
+
+    fn vm(&self, name: &str) -> Result<&Vm, Problem> {
+        self.state.find_vm(name).ok_or_else(|| not_found("vm", name))
     }
 
     /// The model that a new VM gets: one that some node has, and by default one that all have, so that it can move everywhere.

@@ -321,12 +321,19 @@ async fn write(member: &Arc<Member>, request: &ApiRequest, path: &[&str]) -> Res
         ("POST", ["vms", name, action]) => {
             let vm = state.find_vm(name).ok_or_else(|| not_found("vm", name))?.id;
             match *action {
-                "start" => Op::SetVmDesired { vm, desired: DesiredRun::Running },
+                "start" => context.start_vm(name, parse(body)?)?,
                 "stop" => {
-                    let force = parse::<api::StopVm>(body)?.force;
+                    let api::StopVm { force, discard_state } = parse(body)?;
                     let mode = if force { StopMode::Force } else { StopMode::Graceful };
-                    Op::SetVmDesired { vm, desired: DesiredRun::Stopped(mode) }
+                    let desired = DesiredRun::Stopped(mode);
+                    match discard_state {
+                        true => Op::DiscardSuspension { vm, desired },
+                        false => Op::SetVmDesired { vm, desired },
+                    }
                 }
+                "pause" => Op::PauseVm(vm),
+                "resume" => context.resume_vm(name)?,
+                "suspend" => context.suspend_vm(name)?,
                 "restart" if parse::<api::RestartVm>(body)?.force => Op::ResetVm(vm),
                 "restart" => Op::RestartVm(vm),
                 _ => return Err(unknown_path(&request.path)),

@@ -485,6 +485,12 @@ pub enum VmState {
     Starting,
     /// It runs.
     Running,
+    /// Its processors are held.
+    Paused,
+    /// It is being written to a volume.
+    Suspending,
+    /// It does not run, and goes on where it was when it does again.
+    Suspended,
     /// It is on its way down.
     Stopping,
     /// Its node does not answer.
@@ -497,6 +503,10 @@ pub enum VmState {
 pub enum VmDesired {
     /// It is.
     Running,
+    /// It is there, but its processors are to be held.
+    Paused,
+    /// It is to be kept in a volume, to go on later.
+    Suspended,
     /// It is not.
     Stopped,
 }
@@ -570,6 +580,15 @@ pub struct SetVm {
     pub after_crash: Option<AfterCrash>,
 }
 
+/// `POST /v1/vms/NAME/start`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StartVm {
+    /// Whether a suspended VM is started anew: what it would go on with is lost.
+    #[serde(default)]
+    pub discard_state: bool,
+}
+
 /// `POST /v1/vms/NAME/stop`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -577,6 +596,9 @@ pub struct StopVm {
     /// Whether it is killed instead of asked.
     #[serde(default)]
     pub force: bool,
+    /// Whether a suspended VM is off from now on: what it would go on with is lost.
+    #[serde(default)]
+    pub discard_state: bool,
 }
 
 /// `POST /v1/vms/NAME/restart`.

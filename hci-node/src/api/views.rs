@@ -249,6 +249,20 @@ impl Views<'_> {
     fn vm_state(&self, vm: &Vm) -> (api::VmState, Option<String>) {
         let wanted = vm.desired == DesiredRun::Running;
         let Some(run) = vm.assignment else {
+            if let Some(saved) = vm.saved() {
+                let failed = match &vm.last_exit {
+                    Some(VmExit::Crashed(why)) => format!("; it could not be resumed: {why}"),
+                    _ => String::new(),
+                };
+                let size = saved.bytes.div_ceil(1 << 20);
+                return match wanted {
+                    true => (api::VmState::Pending, Some("suspended, waits for a node".to_owned())),
+                    false => (
+                        api::VmState::Suspended,
+                        Some(format!("since {}, its state takes {size} MiB{failed}", saved.at)),
+                    ),
+                };
+            }
             let ended = match &vm.last_exit {
                 Some(VmExit::Crashed(why)) => Some(format!("crashed: {why}")),
                 Some(VmExit::GuestShutdown) => Some("the guest shut itself down".to_owned()),
@@ -273,9 +287,13 @@ impl Views<'_> {
                 Some(format!("node {} does not answer", self.node_name(run.node))),
             );
         }
+        if vm.saving().is_some() || vm.is_written(run.epoch) {
+            return (api::VmState::Suspending, None);
+        }
         match self.vm_report(vm).map(|seen| &seen.state) {
             _ if !wanted => (api::VmState::Stopping, None),
             Some(VmRunState::Running) => (api::VmState::Running, None),
+            Some(VmRunState::Paused) => (api::VmState::Paused, None),
             Some(VmRunState::Waiting(why)) => (api::VmState::Starting, Some(why.clone())),
             Some(VmRunState::Stopping | VmRunState::Exited) => (api::VmState::Stopping, None),
             None => (api::VmState::Starting, None),
@@ -303,6 +321,8 @@ impl Views<'_> {
             state,
             message,
             desired: match vm.desired {
+                _ if vm.saving().is_some() || vm.is_suspended() => api::VmDesired::Suspended,
+                DesiredRun::Running if vm.paused.is_some() => api::VmDesired::Paused,
                 DesiredRun::Running => api::VmDesired::Running,
                 DesiredRun::Stopped(_) => api::VmDesired::Stopped,
             },

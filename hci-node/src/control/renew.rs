@@ -12,7 +12,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use vmm::CpuModel;
+use vmm::{CpuModel, Processor};
 
 use super::{
     lease::{NODE_LEASE, RENEW_EVERY},
@@ -109,6 +109,7 @@ fn machine(candidates: Vec<CandidateDisk>) -> MachineReport {
         cpus: std::thread::available_parallelism()
             .map_or(1, |cpus| u16::try_from(cpus.get()).unwrap_or(u16::MAX)),
         cpu_models: cpu_models().clone(),
+        processor: processor().clone(),
         booted: Timestamp(0),
         candidates,
     }
@@ -123,6 +124,12 @@ fn cpu_models() -> &'static BTreeSet<CpuModel> {
         })
     });
     &MODELS
+}
+
+/// The same of what the processor is.
+pub(super) fn processor() -> &'static Option<Processor> {
+    static PROCESSOR: LazyLock<Option<Processor>> = LazyLock::new(|| Processor::of_host().ok());
+    &PROCESSOR
 }
 
 fn booted() -> Timestamp {

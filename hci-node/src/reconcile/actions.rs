@@ -11,8 +11,10 @@ use tokio::sync::Notify;
 use super::{
     boot_files,
     cluster::{Cluster, ProposeError},
+    observed::Vcpus,
     peers::{self, HasBootFile, Holding},
     plan::Action,
+    saved::Saving,
     variables,
     vm_process::{self, Contents, Log},
 };
@@ -30,7 +32,7 @@ use crate::{
         BootFile, DiskId, Generation, ImageId, ImagePart, LayerRef, NodeId, Op, Outcome, RunEpoch,
         SegmentIndex, TaskError, VmId, VolumeId, WipePolicy,
     },
-    vmm_role::record::{self, Ended, ExitRecord, RunFile},
+    vmm_role::record::{self, Begin, Ended, ExitRecord, RunFile},
 };
 
 /// A copy between volumes is asked for in pieces of this size.
@@ -62,6 +64,8 @@ pub(super) enum Remember {
     Granted(DataInstance, VolumeId, Generation),
     /// The power button of that run was pressed.
     Pressed(VmId, RunEpoch),
+    /// That was done with the processors of that run.
+    Vcpus(VmId, RunEpoch, Vcpus),
 }
 
 /// Why an action did not succeed. It is tried again.
@@ -92,12 +96,22 @@ pub(super) enum ActionError {
     NotYet(String),
 }
 
+/// A VMM that is just making its guest is asked again.
+pub(super) fn vmm(error: CallError) -> ActionError {
+    match error {
+        CallError::Remote(error) if error.code == ErrorCode::Unavailable => {
+            ActionError::NotYet(error.message)
+        }
+        error => ActionError::Vmm(error),
+    }
+}
+
 fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> ActionError {
     move |source| ActionError::Io { what, source }
 }
 
 impl Tools {
-    async fn propose(&self, op: Op) -> Result<Outcome, ActionError> {
+    pub(super) async fn propose(&self, op: Op) -> Result<Outcome, ActionError> {
         Ok(self.cluster.propose(op).await?)
     }
 
@@ -168,11 +182,25 @@ impl Tools {
                 boot_files::remove(&self.paths, file).map_err(io("remove a boot file"))?;
             }
             Action::SpreadBootFile { image, part, file, to } => self.spread(image, part, file, to).await?,
-            Action::StartVm { vm, epoch, config, cloud_init, firmware } => {
+            Action::StartVm { vm, epoch, config, cloud_init, firmware, begin } => {
                 let seed = cloud_init.map(|given| cloud_init::disk(vm, &config.name, &given));
                 let variables = firmware.map(|kept| kept.content());
                 let contents = Contents { seed, variables };
-                self.start_vm(RunFile { vm, epoch, config: *config }, &contents).await?
+                self.start_vm(RunFile { vm, epoch, config: *config, begin }, &contents).await?;
+                if begin == Begin::Boot {
+                    return Ok(Remember::Vcpus(vm, epoch, Vcpus::Running));
+                }
+            }
+            Action::SetVcpus { vm, epoch, to } => {
+                vm_process::set_vcpus(&self.paths.vm(vm), to).await.map_err(vmm)?;
+                return Ok(Remember::Vcpus(vm, epoch, to));
+            }
+            Action::SaveVm { vm, epoch, volume, generation, memory_bytes, task } => {
+                self.save_vm(Saving { vm, epoch, volume, generation, memory_bytes, task }).await?;
+            }
+            Action::RestoreVm { vm, epoch, volume, bytes } => {
+                self.restore_vm(vm, epoch, volume, bytes).await?;
+                return Ok(Remember::Vcpus(vm, epoch, Vcpus::Running));
             }
             Action::PressPowerButton { vm, epoch } => {
                 self.shut_down(vm).await?;

@@ -1,8 +1,8 @@
 //! The loop: look, plan, do, wait for something to happen.
 //!
-//! It keeps three things in memory, none of which it needs after a restart: which generations were opened for the
+//! It keeps four things in memory, none of which it needs after a restart: which generations were opened for the
 //! present instance of the data process (they are opened anew), whose power button was pressed when (it is pressed
-//! again), and how long to wait before what failed is tried again.
+//! again), whose processors are held or not (they are held or let go once more), and how long to wait before what failed is tried again.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -19,7 +19,7 @@ use super::{
     boot_files,
     cluster::{Lease, ProposeError},
     link::{self, Gate, Link, Wanted},
-    observed::{DataView, Observed, Run, RunPhase, Standing},
+    observed::{DataView, Observed, Run, RunPhase, Standing, Vcpus},
     plan::{self, Action, ActionKey, View, data::Leftover},
     report::local_report,
     vm_process,
@@ -61,6 +61,7 @@ pub(super) struct Executor {
     standing: Standing,
     grants: BTreeMap<VolumeId, (DataInstance, Generation)>,
     pressed: BTreeMap<VmId, (RunEpoch, Instant)>,
+    vcpus: BTreeMap<VmId, (RunEpoch, Vcpus)>,
     /// Data that are free to be removed, and since when this was seen.
     purgeable: BTreeMap<Leftover, (Option<Retired>, Instant)>,
     pauses: BTreeMap<ActionKey, Pause>,
@@ -86,6 +87,7 @@ impl Executor {
             standing: Standing::Unknown,
             grants: BTreeMap::new(),
             pressed: BTreeMap::new(),
+            vcpus: BTreeMap::new(),
             purgeable: BTreeMap::new(),
             pauses: BTreeMap::new(),
             running: JoinSet::new(),
@@ -140,11 +142,13 @@ impl Executor {
         }
         let runs = vm_process::scan(&self.tools.paths)?;
         self.pressed.retain(|vm, (epoch, _)| runs.get(vm).is_some_and(|run| run.epoch == *epoch));
+        self.vcpus.retain(|vm, (epoch, _)| runs.get(vm).is_some_and(|run| run.epoch == *epoch));
         let runs = runs.into_iter().map(|(vm, found)| {
             let phase = match found.ended {
                 Some(ended) => RunPhase::Ended(ended),
                 None => RunPhase::Alive {
                     button_pressed: self.pressed.get(&vm).map(|(_, at)| now.saturating_duration_since(*at)),
+                    vcpus: self.vcpus.get(&vm).map(|(_, vcpus)| *vcpus).unwrap_or_default(),
                 },
             };
             (vm, Run { epoch: found.epoch, phase })
@@ -246,6 +250,12 @@ impl Executor {
             return;
         }
         tracing::debug!(?action, "begins");
+        if let Action::SetVcpus { vm, .. } | Action::SaveVm { vm, .. } | Action::RestoreVm { vm, .. } =
+            &action
+        {
+            // Until it has come to its end, wherever that is.
+            self.vcpus.remove(vm);
+        }
         let tools = self.tools.clone();
         let task = self.running.spawn(async move { (key, tools.perform(action, instance).await) });
         self.under_way.insert(key, task.id());
@@ -276,6 +286,9 @@ impl Executor {
                     }
                     Remember::Pressed(vm, epoch) => {
                         self.pressed.insert(vm, (epoch, now));
+                    }
+                    Remember::Vcpus(vm, epoch, vcpus) => {
+                        self.vcpus.insert(vm, (epoch, vcpus));
                     }
                 }
                 self.pauses.insert(key, Pause { until: now + SETTLE, next: *RETRY.start() });

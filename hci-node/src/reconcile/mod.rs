@@ -13,6 +13,7 @@
 //! | [`link`] | the link to the data process: configuration and lease |
 //! | [`commits`] | serves `control.sock`: storage's commits |
 //! | [`vm_process`] | VMM processes: started, found again, ended |
+//! | `saved` | runs of VMs that are written to volumes, and made from them |
 //! | `variables` | what the firmware of VMs keeps |
 //! | [`boot_files`] | kernels and initramfs on this node |
 //! | [`console`] | guests' consoles on any node |
@@ -35,6 +36,7 @@ pub mod observed;
 pub mod peers;
 pub mod plan;
 mod report;
+mod saved;
 #[cfg(test)]
 mod tests;
 mod variables;

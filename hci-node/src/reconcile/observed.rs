@@ -73,7 +73,21 @@ pub enum RunPhase {
     Alive {
         /// How long ago its power button was pressed by us.
         button_pressed: Option<Duration>,
+        /// What was done with its processors by us.
+        vcpus: Vcpus,
     },
     /// Its process has ended.
     Ended(Ended),
+}
+
+/// What was done with a run's processors last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Vcpus {
+    /// Nobody knows: another control process did it, or it was cut off.
+    #[default]
+    Unknown,
+    /// They run.
+    Running,
+    /// They are held.
+    Held,
 }

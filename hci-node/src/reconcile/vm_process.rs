@@ -16,6 +16,7 @@ use std::{
 use netfabric::rpc::CallError;
 use nix::unistd::User;
 
+use super::observed::Vcpus;
 use crate::{
     data,
     files::{self, Durability, remove_if_there},
@@ -23,7 +24,7 @@ use crate::{
     paths::{NodePaths, VmPaths},
     state::{RunEpoch, VmId},
     vmm_role::{
-        protocol::{self, Kill, PowerButton},
+        protocol::{self, Kill, Pause, PowerButton, Resume},
         record::{self, Ended, ExitRecord, RunFile},
     },
 };
@@ -206,6 +207,14 @@ pub async fn press_power_button(paths: &VmPaths) -> Result<(), CallError> {
     protocol::call(&paths.socket(), &PowerButton).await
 }
 
+/// Has the guest's processors held, or lets them run.
+pub async fn set_vcpus(paths: &VmPaths, to: Vcpus) -> Result<(), CallError> {
+    match to {
+        Vcpus::Held => protocol::call(&paths.socket(), &Pause).await,
+        Vcpus::Running | Vcpus::Unknown => protocol::call(&paths.socket(), &Resume).await,
+    }
+}
+
 /// Ends a VMM: by order first when there is time for it, then by SIGKILL. Returns when its directory is free.
 pub async fn kill(paths: &VmPaths, epoch: RunEpoch, why: Ended) -> io::Result<()> {
     let record = ExitRecord { epoch, ended: why };
@@ -292,7 +301,7 @@ mod tests {
         let config = serde_json::from_value(serde_json::json!({
             "name": "web", "vcpus": 1, "memory_bytes": 1 << 30, "boot": { "kernel": { "kernel": "/k" } }, "console_socket": "/c"
         }));
-        let run = RunFile { vm, epoch: RunEpoch(epoch), config: config.unwrap() };
+        let run = RunFile { vm, epoch: RunEpoch(epoch), config: config.unwrap(), begin: Default::default() };
         record::write_run_file(&files, &run).unwrap();
         files
     }

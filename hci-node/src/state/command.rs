@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr};
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 use storage::KeySalt;
-use vmm::CpuModel;
+use vmm::{CpuModel, Processor};
 
 use super::{
     ids::*,
@@ -439,6 +439,55 @@ pub enum Op {
         epoch: RunEpoch,
         /// How.
         exit: VmExit,
+    },
+    /// Holds the processors of a VM's present run.
+    PauseVm(VmId),
+    /// Lets a paused VM run on, or has a suspended one go on where it was.
+    ResumeVm(VmId),
+    /// Has the present run of a VM written to a new volume, and ended.
+    SuspendVm {
+        /// The VM.
+        vm: VmId,
+        /// The volume; it is opened on the VM's node in the same step.
+        volume: NewVolume,
+        /// Nodes that cannot take copies now.
+        unreachable: Vec<NodeId>,
+    },
+    /// A run is written, durably: from now on it is only to go on from there.
+    VmSuspended {
+        /// The VM.
+        vm: VmId,
+        /// Which run.
+        epoch: RunEpoch,
+        /// The volume's generation under which it was written.
+        generation: Generation,
+        /// How much of the volume it takes.
+        bytes: u64,
+        /// The processor that it ran on.
+        processor: Processor,
+    },
+    /// A run was not written: it goes on, and the task fails.
+    SuspensionFailed {
+        /// The VM.
+        vm: VmId,
+        /// Which run.
+        epoch: RunEpoch,
+        /// Why.
+        error: TaskError,
+    },
+    /// A run was made from what was saved and is about to begin: what was saved is forgotten.
+    SuspensionUsed {
+        /// The VM.
+        vm: VmId,
+        /// The run that begins.
+        epoch: RunEpoch,
+    },
+    /// Gives up what a suspended VM would go on with.
+    DiscardSuspension {
+        /// The VM.
+        vm: VmId,
+        /// Whether it is started anew, or stays off.
+        desired: DesiredRun,
     },
     /// The firmware of a running VM has stored something.
     StoreVariables {

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use super::{ClusterState, LayerRef, Segment, Subject, Volume, VolumeId, VolumeOwner, layers::MAX_DEPTH};
+use super::{
+    ClusterState, DesiredRun, LayerRef, Segment, Subject, Vm, Volume, VolumeId, VolumeOwner,
+    layers::MAX_DEPTH,
+};
 
 /// Three copies and as many that replace them.
 const MOST_COPIES: usize = 6;
@@ -51,6 +54,9 @@ fn volumes(state: &ClusterState, found: &mut Vec<String>) {
             VolumeOwner::None => true,
             VolumeOwner::Vm(vm) => state.vms.get(&vm).is_some_and(|vm| vm.disks.contains(&volume.id)),
             VolumeOwner::Image(image) => state.images.contains_key(&image),
+            VolumeOwner::Suspension(vm) => state.vms.get(&vm).is_some_and(|vm| {
+                vm.suspension.as_ref().is_some_and(|suspension| suspension.volume == volume.id)
+            }),
         };
         if state.exports.values().any(|export| export.volume == volume.id && !export.is_of(volume)) {
             found.push(format!("{name} is exported and would be dropped with its export"));
@@ -168,11 +174,39 @@ fn vms(state: &ClusterState, found: &mut Vec<String>) {
                 }
             }
         }
+        suspension(state, vm, &name, found);
         if vm.disks.iter().any(|disk| !state.volumes.contains_key(disk)) {
             found.push(format!("a disk of VM {name} is gone"));
         }
         if vm.ports.iter().any(|port| state.ports.get(port).is_none_or(|port| port.vm != vm.id)) {
             found.push(format!("a NIC of VM {name} is gone"));
         }
+    }
+}
+
+/// There is one run that may go on, or one state that a run may be made from.
+fn suspension(state: &ClusterState, vm: &Vm, name: &str, found: &mut Vec<String>) {
+    if vm.paused.is_some() && vm.paused != vm.assignment.map(|run| run.epoch) {
+        found.push(format!("a run of VM {name} is paused that is over"));
+    }
+    let Some(suspension) = &vm.suspension else { return };
+    let Some(volume) = state.volumes.get(&suspension.volume) else {
+        return found.push(format!("the state of VM {name} is gone"));
+    };
+    match vm.saving() {
+        Some(epoch) if vm.assignment.is_none_or(|run| run.epoch != epoch) => {
+            found.push(format!("a run of VM {name} is being suspended that is over"));
+        }
+        Some(_) if vm.desired != DesiredRun::Running => {
+            found.push(format!("VM {name} is being suspended and stopped"));
+        }
+        Some(_) => {}
+        None if !volume.is_filled() => {
+            found.push(format!("VM {name} is suspended to a volume that is not written"));
+        }
+        None => {}
+    }
+    if vm.restoring().is_some_and(|run| volume.coordinator != Some(run.node)) {
+        found.push(format!("the state of VM {name} is not open where it is resumed"));
     }
 }

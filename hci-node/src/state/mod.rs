@@ -228,6 +228,12 @@ impl ClusterState {
         {
             return VolumeUse::Guest(vm);
         }
+        let is_restored = match volume.owner {
+            VolumeOwner::Suspension(vm) => {
+                self.vms.get(&vm).and_then(Vm::restoring).is_some_and(|run| run.node == node)
+            }
+            _ => false,
+        };
         let is_source =
             |other: &Volume| other.coordinator == Some(node) && other.fill == VolumeFill::CopyOf(volume.id);
         let is_exported =
@@ -236,6 +242,7 @@ impl ClusterState {
         if !volume.is_filled()
             || self.volumes.values().any(is_source)
             || is_exported
+            || is_restored
             || self.needs_healing(volume)
         {
             return VolumeUse::Internal;
@@ -246,7 +253,7 @@ impl ClusterState {
     /// Whether a VM is meant to run on a volume, or a copy is to be made of it. Whatever else has it open yields.
     pub fn is_wanted(&self, volume: &Volume) -> bool {
         let by_vm = match volume.owner {
-            VolumeOwner::Vm(vm) => self
+            VolumeOwner::Vm(vm) | VolumeOwner::Suspension(vm) => self
                 .vms
                 .get(&vm)
                 .is_some_and(|vm| vm.desired == DesiredRun::Running || vm.assignment.is_some()),

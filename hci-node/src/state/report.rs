@@ -5,7 +5,7 @@
 use std::{collections::BTreeSet, net::IpAddr};
 
 use serde::{Deserialize, Serialize};
-use vmm::CpuModel;
+use vmm::{CpuModel, Processor};
 
 use super::ids::*;
 use crate::data::disks::smart::Smart;
@@ -57,6 +57,8 @@ pub struct MachineReport {
     pub cpus: u16,
     /// What its processors can show guests; nothing when it has no KVM.
     pub cpu_models: BTreeSet<CpuModel>,
+    /// What they are; none when it has no KVM.
+    pub processor: Option<Processor>,
     /// Since when it runs.
     pub booted: Timestamp,
     /// Disks that could be given to the pool.
@@ -197,6 +199,8 @@ pub enum VmRunState {
     Waiting(String),
     /// Its vCPUs run.
     Running,
+    /// Its vCPUs are held.
+    Paused,
     /// It was asked to stop.
     Stopping,
     /// Its process is gone.

@@ -2,6 +2,7 @@
 
 mod firmware;
 mod layers;
+mod suspension;
 mod transfers;
 mod vms;
 
@@ -754,14 +755,15 @@ fn check_redundancy(op: &Op, before: &ClusterState, after: &ClusterState) -> Res
 proptest! {
     #[test]
     fn random_histories_keep_the_invariants(
-        ops in proptest::collection::vec(prop_oneof![4 => any_op(), 4 => any_change(), 3 => layers::any_op(), 1 => transfers::any_op()], 1..80)
+        ops in proptest::collection::vec(prop_oneof![4 => any_op(), 4 => any_change(), 3 => layers::any_op(), 1 => transfers::any_op(), 3 => suspension::any_op()], 1..80)
     ) {
         let mut state = eight_disks();
         let mut twin = state.clone();
-        let mut held = layers::Held::default();
+        let (mut held, mut used) = (layers::Held::default(), suspension::Used::default());
         for (step, op) in ops.into_iter().enumerate() {
             let before = state.clone();
             let op = transfers::aim(layers::aim(op, step, &state), step, &state);
+            let op = suspension::aim(op, step, &state);
             let asked = Command {
                 at: Timestamp(step as i64),
                 task: Some(TaskId(id(10_000 + step as u128))),
@@ -770,6 +772,7 @@ proptest! {
             let result = state.apply(&asked);
             check_redundancy(&asked.op, &before, &state)?;
             held.follow(&asked.op, &before, &state)?;
+            used.follow(&before, &state)?;
             prop_assert_eq!(&twin.apply(&asked), &result);
             prop_assert_eq!(&twin, &state);
             if result.is_err() {

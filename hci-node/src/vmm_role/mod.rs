@@ -3,15 +3,17 @@
 //! One process for each running VM, around [`vmm::Vm`]. The control process starts it and may go away: the VMM has a
 //! session of its own, is found again by its files ([`record`]) and takes orders on `vmm.sock` ([`protocol`]). A guest
 //! that resets itself gets a new machine in the same process. When the guest has ended, the process records how, and
-//! exits with a code that says the same.
+//! exits with a code that says the same. The state of a guest goes out and comes in over the same socket, in pieces ([`saved`]).
 //!
 //! Before it makes the guest the process gives up whatever it does not need ([`jail`]): a guest that takes it over is still locked up.
 //!
-//! Threads: those of the `vmm` crate, the main thread that waits for the guest's end, and one that serves the socket.
+//! Threads: those of the `vmm` crate, the main thread that waits for the guest's end, and one that serves the socket. What that one may not do
+//! itself, as making a device's thread, the main thread does for it.
 
 pub mod jail;
 pub mod protocol;
 pub mod record;
+pub mod saved;
 
 use std::{
     path::{Path, PathBuf},
@@ -24,12 +26,17 @@ use anyhow::Context;
 use futures_util::future::BoxFuture;
 use netfabric::rpc::{Caller, ErrorCode, Handler, Request, Response, RpcError, serve_unix};
 use parking_lot::Mutex;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
-use vmm::{ExitReason, Vm, VmHandle};
+use vmm::{ExitReason, Vm, VmError, VmHandle, VmState};
 
 use self::{
-    protocol::{GuestState, Kill, PowerButton, Reset, Status, VmmCall, VmmStatus},
-    record::{Ended, ExitFile, ExitRecord, RunFile, RunLock},
+    protocol::{
+        BringFlow, BringState, FetchState, GuestState, Kill, Pause, PowerButton, Reset, Resume, Save,
+        StateFlow, Status, VmmCall, VmmStatus,
+    },
+    record::{Begin, Ended, ExitFile, ExitRecord, RunFile, RunLock},
+    saved::{Brought, Fetched, Incoming, Said},
 };
 use crate::{isolation::identity, paths::VmPaths};
 
@@ -126,6 +133,10 @@ fn read_config(path: &Path) -> anyhow::Result<RunFile> {
 struct Machine {
     run: RunFile,
     now: Mutex<Now>,
+    /// The state of the guest, while it is saved. Dropping it ends that.
+    fetched: tokio::sync::Mutex<Option<Fetched>>,
+    /// The state that the guest is made from, while it is brought. Dropping it ends the guest.
+    brought: tokio::sync::Mutex<Option<Brought>>,
 }
 
 #[derive(Default)]
@@ -137,13 +148,25 @@ struct Now {
 }
 
 fn run_to_the_end(paths: &VmPaths, run: &RunFile) -> Ended {
-    let machine = Arc::new(Machine { run: run.clone(), now: Mutex::default() });
+    let (incoming, brought) = match run.begin {
+        Begin::Boot => (None, None),
+        Begin::Saved => {
+            let (incoming, brought) = saved::incoming();
+            (Some(incoming), Some(brought))
+        }
+    };
+    let machine = Arc::new(Machine {
+        run: run.clone(),
+        now: Mutex::default(),
+        fetched: Default::default(),
+        brought: tokio::sync::Mutex::new(brought),
+    });
     let shutdown = CancellationToken::new();
     let server = match serve_orders(paths, machine.clone(), shutdown.clone()) {
         Ok(server) => server,
         Err(error) => return Ended::Crashed(format!("cannot serve orders: {error}")),
     };
-    let ended = run_guests(&machine);
+    let ended = run_guests(&machine, incoming);
     shutdown.cancel();
     if server.join().is_err() {
         tracing::error!("the thread that takes orders panicked");
@@ -151,12 +174,19 @@ fn run_to_the_end(paths: &VmPaths, run: &RunFile) -> Ended {
     ended
 }
 
-/// Runs guest after guest until one ends for another reason than a reset.
-fn run_guests(machine: &Machine) -> Ended {
+/// Runs guest after guest until one ends for another reason than a reset. The first one may go on with a saved state.
+fn run_guests(machine: &Machine, mut incoming: Option<Incoming>) -> Ended {
     loop {
         let started = Instant::now();
-        let vm = match Vm::start(machine.run.config.clone()) {
+        let config = machine.run.config.clone();
+        let made = match incoming.take() {
+            Some(mut state) => Vm::restore(config, &mut state),
+            None => Vm::start(config),
+        };
+        let vm = match made {
             Ok(vm) => vm,
+            // The state stopped coming because of the order.
+            Err(VmError::Saved(_)) if machine.now.lock().kill => return Ended::Killed,
             Err(error) => return Ended::Crashed(error_chain(&error)),
         };
         {
@@ -212,40 +242,141 @@ fn serve_orders(
 
 struct Orders(Arc<Machine>);
 
-impl Orders {
-    fn dispatch(&self, request: &Request) -> Result<Response, RpcError> {
-        let mut now = self.0.now.lock();
-        let starting = || RpcError::new(ErrorCode::Unavailable, "the guest is just being made");
+fn starting() -> RpcError {
+    RpcError::new(ErrorCode::Unavailable, "the guest is just being made")
+}
+
+fn refused(why: impl Into<String>) -> RpcError {
+    RpcError::new(ErrorCode::Refused, why)
+}
+
+fn ended() -> RpcError {
+    RpcError::new(ErrorCode::Refused, "the guest has ended")
+}
+
+impl Machine {
+    async fn dispatch(&self, request: Request) -> Result<Response, RpcError> {
         match request.method {
-            Status::METHOD => Ok(Response::new(&VmmStatus {
-                vm: self.0.run.vm,
-                epoch: self.0.run.epoch,
-                guest: if now.handle.is_some() { GuestState::Running } else { GuestState::Starting },
-                resets: now.resets,
-            })?),
+            Status::METHOD => Ok(Response::new(&self.status().await)?),
             PowerButton::METHOD => {
-                now.handle.as_ref().ok_or_else(starting)?.power_button();
+                self.guest()?.power_button();
                 Ok(Response::new(&())?)
             }
             Reset::METHOD => {
-                now.handle.as_ref().ok_or_else(starting)?.reset();
+                self.guest()?.reset();
                 Ok(Response::new(&())?)
             }
             Kill::METHOD => {
-                now.kill = true;
-                if let Some(handle) = &now.handle {
-                    handle.kill();
-                }
+                self.kill();
+                Ok(Response::new(&())?)
+            }
+            Pause::METHOD => {
+                self.have_done(VmHandle::pause).await?;
+                Ok(Response::new(&())?)
+            }
+            Resume::METHOD => {
+                self.have_done(VmHandle::resume).await?;
+                Ok(Response::new(&())?)
+            }
+            Save::METHOD => {
+                self.save().await?;
+                Ok(Response::new(&())?)
+            }
+            FetchState::METHOD => self.fetch(request.decode()?).await,
+            BringState::METHOD => {
+                self.bring(request.decode()?, request.bulk).await?;
                 Ok(Response::new(&())?)
             }
             other => Err(RpcError::unknown_method(other)),
         }
     }
+
+    fn guest(&self) -> Result<VmHandle, RpcError> {
+        self.now.lock().handle.clone().ok_or_else(starting)
+    }
+
+    async fn status(&self) -> VmmStatus {
+        let taken = self.brought.lock().await.as_ref().map(Brought::taken);
+        let now = self.now.lock();
+        let guest = match now.handle.as_ref().map(|handle| handle.status().state) {
+            Some(VmState::Running) => GuestState::Running,
+            Some(VmState::Paused) => GuestState::Paused,
+            Some(VmState::Ended(_)) => GuestState::Starting,
+            None => taken.map_or(GuestState::Starting, GuestState::Restoring),
+        };
+        VmmStatus { vm: self.run.vm, epoch: self.run.epoch, guest, resets: now.resets }
+    }
+
+    fn kill(&self) {
+        let mut now = self.now.lock();
+        now.kill = true;
+        if let Some(handle) = &now.handle {
+            handle.kill();
+        }
+        // Whoever waits for a piece waits no longer. One that is on its way right now is followed by none.
+        if let Ok(mut fetched) = self.fetched.try_lock() {
+            *fetched = None;
+        }
+        if let Ok(mut brought) = self.brought.try_lock() {
+            *brought = None;
+        }
+    }
+
+    /// Has the main thread do it, which it can once nothing is saved any more.
+    async fn have_done(&self, act: fn(&VmHandle) -> Result<(), VmError>) -> Result<(), RpcError> {
+        *self.fetched.lock().await = None;
+        let (done, outcome) = oneshot::channel();
+        // Whoever asked may have gone meanwhile.
+        self.guest()?.ask(move |guest| drop(done.send(act(guest).map_err(|error| error_chain(&error)))));
+        outcome.await.map_err(|_| ended())?.map_err(refused)
+    }
+
+    async fn save(&self) -> Result<(), RpcError> {
+        let guest = self.guest()?;
+        let (mut out, fetched) = saved::outgoing();
+        // What was saved before comes to its end by this.
+        *self.fetched.lock().await = Some(fetched);
+        guest.ask(move |guest| {
+            let saved = guest.pause().map_err(|error| error_chain(&error));
+            let saved = saved.and_then(|()| guest.save(&mut out).map_err(|error| error_chain(&error)));
+            out.finish(saved);
+        });
+        Ok(())
+    }
+
+    async fn fetch(&self, FetchState { at }: FetchState) -> Result<Response, RpcError> {
+        let mut fetched = self.fetched.lock().await;
+        let state = fetched.as_mut().ok_or_else(|| refused("the guest is not being saved"))?;
+        if state.at() != at {
+            return Err(refused("pieces are fetched one after the other"));
+        }
+        match state.next().await {
+            Some(Said::Piece(piece)) => Ok(Response::new(&StateFlow::Piece)?.with_bulk(piece)),
+            Some(Said::End) => Ok(Response::new(&StateFlow::End)?),
+            Some(Said::Failed(why)) => Err(refused(why)),
+            None => Err(ended()),
+        }
+    }
+
+    async fn bring(&self, BringState { at, flow }: BringState, piece: bytes::Bytes) -> Result<(), RpcError> {
+        let mut brought = self.brought.lock().await;
+        let state = brought.as_mut().ok_or_else(|| refused("the guest goes on with no saved state"))?;
+        if state.taken() != at {
+            return Err(refused("pieces are brought one after the other"));
+        }
+        if !state.push(piece).await {
+            return Err(refused("the guest takes no more of its state"));
+        }
+        if flow == BringFlow::Last {
+            state.end();
+        }
+        Ok(())
+    }
 }
 
 impl Handler for Orders {
     fn handle(&self, _from: Caller, request: Request) -> BoxFuture<'static, Result<Response, RpcError>> {
-        let answer = self.dispatch(&request);
-        Box::pin(async move { answer })
+        let machine = self.0.clone();
+        Box::pin(async move { machine.dispatch(request).await })
     }
 }

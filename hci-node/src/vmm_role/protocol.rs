@@ -2,6 +2,7 @@
 
 use std::{path::Path, time::Duration};
 
+use bytes::Bytes;
 use netfabric::rpc::{CallError, Request, call_unix};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -9,6 +10,8 @@ use crate::state::{RunEpoch, VmId};
 
 /// A VMM on the same machine answers at once or not at all.
 const DEADLINE: Duration = Duration::from_secs(2);
+/// Holding processors, and a piece of a guest's state, take longer on a machine that is busy.
+const SLOW: Duration = Duration::from_secs(30);
 
 /// An order to a VMM.
 pub trait VmmCall: Serialize + DeserializeOwned + Send + Sync {
@@ -16,6 +19,8 @@ pub trait VmmCall: Serialize + DeserializeOwned + Send + Sync {
     const METHOD: u16;
     /// What it answers.
     type Reply: Serialize + DeserializeOwned + Send;
+    /// How long it may take.
+    const DEADLINE: Duration = DEADLINE;
 }
 
 /// Asks for [`VmmStatus`].
@@ -33,6 +38,82 @@ pub struct Reset;
 /// Ends the guest at once. The process ends soon after the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kill;
+
+/// Holds the guest's processors. What is being saved is saved no further.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pause;
+
+/// Lets the guest run, also for the first time after its state was brought. What is being saved is saved no further.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resume;
+
+/// Holds the guest's processors and begins to write its state, from the start if that was begun before. [`FetchState`] gets it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Save;
+
+/// Fetches the next piece of the state, which comes as bulk data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FetchState {
+    /// How much was fetched before.
+    pub at: u64,
+}
+
+/// Whether there is more of the state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StateFlow {
+    /// This is a piece, and more may follow.
+    Piece,
+    /// That was all; this is no piece.
+    End,
+}
+
+/// Brings the next piece of the state that the guest is to go on from, as bulk data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BringState {
+    /// How much was brought before.
+    pub at: u64,
+    /// Whether more follows.
+    pub flow: BringFlow,
+}
+
+/// Whether more of the state is brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BringFlow {
+    /// More follows.
+    More,
+    /// This is the last piece.
+    Last,
+}
+
+impl VmmCall for Pause {
+    const METHOD: u16 = 0x0305;
+    type Reply = ();
+    const DEADLINE: Duration = SLOW;
+}
+
+impl VmmCall for Resume {
+    const METHOD: u16 = 0x0306;
+    type Reply = ();
+    const DEADLINE: Duration = SLOW;
+}
+
+impl VmmCall for Save {
+    const METHOD: u16 = 0x0307;
+    type Reply = ();
+    const DEADLINE: Duration = SLOW;
+}
+
+impl VmmCall for FetchState {
+    const METHOD: u16 = 0x0308;
+    type Reply = StateFlow;
+    const DEADLINE: Duration = SLOW;
+}
+
+impl VmmCall for BringState {
+    const METHOD: u16 = 0x0309;
+    type Reply = ();
+    const DEADLINE: Duration = SLOW;
+}
 
 impl VmmCall for Status {
     const METHOD: u16 = 0x0301;
@@ -72,11 +153,26 @@ pub struct VmmStatus {
 pub enum GuestState {
     /// It is being made, at first or after a reset.
     Starting,
+    /// It is being made from a saved state, of which so much was brought.
+    Restoring(u64),
     /// Its processors run.
     Running,
+    /// Its processors are held, or it was restored and has not run yet.
+    Paused,
 }
 
 /// Calls the VMM that serves this socket.
 pub async fn call<C: VmmCall>(socket: &Path, call: &C) -> Result<C::Reply, CallError> {
-    Ok(call_unix(socket, Request::new(C::METHOD, call)?, DEADLINE).await?.decode()?)
+    Ok(exchange(socket, call, Bytes::new()).await?.0)
+}
+
+/// The same with bulk data, both ways.
+pub async fn exchange<C: VmmCall>(
+    socket: &Path,
+    call: &C,
+    bulk: Bytes,
+) -> Result<(C::Reply, Bytes), CallError> {
+    let request = Request::new(C::METHOD, call)?.with_bulk(bulk);
+    let response = call_unix(socket, request, C::DEADLINE).await?;
+    Ok((response.decode()?, response.bulk))
 }

@@ -42,6 +42,20 @@ pub struct RunFile {
     pub epoch: RunEpoch,
     /// What it is made of.
     pub config: VmConfig,
+    /// What it begins with.
+    #[serde(default)]
+    pub begin: Begin,
+}
+
+/// What a run begins with. Should its guest reset itself, it boots.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Begin {
+    /// It boots.
+    #[default]
+    Boot,
+    /// It goes on with a state that the control process brings, once that lets it.
+    Saved,
 }
 
 /// How a run ended.

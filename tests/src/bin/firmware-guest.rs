@@ -102,7 +102,12 @@ impl Machine {
             "disks": [{ "id": "disk0", "socket": socket }],
             "console_socket": files.console(),
         });
-        let run = RunFile { vm, epoch: RunEpoch(1), config: serde_json::from_value(config)? };
+        let run = RunFile {
+            vm,
+            epoch: RunEpoch(1),
+            config: serde_json::from_value(config)?,
+            begin: Default::default(),
+        };
         record::write_run_file(&files, &run)?;
         for stale in [files.console(), files.socket(), files.exit()] {
             let _ = fs::remove_file(stale);

@@ -41,7 +41,12 @@ fn main() -> Result<()> {
             "name": "probe", "vcpus": 1, "memory_bytes": 256 << 20, "boot": boot,
             "console_socket": files.console(),
         });
-        let run = RunFile { vm, epoch: RunEpoch(1), config: serde_json::from_value(config)? };
+        let run = RunFile {
+            vm,
+            epoch: RunEpoch(1),
+            config: serde_json::from_value(config)?,
+            begin: Default::default(),
+        };
         record::write_run_file(&files, &run)?;
 
         let began = Instant::now();

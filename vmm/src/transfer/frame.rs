@@ -76,12 +76,7 @@ impl<'a> FrameWriter<'a> {
     }
 
     /// Writes one whose payload is made of these pieces.
-    pub(crate) fn frame(
-        &mut self,
-        kind: Kind,
-        version: u16,
-        payload: &[&[u8]],
-    ) -> Result<(), TransferError> {
+    pub(crate) fn frame(&mut self, kind: Kind, version: u16, payload: &[&[u8]]) -> Result<(), TransferError> {
         let length: usize = payload.iter().map(|piece| piece.len()).sum();
         if length > MAX_PAYLOAD {
             return Err(TransferError::Damaged("a part of it is too large"));
@@ -103,8 +98,8 @@ impl<'a> FrameWriter<'a> {
 
     /// Writes a value.
     pub(crate) fn part<P: Part>(&mut self, body: &P::Body) -> Result<(), TransferError> {
-        let payload =
-            postcard::to_stdvec(body).map_err(|_| TransferError::Damaged("a part of it cannot be written"))?;
+        let payload = postcard::to_stdvec(body)
+            .map_err(|_| TransferError::Damaged("a part of it cannot be written"))?;
         self.frame(P::KIND, P::VERSION, &[&payload])
     }
 
@@ -145,7 +140,8 @@ impl<'a> FrameReader<'a> {
         let mut bytes = [0; HEAD];
         self.from.read_exact(&mut bytes)?;
         let [kind, zero, v0, v1, l0, l1, l2, l3, n0, n1, n2, n3, ..] = bytes;
-        let kind = Kind::of(kind).filter(|_| zero == 0).ok_or(TransferError::Damaged("it is no such stream"))?;
+        let kind =
+            Kind::of(kind).filter(|_| zero == 0).ok_or(TransferError::Damaged("it is no such stream"))?;
         let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
         if length > MAX_PAYLOAD {
             return Err(TransferError::Damaged("a part of it is too large"));

@@ -119,7 +119,8 @@ fn get_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, TransferErr
         let asked = &left[..left.len().min(AT_ONCE)];
         let entries: Vec<_> =
             asked.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
-        let mut msrs = Msrs::from_entries(&entries).map_err(|_| TransferError::Damaged("too many registers"))?;
+        let mut msrs =
+            Msrs::from_entries(&entries).map_err(|_| TransferError::Damaged("too many registers"))?;
         let read = fd.get_msrs(&mut msrs).map_err(kvm("KVM_GET_MSRS"))?.min(asked.len());
         found.extend(msrs.as_slice()[..read].iter().map(|entry| (entry.index, entry.data)));
         // The one that it stopped at is not there.

@@ -190,7 +190,9 @@ impl Processor {
         let name: Vec<u8> = [b, d, c].into_iter().flat_map(u32::to_le_bytes).collect();
         let vendor = name.into_iter().filter(u8::is_ascii_graphic).map(char::from).collect();
         // FNV-1a: it need not withstand anybody, only be the same everywhere and in all releases.
-        let bits = FEATURE_REGISTERS.iter().flat_map(|(leaf, index, at)| registers(cpuid, *leaf, *index)[*at].to_le_bytes());
+        let bits = FEATURE_REGISTERS
+            .iter()
+            .flat_map(|(leaf, index, at)| registers(cpuid, *leaf, *index)[*at].to_le_bytes());
         let features = bits.fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
         });
@@ -229,7 +231,11 @@ pub(crate) fn check_fit(saved: &CpuId, own: &CpuId) -> Result<(), String> {
     }
     let width = |cpuid: &CpuId| registers(cpuid, 0x8000_0008, 0)[0] & 0xff;
     if width(saved) > width(own) {
-        return Err(format!("this node's processor has {} address bits instead of {}", width(own), width(saved)));
+        return Err(format!(
+            "this node's processor has {} address bits instead of {}",
+            width(own),
+            width(saved)
+        ));
     }
     Ok(())
 }

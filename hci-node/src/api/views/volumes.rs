@@ -130,6 +130,9 @@ impl Views<'_> {
         };
         let used_by = match volume.owner {
             VolumeOwner::None => None,
+            VolumeOwner::Suspension(vm) => {
+                Some(format!("state of vm {}", self.state.subject_name(&Subject::Vm(vm))))
+            }
             VolumeOwner::Vm(vm) => Some(format!("vm {}", self.state.subject_name(&Subject::Vm(vm)))),
             VolumeOwner::Image(image) => {
                 Some(format!("image {}", self.state.subject_name(&Subject::Image(image))))

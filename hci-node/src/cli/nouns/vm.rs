@@ -53,14 +53,17 @@ pub enum Verb {
         #[arg(long, value_parser = ["restart", "stop"])]
         after_crash: Option<String>,
     },
-    /// Start a VM.
+    /// Start a VM. A suspended one goes on where it was.
     #[command(
-        after_help = "Examples:\n  hci vm start web1\n  hci vm start web1 --no-wait\nAPI: POST /v1/vms/NAME/start"
+        after_help = "Examples:\n  hci vm start web1\n  hci vm start web1 --discard-state\nAPI: POST /v1/vms/NAME/start"
     )]
     Start {
         /// The VM's name or id.
         #[arg(add = names("/v1/vms"))]
         name: String,
+        /// Boot a suspended VM anew; what was in its memory is lost.
+        #[arg(long)]
+        discard_state: bool,
     },
     /// Stop a VM by its guest agent or its power button; it is switched off when it does not react within a minute.
     #[command(
@@ -73,6 +76,36 @@ pub enum Verb {
         /// Switch it off at once, as a pulled plug does.
         #[arg(long)]
         force: bool,
+        /// Have a suspended VM off from now on; what was in its memory is lost.
+        #[arg(long)]
+        discard_state: bool,
+    },
+    /// Hold a VM's processors. It keeps its memory and its place on its node, and its clock goes on.
+    #[command(
+        after_help = "Examples:\n  hci vm pause web1\n  hci vm pause web1 --no-wait\nAPI: POST /v1/vms/NAME/pause"
+    )]
+    Pause {
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
+        name: String,
+    },
+    /// Write a VM's memory, processors and devices to a volume and end it: it takes no processor and no memory until it is resumed, on any node.
+    #[command(
+        after_help = "Examples:\n  hci vm suspend web1\n  hci vm suspend web1 --timeout 1h\nAPI: POST /v1/vms/NAME/suspend"
+    )]
+    Suspend {
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
+        name: String,
+    },
+    /// Let a paused or suspended VM go on where it was.
+    #[command(
+        after_help = "Examples:\n  hci vm resume web1\n  hci vm resume web1 --no-wait\nAPI: POST /v1/vms/NAME/resume"
+    )]
+    Resume {
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
+        name: String,
     },
     /// Stop a VM by its guest agent or its power button and start it again; it is switched off when it does not react within a minute.
     #[command(
@@ -227,8 +260,21 @@ pub async fn run(context: &Context, verb: Verb) -> Result<ExitCode, CliError> {
                 context.client.json(Method::PATCH, &object_path("/v1/vms", &name), Some(&body)).await?;
             context.change(answer, "/v1/vms", &name, COLUMNS).await
         }
-        Verb::Start { name } => act(context, &name, "start", json!({})).await,
-        Verb::Stop { name, force } => act(context, &name, "stop", json!({ "force": force })).await,
+        Verb::Start { name, discard_state } => {
+            if discard_state {
+                context.confirm(&name, &discards(&name))?;
+            }
+            act(context, &name, "start", json!({ "discard_state": discard_state })).await
+        }
+        Verb::Stop { name, force, discard_state } => {
+            if discard_state {
+                context.confirm(&name, &discards(&name))?;
+            }
+            act(context, &name, "stop", json!({ "force": force, "discard_state": discard_state })).await
+        }
+        Verb::Pause { name } => act(context, &name, "pause", json!({})).await,
+        Verb::Suspend { name } => act(context, &name, "suspend", json!({})).await,
+        Verb::Resume { name } => act(context, &name, "resume", json!({})).await,
         Verb::Restart { name, force } => act(context, &name, "restart", json!({ "force": force })).await,
         Verb::Console { name, log } => {
             let path = format!("{}/console", object_path("/v1/vms", &name));
@@ -247,6 +293,10 @@ pub async fn run(context: &Context, verb: Verb) -> Result<ExitCode, CliError> {
         }
     }?;
     Ok(Exit::Ok.into())
+}
+
+fn discards(name: &str) -> String {
+    format!("loses what was in the memory of VM {name} when it was suspended")
 }
 
 /// The size of an image's disk, when it has one.

@@ -16,11 +16,11 @@ use super::{
 use crate::{
     control::lease::{LeaderLeases, LeaseStanding},
     state::{
-        Availability, ClusterState, Command, DesiredRun, Goal, ImagePart, NodeId, NodeService, Op, PartState,
-        ReplicaState, RunEpoch, Severity, Subject, Task, TaskError, TaskState, Timestamp, Vm, VmExit, VmId,
-        Volume, VolumeFill,
+        Assignment, Availability, ClusterState, Command, DesiredRun, Goal, ImagePart, NodeId, NodeService,
+        Op, PartState, ReplicaState, RunEpoch, Severity, Subject, Task, TaskError, TaskState, Timestamp, Vm,
+        VmExit, VmId, Volume, VolumeFill,
         command::AssignReason,
-        report::{NodeReport, VmRunState},
+        report::{NodeReport, VmReport, VmRunState},
     },
 };
 
@@ -54,6 +54,12 @@ struct View<'a> {
 impl View<'_> {
     fn is_dead(&self, node: NodeId) -> bool {
         self.dead.contains(&node)
+    }
+
+    /// What its node says of a run of a VM.
+    fn vm_report(&self, vm: &Vm, run: Assignment) -> Option<&VmReport> {
+        let told = &self.live.get(&run.node)?.local.vms;
+        told.iter().find(|seen| seen.vm == vm.id && seen.epoch == run.epoch)
     }
 
     fn command(&self, op: Op) -> Command {
@@ -114,7 +120,9 @@ impl Ha {
             (Some(run), _) => {
                 self.without_node.remove(&vm.id);
                 let is_ending = vm.restart.is_some_and(|restart| restart.epoch == run.epoch);
+                // What is being suspended, or has not begun yet, cannot be restarted: it goes when that has come to its end.
                 if !is_ending
+                    && vm.suspension.is_none()
                     && !is_in_service(view.state, run.node)
                     && scheduler::choose(view.state, &view.live, vm, None).is_ok()
                 {
@@ -131,7 +139,9 @@ impl Ha {
             }
             (None, _) => AssignReason::Start,
         };
-        let disks: Vec<_> = vm.disks.iter().filter_map(|disk| view.state.volumes.get(disk)).collect();
+        let state = vm.suspension.as_ref().map(|suspension| &suspension.volume);
+        let disks: Vec<_> =
+            vm.disks.iter().chain(state).filter_map(|disk| view.state.volumes.get(disk)).collect();
         if disks.iter().any(|volume| !volume.is_filled()) {
             return;
         }
@@ -315,6 +325,8 @@ fn settle(view: &View<'_>, task: &Task, commands: &mut Vec<Command>) {
         Goal::Applied => Verdict::Done,
         Goal::VmRuns(vm, epoch) => vm_runs(view, *vm, *epoch, task),
         Goal::VmIsStopped(vm) => vm_is_stopped(view, *vm),
+        Goal::VmIsPaused(vm, epoch) => vm_is_paused(view, *vm, *epoch, task),
+        Goal::VmIsSuspended(vm) => vm_is_suspended(view, *vm, task),
         // Ended by the commands about the disk and the part; what is gone cannot get there any more.
         Goal::DiskReady(disk) if !view.state.disks.contains_key(disk) => {
             failed("the disk is gone", "hci disk list")
@@ -377,16 +389,50 @@ fn vm_runs(view: &View<'_>, id: VmId, epoch: RunEpoch, task: &Task) -> Verdict {
             format!("start it: hci vm start {}", vm.name),
         );
     }
-    let runs = vm.assignment.filter(|run| run.epoch >= epoch).is_some_and(|run| {
-        view.live.get(&run.node).is_some_and(|report| {
-            report
-                .local
-                .vms
-                .iter()
-                .any(|seen| seen.vm == id && seen.epoch == run.epoch && seen.state == VmRunState::Running)
-        })
-    });
+    let runs = vm
+        .assignment
+        .filter(|run| run.epoch >= epoch)
+        .is_some_and(|run| view.vm_report(vm, run).is_some_and(|seen| seen.state == VmRunState::Running));
     if runs { Verdict::Done } else { Verdict::Wait }
+}
+
+fn vm_is_paused(view: &View<'_>, id: VmId, epoch: RunEpoch, task: &Task) -> Verdict {
+    let Some(vm) = view.state.vms.get(&id) else {
+        return failed(format!("VM {} was deleted", task.subject_name), "hci vm list");
+    };
+    if vm.paused != Some(epoch) {
+        return failed(
+            format!("VM {} was resumed meanwhile, or its run ended", vm.name),
+            format!("see it: hci vm get {}", vm.name),
+        );
+    }
+    let seen = vm.assignment.and_then(|run| view.vm_report(vm, run));
+    if seen.is_some_and(|seen| seen.state == VmRunState::Paused) { Verdict::Done } else { Verdict::Wait }
+}
+
+fn vm_is_suspended(view: &View<'_>, id: VmId, task: &Task) -> Verdict {
+    let Some(vm) = view.state.vms.get(&id) else {
+        return failed(format!("VM {} was deleted", task.subject_name), "hci vm list");
+    };
+    let Some(suspension) = &vm.suspension else {
+        return failed(
+            format!("VM {} was resumed meanwhile", vm.name),
+            format!("see it: hci vm get {}", vm.name),
+        );
+    };
+    let is_over = vm.saved().is_some_and(|saved| vm.assignment.is_none_or(|run| run.epoch != saved.epoch));
+    let mut volumes =
+        vm.disks.iter().chain([&suspension.volume]).filter_map(|disk| view.state.volumes.get(disk));
+    let resumes = vm.desired == DesiredRun::Running;
+    if is_over && (resumes || volumes.all(|volume| is_closed(view, volume))) {
+        Verdict::Done
+    } else {
+        Verdict::Wait
+    }
+}
+
+fn is_closed(view: &View<'_>, volume: &Volume) -> bool {
+    volume.coordinator.is_none_or(|node| view.is_dead(node)) || view.state.needs_healing(volume)
 }
 
 fn vm_is_stopped(view: &View<'_>, id: VmId) -> Verdict {
@@ -395,8 +441,9 @@ fn vm_is_stopped(view: &View<'_>, id: VmId) -> Verdict {
         return failed(format!("VM {} was started again", vm.name), format!("hci vm get {}", vm.name));
     }
     let mut volumes = vm.disks.iter().filter_map(|disk| view.state.volumes.get(disk));
-    let is_closed = |volume: &Volume| {
-        volume.coordinator.is_none_or(|node| view.is_dead(node)) || view.state.needs_healing(volume)
-    };
-    if vm.assignment.is_none() && volumes.all(is_closed) { Verdict::Done } else { Verdict::Wait }
+    if vm.assignment.is_none() && volumes.all(|volume| is_closed(view, volume)) {
+        Verdict::Done
+    } else {
+        Verdict::Wait
+    }
 }

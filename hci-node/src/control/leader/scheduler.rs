@@ -14,6 +14,7 @@ pub fn choose(
     vm: &Vm,
     only: Option<NodeId>,
 ) -> Result<NodeId, String> {
+    let make = vm.make();
     let mut best: Option<(bool, u64, NodeId)> = None;
     let mut reasons = Vec::new();
     for (node, report) in live {
@@ -33,13 +34,23 @@ pub fn choose(
             reasons.push(format!("{} has no KVM: is virtualization enabled in its firmware?", member.name));
             continue;
         }
-        if !report.machine.cpu_models.contains(&vm.cpu_model) {
-            reasons.push(format!("{} lacks CPU model {}", member.name, vm.cpu_model));
+        if !report.machine.cpu_models.contains(&make.cpu_model) {
+            reasons.push(format!("{} lacks CPU model {}", member.name, make.cpu_model));
             continue;
         }
-        let taken: u64 = state.vms_on(*node).map(|other| other.memory_bytes).sum();
+        if let (Some(saved), Some(own)) = (vm.saved(), &report.machine.processor)
+            && !own.carries(&saved.processor, make.cpu_model)
+        {
+            reasons.push(format!(
+                "{} has another processor than the one that the VM was suspended on",
+                member.name
+            ));
+            continue;
+        }
+        let others = state.vms_on(*node).filter_map(|other| other.assignment);
+        let taken: u64 = others.map(|run| run.make.memory_bytes).sum();
         let free = report.machine.memory_bytes.saturating_sub(RESERVED_BYTES).saturating_sub(taken);
-        if free < vm.memory_bytes {
+        if free < make.memory_bytes {
             reasons.push(format!("{} has {} MiB of memory left", member.name, free >> 20));
             continue;
         }
@@ -50,7 +61,7 @@ pub fn choose(
     }
     best.map(|(_, _, node)| node).ok_or_else(|| match reasons.as_slice() {
         [] => "no node that could run it is there".to_owned(),
-        reasons => format!("{} MiB of memory needed, but {}", vm.memory_bytes >> 20, reasons.join("; ")),
+        reasons => format!("{} MiB of memory needed, but {}", make.memory_bytes >> 20, reasons.join("; ")),
     })
 }
 

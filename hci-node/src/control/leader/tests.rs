@@ -17,6 +17,10 @@ struct World {
     runs: Vec<(NodeId, VmReport)>,
     alive: Vec<NodeId>,
     memory: u64,
+    /// Features of nodes' processors; 1 when nothing is said.
+    processors: std::collections::BTreeMap<NodeId, u64>,
+    /// Whether nodes hold the processors of all guests.
+    holds: bool,
 }
 
 impl World {
@@ -30,6 +34,8 @@ impl World {
             runs: vec![],
             alive: (1..=3).map(node_id).collect(),
             memory: 4 << 30,
+            processors: Default::default(),
+            holds: false,
         }
     }
 
@@ -47,6 +53,10 @@ impl World {
                     machine: MachineReport {
                         memory_bytes: self.memory,
                         cpu_models: [vmm::CpuModel::Host].into(),
+                        processor: Some(vmm::Processor {
+                            vendor: "AuthenticAMD".into(),
+                            features: self.processors.get(node).copied().unwrap_or(1),
+                        }),
                         ..Default::default()
                     },
                     local: LocalReport { vms, data_process: ProcessState::Up, ..Default::default() },
@@ -65,7 +75,7 @@ impl World {
                 .values()
                 .filter_map(|vm| {
                     let run = vm.assignment?;
-                    let state = VmRunState::Running;
+                    let state = if self.holds { VmRunState::Paused } else { VmRunState::Running };
                     Some((run.node, VmReport { vm: vm.id, epoch: run.epoch, state, agent: None }))
                 })
                 .collect();
@@ -269,4 +279,78 @@ fn a_freeze_that_does_not_end_is_given_up_and_layers_are_merged_without_a_user()
     let (generation, layer) = (opened.generation, opened.layers.merge.unwrap());
     world.ask(Op::LayerMerged { volume: id, generation, layer }, 55).unwrap();
     assert_eq!(world.state.volume_use(&world.state.volumes[&id]), VolumeUse::Nothing);
+}
+
+/// Has a VM suspended as its node does, from the request to the end of the run.
+fn suspend(world: &mut World, vm: VmId, task: u128) {
+    let volume = NewVolume { name: "state".into(), ..new_volume(40, 3) };
+    let (id, run) = (volume.id, world.state.vms[&vm].assignment.unwrap());
+    world.ask(Op::SuspendVm { vm, volume, unreachable: vec![] }, task).unwrap();
+    let processor = vmm::Processor { vendor: "AuthenticAMD".into(), features: 1 };
+    let generation = world.state.volumes[&id].generation;
+    let written = Op::VmSuspended { vm, epoch: run.epoch, generation, bytes: 1, processor };
+    world.state.apply(&command(written)).unwrap();
+    world.state.apply(&command(Op::VmExited { vm, epoch: run.epoch, exit: VmExit::Stopped })).unwrap();
+    let open: Vec<_> =
+        world.state.volumes.values().filter(|volume| volume.coordinator.is_some()).cloned().collect();
+    for volume in open {
+        let (volume, generation) = (volume.id, volume.generation);
+        let close = Op::CloseVolume { volume, generation, cleanliness: Cleanliness::Clean };
+        world.state.apply(&command(close)).unwrap();
+    }
+}
+
+#[test]
+fn a_suspended_vm_takes_no_node_until_it_is_resumed_and_then_one_that_can_go_on_with_it() {
+    let mut world = World::new();
+    let (mut new, vm) = vm(1);
+    new.preferred_node = Some(node_id(2));
+    world.ask(Op::CreateVm { vm: new, unreachable: vec![] }, 51).unwrap();
+    world.pass(2);
+    suspend(&mut world, vm, 52);
+    world.pass(5);
+    assert_eq!(world.node_of(vm), None);
+    assert_eq!(world.state.tasks[&TaskId(testing::id(52))].state, TaskState::Done);
+
+    // The node that it prefers has another processor by now.
+    world.processors.insert(node_id(2), 2);
+    world.ask(Op::ResumeVm(vm), 53).unwrap();
+    world.pass(1);
+    let first = world.node_of(vm).unwrap();
+    assert_ne!(first, node_id(2));
+    // Lost before it began: the other one that fits goes on with it.
+    world.lose(first);
+    world.pass(15);
+    let second = world.node_of(vm).unwrap();
+    assert!(second != node_id(2) && second != first && world.state.vms[&vm].restoring().is_some());
+    let epoch = world.state.vms[&vm].epoch;
+    world.state.apply(&command(Op::SuspensionUsed { vm, epoch })).unwrap();
+    world.pass(1);
+    assert_eq!(world.state.tasks[&TaskId(testing::id(53))].state, TaskState::Done);
+    // Lost after it began: it is started anew, wherever.
+    world.lose(second);
+    world.alive.push(first);
+    world.pass(15);
+    assert!(world.node_of(vm).is_some() && world.state.vms[&vm].suspension.is_none());
+}
+
+#[test]
+fn the_task_of_a_pause_ends_when_the_node_says_that_the_processors_are_held() {
+    let mut world = World::new();
+    let (new, vm) = vm(1);
+    world.ask(Op::CreateVm { vm: new, unreachable: vec![] }, 51).unwrap();
+    world.pass(2);
+    world.ask(Op::PauseVm(vm), 52).unwrap();
+    world.pass(1);
+    let state = |world: &World, task| world.state.tasks[&TaskId(testing::id(task))].state.clone();
+    assert_eq!(state(&world, 52), TaskState::Running);
+    world.holds = true;
+    world.pass(1);
+    assert_eq!(state(&world, 52), TaskState::Done);
+    world.ask(Op::ResumeVm(vm), 53).unwrap();
+    world.pass(1);
+    assert_eq!(state(&world, 53), TaskState::Running, "it is held still");
+    world.holds = false;
+    world.pass(1);
+    assert_eq!(state(&world, 53), TaskState::Done);
 }

@@ -24,16 +24,16 @@ use std::path::PathBuf;
 use storage::KeySalt;
 use vmm::VmConfig;
 
-use super::observed::{Observed, Standing};
+use super::observed::{Observed, Standing, Vcpus};
 use crate::{
     data::protocol::{DataConfig, NodeSecret},
     paths::NodePaths,
     state::{
         BootFile, Cleanliness, CloudInit, ClusterState, DiskId, FirmwareVariables, Generation, ImageId,
-        ImagePart, LayerRef, NodeId, RunEpoch, SegmentIndex, VmExit, VmId, VolumeId, WipePolicy,
+        ImagePart, LayerRef, NodeId, RunEpoch, SegmentIndex, TaskId, VmExit, VmId, VolumeId, WipePolicy,
         report::VmReport,
     },
-    vmm_role::record::Ended,
+    vmm_role::record::{Begin, Ended},
 };
 
 /// What a node has to do.
@@ -183,6 +183,43 @@ pub enum Action {
         cloud_init: Option<CloudInit>,
         /// What its firmware keeps, if it has run before.
         firmware: Option<FirmwareVariables>,
+        /// What it begins with.
+        begin: Begin,
+    },
+    /// Hold a VM's processors, or let them run.
+    SetVcpus {
+        /// The VM.
+        vm: VmId,
+        /// Which run.
+        epoch: RunEpoch,
+        /// [`Vcpus::Running`] or [`Vcpus::Held`].
+        to: Vcpus,
+    },
+    /// Write a run to its volume, and tell the cluster when it is there, or that it will not be.
+    SaveVm {
+        /// The VM.
+        vm: VmId,
+        /// Which run.
+        epoch: RunEpoch,
+        /// The volume.
+        volume: VolumeId,
+        /// Its generation.
+        generation: Generation,
+        /// Bytes of the run's memory.
+        memory_bytes: u64,
+        /// The task that is told how far it is.
+        task: Option<TaskId>,
+    },
+    /// Bring a run the state that it goes on with, tell the cluster that it is used up, and let the run begin.
+    RestoreVm {
+        /// The VM.
+        vm: VmId,
+        /// Which run.
+        epoch: RunEpoch,
+        /// The volume.
+        volume: VolumeId,
+        /// How much of it.
+        bytes: u64,
     },
     /// Press a VM's power button.
     PressPowerButton {
@@ -262,6 +299,9 @@ impl Action {
             Self::SpreadBootFile { image, part, .. } => ActionKey::Spread(*image, *part),
             Self::KillVm { vm, .. } => ActionKey::Kill(*vm),
             Self::StartVm { vm, .. }
+            | Self::SetVcpus { vm, .. }
+            | Self::SaveVm { vm, .. }
+            | Self::RestoreVm { vm, .. }
             | Self::PressPowerButton { vm, .. }
             | Self::ReportExit { vm, .. }
             | Self::ForgetRun { vm, .. } => ActionKey::Vm(*vm),

@@ -3,6 +3,9 @@
 //! A VM runs at most once in a run epoch, and on the node that it is assigned to only. What runs here without being
 //! meant to is killed at once. A run that has ended is told to the cluster until the cluster has taken note; only then
 //! are its records removed.
+//!
+//! A run that was written to a volume must not go on, and is killed. One that goes on with what was written begins only when the cluster has
+//! forgotten that (`state/apply/suspension.rs` has the whole order).
 
 use std::time::Duration;
 
@@ -11,12 +14,13 @@ use vmm::{Boot, DiskConfig, NicConfig, VmConfig};
 
 use super::{Action, View, data};
 use crate::{
-    reconcile::observed::{DataView, Observed, Run, RunPhase},
+    reconcile::observed::{DataView, Observed, Run, RunPhase, Vcpus},
     state::{
-        Assignment, DesiredRun, ImagePart, RunEpoch, StopMode, Vm, VmExit, VmId, VolumeId,
+        Assignment, DesiredRun, ImagePart, Make, RunEpoch, StopMode, SuspensionStage, Vm, VmExit, VmId,
+        VolumeId,
         report::{VmReport, VmRunState},
     },
-    vmm_role::record::Ended,
+    vmm_role::record::{Begin, Ended},
 };
 
 /// How long a guest may take to shut itself down after its power button was pressed.
@@ -56,6 +60,9 @@ fn assigned<'a>(view: View<'a>, vm: VmId, epoch: RunEpoch) -> Option<&'a Vm> {
 /// How a run is to be ended, if it is.
 fn stop_mode(vm: &Vm, epoch: RunEpoch) -> Option<StopMode> {
     match vm.desired {
+        // What was written, and what has not begun, has nothing to shut down.
+        _ if vm.is_written(epoch) => Some(StopMode::Force),
+        DesiredRun::Stopped(_) if vm.restoring().is_some() => Some(StopMode::Force),
         DesiredRun::Stopped(mode) => Some(mode),
         DesiredRun::Running => {
             vm.restart.filter(|restart| restart.epoch == epoch).map(|restart| restart.mode)
@@ -72,11 +79,41 @@ fn plan_run(view: View<'_>, id: VmId, run: &Run) -> Option<Action> {
         (Some(vm), RunPhase::Ended(ended)) => {
             Some(Action::ReportExit { vm: id, epoch, exit: exit(vm, epoch, ended) })
         }
-        (Some(vm), RunPhase::Alive { button_pressed }) => match (stop_mode(vm, epoch)?, button_pressed) {
-            (StopMode::Force, _) => Some(kill),
-            (StopMode::Graceful, None) => Some(Action::PressPowerButton { vm: id, epoch }),
-            (StopMode::Graceful, Some(since)) => (*since >= SHUTDOWN_GRACE).then_some(kill),
+        (Some(vm), RunPhase::Alive { button_pressed, vcpus }) => match (stop_mode(vm, epoch), button_pressed)
+        {
+            (None, _) => plan_vcpus(view, vm, epoch, *vcpus),
+            (Some(StopMode::Force), _) => Some(kill),
+            // A guest that is held cannot do anything.
+            (Some(StopMode::Graceful), None) if *vcpus != Vcpus::Running => {
+                Some(Action::SetVcpus { vm: id, epoch, to: Vcpus::Running })
+            }
+            (Some(StopMode::Graceful), None) => Some(Action::PressPowerButton { vm: id, epoch }),
+            (Some(StopMode::Graceful), Some(since)) => (*since >= SHUTDOWN_GRACE).then_some(kill),
         },
+    }
+}
+
+/// A run that is to go on: held or not, written, or made from what was written.
+fn plan_vcpus(view: View<'_>, vm: &Vm, epoch: RunEpoch, vcpus: Vcpus) -> Option<Action> {
+    let id = vm.id;
+    let Some(suspension) = &vm.suspension else {
+        let to = if vm.paused == Some(epoch) { Vcpus::Held } else { Vcpus::Running };
+        return (vcpus != to).then_some(Action::SetVcpus { vm: id, epoch, to });
+    };
+    let data = view.observed.data.as_ref()?;
+    let volume = view.state.volumes.get(&suspension.volume).filter(|volume| data::is_open(volume, data))?;
+    match &suspension.stage {
+        SuspensionStage::Saving { task, .. } => Some(Action::SaveVm {
+            vm: id,
+            epoch,
+            volume: volume.id,
+            generation: volume.generation,
+            memory_bytes: vm.assignment?.make.memory_bytes,
+            task: *task,
+        }),
+        SuspensionStage::Saved(saved) => {
+            Some(Action::RestoreVm { vm: id, epoch, volume: volume.id, bytes: saved.bytes })
+        }
     }
 }
 
@@ -100,6 +137,10 @@ fn plan_start(view: View<'_>, vm: &Vm, assignment: Assignment) -> Option<Action>
     if stop_mode(vm, epoch).is_some() {
         return Some(Action::ReportExit { vm: vm.id, epoch, exit: VmExit::Stopped });
     }
+    if vm.saving() == Some(epoch) {
+        let exit = VmExit::Crashed("it vanished while it was being suspended".to_owned());
+        return Some(Action::ReportExit { vm: vm.id, epoch, exit });
+    }
     let config = Box::new(config(view, vm).ok()?);
     Some(Action::StartVm {
         vm: vm.id,
@@ -107,14 +148,16 @@ fn plan_start(view: View<'_>, vm: &Vm, assignment: Assignment) -> Option<Action>
         config,
         cloud_init: vm.cloud_init.clone(),
         firmware: vm.firmware.clone(),
+        begin: if vm.restoring().is_some() { Begin::Saved } else { Begin::Boot },
     })
 }
 
 /// What a VMM is told, or what is still missing for it.
 fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
     let data = view.observed.data.as_ref().ok_or("the data process is away")?;
+    let make = vm.assignment.map_or(vm.make(), |run| run.make);
     let disks =
-        vm.disks.iter().zip(0..).map(|(volume, index): (_, u32)| disk(view, data, vm, *volume, index));
+        vm.disks.iter().zip(0..).map(|(volume, index): (_, u32)| disk(view, data, make, *volume, index));
     let nics = vm.ports.iter().zip(0..).map(|(port, index): (_, u32)| {
         let applied = data.applied.as_ref().map_or(&[][..], |config| &config.overlay.ports);
         let port =
@@ -127,9 +170,9 @@ fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
     Ok(VmConfig {
         name: vm.name.clone(),
         id: vm.id.0,
-        vcpus: vm.vcpus,
-        cpu_model: vm.cpu_model,
-        memory_bytes: vm.memory_bytes,
+        vcpus: make.vcpus,
+        cpu_model: make.cpu_model,
+        memory_bytes: make.memory_bytes,
         boot: boot(view, vm)?,
         disks: disks.collect::<Result<_, String>>()?,
         nics: nics.collect::<Result<_, String>>()?,
@@ -165,7 +208,7 @@ fn boot(view: View<'_>, vm: &Vm) -> Result<Boot, String> {
 fn disk(
     view: View<'_>,
     data: &DataView,
-    vm: &Vm,
+    make: Make,
     volume: VolumeId,
     index: u32,
 ) -> Result<DiskConfig, String> {
@@ -183,7 +226,7 @@ fn disk(
         Some(socket) if data::is_open(volume, data) => Ok(DiskConfig {
             id: format!("disk{index}"),
             socket,
-            queues: u16::from(vm.vcpus).clamp(1, MAX_DISK_QUEUES),
+            queues: u16::from(make.vcpus).clamp(1, MAX_DISK_QUEUES),
             readonly: false,
         }),
         _ => Err(format!("volume {} is opened", volume.name)),
@@ -197,10 +240,15 @@ pub fn reports(view: View<'_>) -> Vec<VmReport> {
         .runs
         .iter()
         .map(|(vm, run)| {
-            let stopping = assigned(view, *vm, run.epoch).is_none_or(|vm| stop_mode(vm, run.epoch).is_some());
+            let meant = assigned(view, *vm, run.epoch);
+            let stopping = meant.is_none_or(|vm| stop_mode(vm, run.epoch).is_some());
             let state = match run.phase {
                 RunPhase::Ended(_) => VmRunState::Exited,
                 RunPhase::Alive { .. } if stopping => VmRunState::Stopping,
+                RunPhase::Alive { .. } if meant.is_some_and(|vm| vm.restoring().is_some()) => {
+                    VmRunState::Waiting("its state is read back".to_owned())
+                }
+                RunPhase::Alive { vcpus: Vcpus::Held, .. } => VmRunState::Paused,
                 RunPhase::Alive { .. } => VmRunState::Running,
             };
             VmReport { vm: *vm, epoch: run.epoch, state, agent: None }

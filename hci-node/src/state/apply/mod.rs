@@ -12,6 +12,7 @@ mod replicas;
 mod scrubs;
 mod snapshots;
 mod storage;
+mod suspension;
 mod tasks;
 mod vms;
 
@@ -128,12 +129,23 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
 
         Op::CreateVm { vm, unreachable } => vms::create(state, vm, unreachable, at),
         Op::SetVm { vm, change } => vms::set(state, *vm, *change),
-        Op::SetVmDesired { vm, desired } => vms::set_desired(state, *vm, *desired),
+        Op::SetVmDesired { vm, desired } => vms::set_desired(state, *vm, *desired, at),
         Op::RestartVm(vm) => vms::restart(state, *vm, StopMode::Graceful),
         Op::DeleteVm(vm) => vms::delete(state, *vm),
         Op::AssignVm { vm, node, expected, reason, unreachable } => {
             vms::assign(state, *vm, *node, *expected, *reason, unreachable, at)
         }
+        Op::PauseVm(vm) => suspension::pause(state, *vm, at),
+        Op::ResumeVm(vm) => suspension::resume(state, *vm, at),
+        Op::SuspendVm { vm, volume, unreachable } => {
+            suspension::begin(state, command.task, *vm, volume, unreachable, at)
+        }
+        Op::VmSuspended { vm, epoch, generation, bytes, processor } => {
+            suspension::written(state, *vm, *epoch, *generation, *bytes, processor, at)
+        }
+        Op::SuspensionFailed { vm, epoch, error } => suspension::failed(state, *vm, *epoch, error, at),
+        Op::SuspensionUsed { vm, epoch } => suspension::used(state, *vm, *epoch, at),
+        Op::DiscardSuspension { vm, desired } => suspension::discard(state, *vm, *desired, at),
         Op::StoreVariables { vm, epoch, variables } => vms::store_variables(state, *vm, *epoch, variables),
         Op::VmExited { vm, epoch, exit } => vms::exited(state, *vm, *epoch, exit, at),
 

@@ -121,6 +121,9 @@ pub(super) fn delete_volume(state: &mut ClusterState, id: VolumeId) -> Result<Ap
         VolumeOwner::Image(image) => {
             Some(("image", state.subject_name(&Subject::Image(image)), "hci image delete"))
         }
+        VolumeOwner::Suspension(vm) => {
+            Some(("suspended VM", state.subject_name(&Subject::Vm(vm)), "hci vm resume"))
+        }
         VolumeOwner::None => None,
     };
     if let Some((what, user, command)) = user {

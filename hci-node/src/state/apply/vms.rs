@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     Applied, check_free, check_name, cloud_init, conflict, images, invalid, networks, not_found, storage,
+    suspension,
 };
 use crate::state::{
     AfterCrash, Assignment, ClusterState, DesiredRun, FirmwareVariables, Goal, ImagePart, MAX_VARIABLES,
@@ -91,6 +92,8 @@ pub(super) fn create(
             created: at,
             cloud_init: new.cloud_init.clone(),
             firmware: None,
+            paused: None,
+            suspension: None,
         },
     );
     Ok(done)
@@ -194,7 +197,25 @@ pub(super) fn set_desired(
     state: &mut ClusterState,
     id: VmId,
     desired: DesiredRun,
+    at: Timestamp,
 ) -> Result<Applied, Refusal> {
+    let vm = state.vms.get(&id).ok_or_else(|| not_found("vm", id))?;
+    if desired == DesiredRun::Running && vm.saved().is_some() {
+        let resumed = suspension::resume(state, id, at)?;
+        return Ok(Applied { kind: "vm start", ..resumed });
+    }
+    if vm.is_suspended() {
+        return Err(conflict(
+            format!("VM {} is suspended", vm.name),
+            format!(
+                "have it go on: hci vm resume {0}; or give its state up: hci vm stop {0} --discard-state",
+                vm.name
+            ),
+        ));
+    }
+    if let DesiredRun::Stopped(_) = desired {
+        suspension::give_up(state, id, "the VM was stopped", at);
+    }
     let vm = state.vms.get_mut(&id).ok_or_else(|| not_found("vm", id))?;
     let name = vm.name.clone();
     match desired {
@@ -225,7 +246,8 @@ pub(super) fn set_desired(
             let forced = vm.desired == DesiredRun::Stopped(StopMode::Force) && vm.assignment.is_some();
             vm.desired =
                 if forced { DesiredRun::Stopped(StopMode::Force) } else { DesiredRun::Stopped(mode) };
-            vm.restart = None;
+            // A guest that is held cannot shut itself down.
+            (vm.restart, vm.paused) = (None, None);
             Ok(Applied::now("vm stop", Subject::Vm(id), name).until(Goal::VmIsStopped(id)))
         }
     }
@@ -237,6 +259,14 @@ pub(super) fn restart(state: &mut ClusterState, id: VmId, mode: StopMode) -> Res
     let Some(assignment) = vm.assignment.filter(|_| vm.desired == DesiredRun::Running) else {
         return Err(conflict(format!("VM {name} does not run"), format!("start it: hci vm start {name}")));
     };
+    if vm.suspension.is_some() {
+        return Err(conflict(
+            format!("VM {name} is being suspended or resumed"),
+            format!("wait for that: hci vm get {name}"),
+        ));
+    }
+    // A guest that is held cannot shut itself down.
+    vm.paused = None;
     // A forced end stays forced, whatever is asked later.
     let forced = vm.restart == Some(Restart { epoch: assignment.epoch, mode: StopMode::Force });
     let mode = if forced { StopMode::Force } else { mode };
@@ -258,6 +288,7 @@ pub(super) fn delete(state: &mut ClusterState, id: VmId) -> Result<Applied, Refu
     for port in ports {
         state.ports.remove(&port);
     }
+    suspension::drop_state(state, id);
     state.vms.remove(&id);
     Ok(Applied::now("vm delete", Subject::Vm(id), name))
 }
@@ -294,8 +325,11 @@ pub(super) fn assign(
     if unreachable.contains(&node) {
         return Err(invalid("the node cannot be reached", "choose another node"));
     }
+    let make = vm.make();
     let mut opened = Vec::new();
-    for disk in &vm.disks {
+    // A run that goes on with a saved one needs that too.
+    let saved = vm.suspension.as_ref().filter(|_| vm.saved().is_some()).map(|suspension| &suspension.volume);
+    for disk in vm.disks.iter().chain(saved) {
         let volume = storage::plan_open(state, *disk, node, unreachable)?;
         if !volume.is_filled() {
             return Err(conflict(format!("volume {} is not filled yet", volume.name), "wait for the copy"));
@@ -306,11 +340,12 @@ pub(super) fn assign(
     for volume in opened {
         storage::commit_open(state, volume, at);
     }
+    suspension::give_up(state, id, "the VM's node was lost", at);
     let from = state.vms.get(&id).and_then(|vm| vm.assignment).map(|assignment| assignment.node);
     if let Some(vm) = state.vms.get_mut(&id) {
         vm.epoch = RunEpoch(expected.0 + 1);
-        vm.assignment = Some(Assignment { node, epoch: vm.epoch, since: at });
-        vm.restart = None;
+        vm.assignment = Some(Assignment { node, epoch: vm.epoch, since: at, make });
+        (vm.restart, vm.paused) = (None, None);
         if from.is_some() {
             vm.last_exit = Some(VmExit::NodeLost);
         }
@@ -362,11 +397,19 @@ pub(super) fn exited(
         return Ok(done);
     }
     let asked_to_restart = vm.restart.is_some_and(|restart| restart.epoch == epoch);
+    // One that was written was to end; one that was to go on with a saved one has not begun.
+    let (is_written, is_restored) = (vm.is_written(epoch), vm.restoring().is_some());
     vm.assignment = None;
-    vm.restart = None;
-    vm.last_exit = Some(exit.clone());
+    (vm.restart, vm.paused) = (None, None);
+    vm.last_exit = Some(if is_written { VmExit::Stopped } else { exit.clone() });
     let name = vm.name.clone();
     match exit {
+        _ if is_written => {}
+        VmExit::Crashed(reason) if is_restored => {
+            vm.desired = DesiredRun::Stopped(StopMode::Force);
+            let message = format!("VM {name} could not be resumed and stays suspended: {reason}");
+            state.note(at, Severity::Critical, "vm-not-resumed", Subject::Vm(id), message);
+        }
         // A guest that shuts itself down stays down, unless a restart asked for it.
         VmExit::GuestShutdown if !asked_to_restart && vm.desired == DesiredRun::Running => {
             vm.desired = DesiredRun::Stopped(StopMode::Graceful);
@@ -388,5 +431,6 @@ pub(super) fn exited(
         }
         _ => {}
     }
+    suspension::give_up(state, id, "its run ended before it was suspended", at);
     Ok(done)
 }

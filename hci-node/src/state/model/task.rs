@@ -35,6 +35,10 @@ pub enum Goal {
     VmRuns(VmId, RunEpoch),
     /// The VM has no assignment and its volumes are closed.
     VmIsStopped(VmId),
+    /// The processors of that run are held.
+    VmIsPaused(VmId, RunEpoch),
+    /// The VM is suspended, and its volumes are closed.
+    VmIsSuspended(VmId),
     /// The disk takes replicas.
     DiskReady(DiskId),
     /// That part of the image is there.

@@ -1,7 +1,7 @@
 //! VMs: what they are, whether and where they are meant to run.
 
 use serde::{Deserialize, Serialize};
-use vmm::CpuModel;
+use vmm::{CpuModel, Processor};
 
 use super::cloud_init::CloudInit;
 use super::firmware::FirmwareVariables;
@@ -34,6 +34,17 @@ pub struct Restart {
     pub mode: StopMode,
 }
 
+/// What a run of a VM is made with. It keeps that to its end, whatever is set meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Make {
+    /// Number of virtual CPUs.
+    pub vcpus: u8,
+    /// What these show the guest of its node's.
+    pub cpu_model: CpuModel,
+    /// Memory.
+    pub memory_bytes: u64,
+}
+
 /// Where a VM runs now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Assignment {
@@ -43,6 +54,49 @@ pub struct Assignment {
     pub epoch: RunEpoch,
     /// Since when.
     pub since: Timestamp,
+    /// What it is made with.
+    pub make: Make,
+}
+
+/// A run of a VM that is kept in a volume, to be gone on with.
+///
+/// The volume may be used while no processor of the VM has run since it was written: it is forgotten in the very step in which a run that was
+/// made from it may begin.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Suspension {
+    /// The volume. It belongs to this suspension and goes with it.
+    pub volume: VolumeId,
+    /// How far it is.
+    pub stage: SuspensionStage,
+}
+
+/// How far a suspension is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SuspensionStage {
+    /// The present run is being written, and goes on if that fails.
+    Saving {
+        /// Which run.
+        epoch: RunEpoch,
+        /// The task that stands for it.
+        task: Option<TaskId>,
+    },
+    /// All of it is there; that run does not go on.
+    Saved(SavedRun),
+}
+
+/// A run that was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedRun {
+    /// Which.
+    pub epoch: RunEpoch,
+    /// What it was made with.
+    pub make: Make,
+    /// The processor that it ran on.
+    pub processor: Processor,
+    /// How much of the volume it takes.
+    pub bytes: u64,
+    /// Since when.
+    pub at: Timestamp,
 }
 
 /// What becomes of a VM whose run crashed: its VMM died, its guest panicked, or it did not feed its watchdog. A lost node is no crash.
@@ -97,6 +151,49 @@ pub struct Vm {
     pub cloud_init: Option<CloudInit>,
     /// What its firmware keeps from run to run, once it has.
     pub firmware: Option<FirmwareVariables>,
+    /// The run whose processors are held.
+    pub paused: Option<RunEpoch>,
+    /// The run that is being suspended, or is suspended.
+    pub suspension: Option<Suspension>,
+}
+
+impl Vm {
+    /// What its next run is made with.
+    pub fn make(&self) -> Make {
+        let own = Make { vcpus: self.vcpus, cpu_model: self.cpu_model, memory_bytes: self.memory_bytes };
+        self.saved().map_or(own, |saved| saved.make)
+    }
+
+    /// The run that it goes on with next.
+    pub fn saved(&self) -> Option<&SavedRun> {
+        match &self.suspension.as_ref()?.stage {
+            SuspensionStage::Saved(saved) => Some(saved),
+            SuspensionStage::Saving { .. } => None,
+        }
+    }
+
+    /// The present run, if it is being written.
+    pub fn saving(&self) -> Option<RunEpoch> {
+        match self.suspension.as_ref()?.stage {
+            SuspensionStage::Saving { epoch, .. } => Some(epoch),
+            SuspensionStage::Saved(_) => None,
+        }
+    }
+
+    /// Whether that run was written and must not go on.
+    pub fn is_written(&self, epoch: RunEpoch) -> bool {
+        self.saved().is_some_and(|saved| saved.epoch == epoch)
+    }
+
+    /// The present run, if it is made from the saved one and has not begun.
+    pub fn restoring(&self) -> Option<Assignment> {
+        self.assignment.filter(|run| self.saved().is_some_and(|saved| saved.epoch != run.epoch))
+    }
+
+    /// Whether it is suspended and nobody has asked for it to go on.
+    pub fn is_suspended(&self) -> bool {
+        self.saved().is_some() && self.assignment.is_none() && self.desired != DesiredRun::Running
+    }
 }
 
 /// How a run of a VM ended.

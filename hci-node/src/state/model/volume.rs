@@ -17,6 +17,8 @@ pub enum VolumeOwner {
     Vm(VmId),
     /// The disk of an image.
     Image(ImageId),
+    /// The suspension of a VM: it holds the VM's memory.
+    Suspension(VmId),
 }
 
 /// Whether the last coordinator closed the volume in good order.

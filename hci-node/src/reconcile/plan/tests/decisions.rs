@@ -180,7 +180,7 @@ fn stopping_is_a_button_then_patience_then_force() {
     let kill = Action::KillVm { vm: vm(), epoch: RunEpoch(1), why: Ended::Killed };
     assert_eq!(plan_for(&state, &now).actions, std::slice::from_ref(&press));
     let mut pressed = |ago| {
-        let phase = RunPhase::Alive { button_pressed: Some(ago) };
+        let phase = RunPhase::Alive { button_pressed: Some(ago), vcpus: Vcpus::Running };
         now.runs.insert(vm(), Run { epoch: RunEpoch(1), phase });
         plan_for(&state, &now).actions
     };
@@ -410,4 +410,132 @@ fn ports_elsewhere_are_forwarded_to_and_own_ones_are_not() {
     let entries = forwarding(&state);
     assert_eq!(entries.len(), 1);
     assert_eq!((entries[0].node, entries[0].ip), (node(2), state.ports[&second].ip));
+}
+
+fn suspend(state: &mut ClusterState) -> VolumeId {
+    let id = VolumeId(Uuid::from_u128(0x31));
+    let volume = command::NewVolume {
+        id,
+        name: "web-state".to_owned(),
+        size_bytes: 1 << 30,
+        replicas: 3,
+        min_in_sync: None,
+        durability: Durability::WriteBack,
+    };
+    apply(state, Op::SuspendVm { vm: vm(), volume, unreachable: Vec::new() });
+    id
+}
+
+/// A data process that has all volumes of this node open.
+fn all_open(state: &ClusterState) -> DataView {
+    let mut data = serving(state);
+    let open = state.volumes_on(me()).map(|volume| storage::status::VolumeStatus {
+        id: volume.id.into(),
+        generation: volume.generation.into(),
+        ..volume_status(state, VolumeState::Open)
+    });
+    data.status.storage.volumes = open.collect();
+    data
+}
+
+#[test]
+fn processors_are_held_and_let_go_as_is_wanted_and_once_more_when_nobody_knows() {
+    let mut state = assigned();
+    let mut now = observed(Some(serving(&state)));
+    let set = |to| Action::SetVcpus { vm: vm(), epoch: RunEpoch(1), to };
+    let mut plan_with = |state: &ClusterState, vcpus| {
+        now.runs.insert(vm(), with_vcpus(1, vcpus));
+        plan_for(state, &now)
+    };
+    assert_eq!(plan_with(&state, Vcpus::Running).actions, []);
+    assert_eq!(plan_with(&state, Vcpus::Unknown).actions, [set(Vcpus::Running)]);
+    apply(&mut state, Op::PauseVm(vm()));
+    assert_eq!(plan_with(&state, Vcpus::Running).actions, [set(Vcpus::Held)]);
+    assert_eq!(plan_with(&state, Vcpus::Unknown).actions, [set(Vcpus::Held)]);
+    let held = plan_with(&state, Vcpus::Held);
+    assert_eq!((held.actions, &held.vms[0].state), (vec![], &VmRunState::Paused));
+    apply(&mut state, Op::SetVmDesired { vm: vm(), desired: DesiredRun::Stopped(StopMode::Graceful) });
+    assert_eq!(
+        plan_with(&state, Vcpus::Held).actions,
+        [set(Vcpus::Running)],
+        "it has to see its power button"
+    );
+    let press = Action::PressPowerButton { vm: vm(), epoch: RunEpoch(1) };
+    assert_eq!(plan_with(&state, Vcpus::Running).actions, [press]);
+}
+
+#[test]
+fn a_run_is_written_once_its_volume_is_open_and_killed_once_it_is_written() {
+    let mut state = assigned();
+    let mut now = observed(Some(serving(&state)));
+    now.runs.insert(vm(), alive(1));
+    let state_volume = suspend(&mut state);
+    assert_eq!(plan_for(&state, &now).actions, [], "its volume is not open yet");
+    now.data = Some(all_open(&state));
+    let plan = plan_for(&state, &now);
+    let save = Action::SaveVm {
+        vm: vm(),
+        epoch: RunEpoch(1),
+        volume: state_volume,
+        generation: Generation(1),
+        memory_bytes: 1 << 30,
+        task: None,
+    };
+    assert_eq!(plan.actions, [save]);
+    let access = |id: VolumeId| {
+        let config = plan.data.as_ref().unwrap();
+        config.storage.volumes.iter().find(|volume| volume.id == id.into()).unwrap().access.clone()
+    };
+    assert_eq!(access(state_volume), Access::Internal);
+
+    let mut vanished = now.clone();
+    vanished.runs.clear();
+    let [Action::ReportExit { exit: VmExit::Crashed(_), .. }] = &plan_for(&state, &vanished).actions[..]
+    else {
+        panic!("it must not be booted in the epoch that is being written");
+    };
+
+    let written = Op::VmSuspended {
+        vm: vm(),
+        epoch: RunEpoch(1),
+        generation: Generation(1),
+        bytes: 9,
+        processor: vmm::Processor::default(),
+    };
+    apply(&mut state, written);
+    let kill = Action::KillVm { vm: vm(), epoch: RunEpoch(1), why: Ended::Killed };
+    assert_eq!(plan_for(&state, &now).actions, std::slice::from_ref(&kill));
+    apply(&mut state, Op::ResumeVm(vm()));
+    assert_eq!(plan_for(&state, &now).actions, [kill], "also when it is to go on: from what was written");
+}
+
+#[test]
+fn a_resumed_run_is_brought_its_state_before_it_counts_as_running() {
+    let mut state = assigned();
+    let state_volume = suspend(&mut state);
+    let processor = vmm::Processor::default();
+    let (epoch, generation) = (RunEpoch(1), Generation(1));
+    apply(&mut state, Op::VmSuspended { vm: vm(), epoch, generation, bytes: 9, processor });
+    apply(&mut state, Op::VmExited { vm: vm(), epoch, exit: VmExit::Stopped });
+    apply(&mut state, Op::ResumeVm(vm()));
+    assign(&mut state, me());
+    let mut now = observed(Some(all_open(&state)));
+    let started = plan_for(&state, &now).actions;
+    let [Action::StartVm { epoch: RunEpoch(2), begin: Begin::Saved, .. }] = &started[..] else {
+        panic!("{started:?}")
+    };
+    now.runs.insert(vm(), with_vcpus(2, Vcpus::Unknown));
+    let restore = Action::RestoreVm { vm: vm(), epoch: RunEpoch(2), volume: state_volume, bytes: 9 };
+    let plan = plan_for(&state, &now);
+    assert_eq!(plan.actions, std::slice::from_ref(&restore));
+    assert!(matches!(&plan.vms[0].state, VmRunState::Waiting(why) if why.contains("read back")));
+
+    let mut stopped = state.clone();
+    apply(&mut stopped, Op::SetVmDesired { vm: vm(), desired: DesiredRun::Stopped(StopMode::Graceful) });
+    let kill = Action::KillVm { vm: vm(), epoch: RunEpoch(2), why: Ended::Killed };
+    assert_eq!(plan_for(&stopped, &now).actions, [kill], "there is nobody to shut it down");
+
+    apply(&mut state, Op::SuspensionUsed { vm: vm(), epoch: RunEpoch(2) });
+    let set = Action::SetVcpus { vm: vm(), epoch: RunEpoch(2), to: Vcpus::Running };
+    assert!(plan_for(&state, &now).actions.contains(&set), "the order was lost");
 }

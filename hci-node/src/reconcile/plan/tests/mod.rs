@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::*;
 use crate::{
     data::protocol::{DataInstance, LeaseState, Observed as DataStatus, Readiness},
-    reconcile::observed::{DataView, Observed, Run, RunPhase, Standing},
+    reconcile::observed::{DataView, Observed, Run, RunPhase, Standing, Vcpus},
     state::*,
 };
 
@@ -230,5 +230,10 @@ pub(super) fn plan_for(state: &ClusterState, observed: &Observed) -> Plan {
 }
 
 pub(super) fn alive(epoch: u64) -> Run {
-    Run { epoch: RunEpoch(epoch), phase: RunPhase::Alive { button_pressed: None } }
+    with_vcpus(epoch, Vcpus::Running)
+}
+
+/// A run whose processors are known to be so.
+pub(super) fn with_vcpus(epoch: u64, vcpus: Vcpus) -> Run {
+    Run { epoch: RunEpoch(epoch), phase: RunPhase::Alive { button_pressed: None, vcpus } }
 }

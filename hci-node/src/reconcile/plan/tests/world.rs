@@ -1,6 +1,6 @@
 //! A small world around the planner: a data process, VMM processes and a leader that do what they are told, and that
 //! crash wherever a random schedule says. Whatever happened, once it is quiet the world is as the state wants it, and
-//! at no moment was one generation served by two data processes or one VM run twice.
+//! at no moment was one generation served by two data processes or one VM run twice, or from a memory that its disk has left behind.
 
 use std::{collections::BTreeMap, collections::BTreeSet, sync::Arc};
 
@@ -13,8 +13,12 @@ use super::*;
 enum Step {
     /// Look, plan and do all of it.
     Converge,
-    /// Look and plan, but crash after so many actions; the configuration may not get through.
+    /// Look and plan, but crash after so many actions, in the middle of the last one if it has one; the configuration may not get through.
     ConvergeAndCrash { actions: usize, configured: bool },
+    /// The guest computes and writes to its disk.
+    GuestComputes,
+    /// Somebody pauses, suspends or resumes it, or gives up its state.
+    Ask(Ask),
     /// The data process is killed and started again.
     DataRestarts,
     /// The data process opens what it was told to.
@@ -35,6 +39,14 @@ enum Step {
     Restart,
 }
 
+#[derive(Clone, Copy, Debug)]
+enum Ask {
+    Pause,
+    Suspend,
+    Resume,
+    Discard,
+}
+
 fn steps() -> impl Strategy<Value = Step> {
     prop_oneof![
         6 => Just(Step::Converge),
@@ -51,6 +63,11 @@ fn steps() -> impl Strategy<Value = Step> {
         1 => Just(Step::Want(DesiredRun::Stopped(StopMode::Graceful))),
         1 => Just(Step::Want(DesiredRun::Stopped(StopMode::Force))),
         1 => Just(Step::Restart),
+        4 => Just(Step::GuestComputes),
+        1 => Just(Step::Ask(Ask::Pause)),
+        2 => Just(Step::Ask(Ask::Suspend)),
+        2 => Just(Step::Ask(Ask::Resume)),
+        1 => Just(Step::Ask(Ask::Discard)),
     ]
 }
 
@@ -58,16 +75,41 @@ struct World {
     state: ClusterState,
     now: Observed,
     data_runs: u128,
-    /// Who served which generation.
-    served: BTreeMap<Generation, DataInstance>,
+    /// Who served which generation of which volume.
+    served: BTreeMap<(VolumeId, Generation), DataInstance>,
     /// Runs that were ever started.
     started: BTreeSet<RunEpoch>,
+    /// What the guest has done, as its disk knows it.
+    disk: u64,
+    /// The guest of the VMM that is there, if it has been made.
+    guest: Option<Guest>,
+    /// What state volumes hold: what the guest had done when it was written.
+    written: BTreeMap<VolumeId, u64>,
+    suspensions: u128,
+}
+
+/// A guest, as it is and not as the node knows it.
+#[derive(Clone, Copy, Debug)]
+struct Guest {
+    /// What it has done, as its memory knows it.
+    memory: u64,
+    vcpus: Vcpus,
 }
 
 impl World {
     fn new() -> Self {
         let now = observed(Some(fresh_data(1)));
-        Self { state: cluster(), now, data_runs: 1, served: BTreeMap::new(), started: BTreeSet::new() }
+        Self {
+            state: cluster(),
+            now,
+            data_runs: 1,
+            served: BTreeMap::new(),
+            started: BTreeSet::new(),
+            disk: 0,
+            guest: None,
+            written: BTreeMap::new(),
+            suspensions: 0,
+        }
     }
 
     fn data(&mut self) -> &mut DataView {
@@ -95,8 +137,13 @@ impl World {
         {
             self.configure(config);
         }
-        for action in plan.actions.into_iter().take(actions) {
-            self.perform(action);
+        let crashes = actions < usize::MAX;
+        for (number, action) in (1..).zip(plan.actions.into_iter().take(actions)) {
+            self.perform(action, crashes && number == actions);
+        }
+        if crashes {
+            // The next control process does not know what was done.
+            self.know(vm(), Vcpus::Unknown);
         }
         quiet
     }
@@ -115,8 +162,8 @@ impl World {
             .cloned()
             .collect();
         for open in closing {
-            let generation = open.generation.into();
-            let clean = Op::CloseVolume { volume: volume(), generation, cleanliness: Cleanliness::Clean };
+            let (volume, generation) = (open.id.into(), open.generation.into());
+            let clean = Op::CloseVolume { volume, generation, cleanliness: Cleanliness::Clean };
             // Refused when it was opened elsewhere meanwhile.
             let _ = self.propose(clean);
         }
@@ -139,27 +186,78 @@ impl World {
     }
 
     fn data_opens(&mut self) {
-        let opening: Vec<_> = {
+        let opening: Vec<(VolumeId, Generation)> = {
             let open = self.data().status.storage.volumes.iter();
             open.filter(|volume| volume.state == VolumeState::Opening)
-                .map(|volume| volume.generation.into())
+                .map(|volume| (volume.id.into(), volume.generation.into()))
                 .collect()
         };
         let instance = self.data().instance();
-        for generation in opening {
-            let current = self.state.volumes[&volume()].generation == generation;
-            if self.propose(Op::VolumeOpened { volume: volume(), generation }).is_err() || !current {
+        for (volume, generation) in opening {
+            let current = self.state.volumes.get(&volume).is_some_and(|now| now.generation == generation);
+            if self.propose(Op::VolumeOpened { volume, generation }).is_err() || !current {
                 continue;
             }
-            let first = *self.served.entry(generation).or_insert(instance);
+            let first = *self.served.entry((volume, generation)).or_insert(instance);
             assert_eq!(first, instance, "two data processes served generation {generation}");
-            for open in &mut self.data().status.storage.volumes {
+            let mut open = self.data().status.storage.volumes.iter_mut();
+            if let Some(open) = open.find(|open| VolumeId::from(open.id) == volume) {
                 open.state = VolumeState::Open;
             }
         }
     }
 
-    fn perform(&mut self, action: Action) {
+    /// The guest does something, if it runs: its memory has to know all that its disk does.
+    fn guest_computes(&mut self) {
+        let alive = |run: &Run| matches!(run.phase, RunPhase::Alive { .. });
+        if !self.now.runs.get(&vm()).is_some_and(alive) {
+            return;
+        }
+        if let Some(guest) = self.guest.as_mut().filter(|guest| guest.vcpus == Vcpus::Running) {
+            assert_eq!(guest.memory, self.disk, "a guest runs whose disk knows more than it does");
+            self.disk += 1;
+            guest.memory = self.disk;
+        }
+    }
+
+    fn know(&mut self, vm: VmId, to: Vcpus) {
+        if let Some(Run { phase: RunPhase::Alive { vcpus, .. }, .. }) = self.now.runs.get_mut(&vm) {
+            *vcpus = to;
+        }
+    }
+
+    fn save(&mut self, vm: VmId, epoch: RunEpoch, volume: VolumeId, generation: Generation, cut: bool) {
+        self.know(vm, Vcpus::Unknown);
+        let Some(guest) = &mut self.guest else { return };
+        guest.vcpus = Vcpus::Held;
+        self.written.insert(volume, guest.memory);
+        if cut {
+            return;
+        }
+        let processor = vmm::Processor::default();
+        // Refused when it is not wanted any more.
+        let _ = self.propose(Op::VmSuspended { vm, epoch, generation, bytes: 1, processor });
+    }
+
+    fn restore(&mut self, vm: VmId, epoch: RunEpoch, volume: VolumeId, cut: bool) {
+        self.know(vm, Vcpus::Unknown);
+        let memory = self.written[&volume];
+        self.guest.get_or_insert(Guest { memory, vcpus: Vcpus::Held });
+        if self.propose(Op::SuspensionUsed { vm, epoch }).is_err() || cut {
+            return;
+        }
+        self.set_vcpus(vm, Vcpus::Running);
+    }
+
+    fn set_vcpus(&mut self, vm: VmId, to: Vcpus) {
+        if let Some(guest) = &mut self.guest {
+            guest.vcpus = to;
+            self.know(vm, to);
+        }
+    }
+
+    /// Does it, or a part of it.
+    fn perform(&mut self, action: Action, cut: bool) {
         match action {
             Action::OpenVolume { volume, expected, unreachable } => {
                 let op = Op::OpenVolume { volume, node: me(), expected, unreachable };
@@ -170,13 +268,24 @@ impl World {
             Action::CloseVolume { volume, generation, cleanliness } => {
                 let _ = self.propose(Op::CloseVolume { volume, generation, cleanliness });
             }
-            Action::StartVm { vm, epoch, .. } => {
+            Action::StartVm { vm, epoch, begin, .. } => {
                 assert!(!self.now.runs.contains_key(&vm), "it runs already");
                 assert!(self.started.insert(epoch), "run epoch {epoch:?} was started twice");
-                self.now.runs.insert(vm, alive(epoch.0));
+                let (guest, vcpus) = match begin {
+                    Begin::Boot => (Some(Guest { memory: self.disk, vcpus: Vcpus::Running }), Vcpus::Running),
+                    Begin::Saved => (None, Vcpus::Unknown),
+                };
+                self.guest = guest;
+                self.now.runs.insert(vm, with_vcpus(epoch.0, vcpus));
             }
+            Action::SetVcpus { vm, to, .. } => self.set_vcpus(vm, to),
+            Action::SaveVm { vm, epoch, volume, generation, .. } => {
+                self.save(vm, epoch, volume, generation, cut);
+            }
+            Action::RestoreVm { vm, epoch, volume, .. } => self.restore(vm, epoch, volume, cut),
+            Action::PurgeVolume { volume, disks } => drop(self.propose(Op::VolumePurged { volume, disks })),
             Action::PressPowerButton { vm, .. } => {
-                if let Some(Run { phase: RunPhase::Alive { button_pressed }, .. }) =
+                if let Some(Run { phase: RunPhase::Alive { button_pressed, .. }, .. }) =
                     self.now.runs.get_mut(&vm)
                 {
                     *button_pressed = Some(crate::reconcile::plan::vms::SHUTDOWN_GRACE);
@@ -199,7 +308,31 @@ impl World {
             && matches!(run.phase, RunPhase::Alive { .. })
         {
             run.phase = RunPhase::Ended(ended);
+            self.guest = None;
         }
+    }
+
+    fn ask(&mut self, ask: Ask) {
+        let vm = vm();
+        let op = match ask {
+            Ask::Pause => Op::PauseVm(vm),
+            Ask::Resume => Op::ResumeVm(vm),
+            Ask::Discard => Op::DiscardSuspension { vm, desired: DesiredRun::Running },
+            Ask::Suspend => {
+                self.suspensions += 1;
+                let volume = command::NewVolume {
+                    id: VolumeId(Uuid::from_u128(0x1000 + self.suspensions)),
+                    name: format!("state{}", self.suspensions),
+                    size_bytes: 1 << 30,
+                    replicas: 3,
+                    min_in_sync: None,
+                    durability: Durability::WriteBack,
+                };
+                Op::SuspendVm { vm, volume, unreachable: Vec::new() }
+            }
+        };
+        // Refused where it makes no sense.
+        let _ = self.propose(op);
     }
 
     fn take(&mut self, step: Step) {
@@ -212,10 +345,19 @@ impl World {
             }
             Step::DataOpens => self.data_opens(),
             Step::VmmVanishes => self.end(vm(), Ended::Crashed("vanished".to_owned())),
-            Step::GuestEnds => self.end(vm(), Ended::GuestShutdown),
+            Step::GuestComputes => self.guest_computes(),
+            Step::Ask(ask) => self.ask(ask),
+            Step::GuestEnds => {
+                if self.guest.is_some_and(|guest| guest.vcpus == Vcpus::Running) {
+                    self.end(vm(), Ended::GuestShutdown);
+                }
+            }
             Step::GuestObeys => {
-                let pressed = |run: &Run| matches!(run.phase, RunPhase::Alive { button_pressed: Some(_) });
-                if self.now.runs.get(&vm()).is_some_and(pressed) {
+                let pressed =
+                    |run: &Run| matches!(run.phase, RunPhase::Alive { button_pressed: Some(_), .. });
+                if self.now.runs.get(&vm()).is_some_and(pressed)
+                    && self.guest.is_some_and(|guest| guest.vcpus == Vcpus::Running)
+                {
                     self.end(vm(), Ended::GuestShutdown);
                 }
             }
@@ -232,6 +374,7 @@ impl World {
         for _ in 0..20 {
             self.converge(usize::MAX, true);
             self.data_opens();
+            self.guest_computes();
         }
         let quiet = self.converge(usize::MAX, true);
         assert!(quiet, "the planner does not come to rest: {:?}", plan_for(&self.state, &self.now).actions);
@@ -245,6 +388,9 @@ impl World {
                 assert!(super::super::data::is_open(volume_now, data));
                 let configured = &data.applied.as_ref().unwrap().storage.volumes[0];
                 assert!(configured.generation == volume_now.generation.into());
+                assert_eq!(vm_now.suspension, None, "what it went on with is used up");
+                let wanted = if vm_now.paused.is_some() { Vcpus::Held } else { Vcpus::Running };
+                assert_eq!(self.guest.map(|guest| guest.vcpus), Some(wanted));
             }
             DesiredRun::Stopped(_) => {
                 assert_eq!((vm_now.assignment, self.now.runs.len()), (None, 0));

@@ -1,0 +1,208 @@
+//! A guest's state on its way out of and into this process, in pieces.
+//!
+//! The process does no file or network I/O of its own: the control process fetches the state over the socket of the orders, piece by piece, or
+//! brings it. The main thread writes and reads; a few pieces wait in between, so that whoever is slower holds the other one up. An end that is
+//! dropped ends what the other one does.
+
+use std::io::{self, Read, Write};
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+/// Size of all pieces but the last.
+pub const PIECE: usize = 1 << 20;
+/// Pieces that wait to be fetched or taken.
+const WAITING: usize = 2;
+
+/// What the main thread says.
+#[derive(Debug)]
+pub(super) enum Said {
+    /// The next piece.
+    Piece(Bytes),
+    /// That was all.
+    End,
+    /// It will not come, for this reason.
+    Failed(String),
+}
+
+/// The main thread's end of a state that goes out. Blocks; not to be used where futures run.
+pub(super) struct Outgoing {
+    to: mpsc::Sender<Said>,
+    piece: Vec<u8>,
+}
+
+/// The other end.
+pub(super) struct Fetched {
+    from: mpsc::Receiver<Said>,
+    at: u64,
+}
+
+/// Both ends of a state that goes out.
+pub(super) fn outgoing() -> (Outgoing, Fetched) {
+    let (to, from) = mpsc::channel(WAITING);
+    (Outgoing { to, piece: Vec::with_capacity(PIECE) }, Fetched { from, at: 0 })
+}
+
+impl Outgoing {
+    fn say(&mut self, said: Said) -> io::Result<()> {
+        self.to
+            .blocking_send(said)
+            .map_err(|_| io::Error::new(io::ErrorKind::BrokenPipe, "nobody wants it any more"))
+    }
+
+    fn send_piece(&mut self) -> io::Result<()> {
+        let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE));
+        self.say(Said::Piece(piece.into()))
+    }
+
+    /// Says how it ended. Who does not want it any more need not know.
+    pub(super) fn finish(mut self, outcome: Result<(), String>) {
+        let told = match outcome {
+            Err(why) => self.say(Said::Failed(why)),
+            Ok(()) if self.piece.is_empty() => self.say(Said::End),
+            Ok(()) => self.send_piece().and_then(|()| self.say(Said::End)),
+        };
+        if let Err(error) = told {
+            tracing::info!(%error, "the guest's state was not fetched");
+        }
+    }
+}
+
+impl Write for Outgoing {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let taken = data.len().min(PIECE - self.piece.len());
+        self.piece.extend_from_slice(&data[..taken]);
+        if self.piece.len() == PIECE {
+            self.send_piece()?;
+        }
+        Ok(taken)
+    }
+
+    /// Pieces are full or the last: nothing is sent before.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Fetched {
+    /// How much was fetched.
+    pub(super) fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// What comes next; none when the guest has ended.
+    pub(super) async fn next(&mut self) -> Option<Said> {
+        let said = self.from.recv().await;
+        if let Some(Said::Piece(piece)) = &said {
+            self.at += piece.len() as u64;
+        }
+        said
+    }
+}
+
+/// The main thread's end of a state that comes in. Blocks, as [`Outgoing`].
+pub(super) struct Incoming {
+    from: mpsc::Receiver<Bytes>,
+    piece: Bytes,
+}
+
+/// The other end.
+pub(super) struct Brought {
+    /// Dropped with the last piece.
+    to: Option<mpsc::Sender<Bytes>>,
+    taken: u64,
+}
+
+/// Both ends of a state that comes in.
+pub(super) fn incoming() -> (Incoming, Brought) {
+    let (to, from) = mpsc::channel(WAITING);
+    (Incoming { from, piece: Bytes::new() }, Brought { to: Some(to), taken: 0 })
+}
+
+impl Read for Incoming {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        while self.piece.is_empty() {
+            match self.from.blocking_recv() {
+                Some(piece) => self.piece = piece,
+                None => return Ok(0),
+            }
+        }
+        let taken = into.len().min(self.piece.len());
+        into[..taken].copy_from_slice(&self.piece.split_to(taken));
+        Ok(taken)
+    }
+}
+
+impl Brought {
+    /// How much was taken.
+    pub(super) fn taken(&self) -> u64 {
+        self.taken
+    }
+
+    /// Takes the next piece; false when the main thread takes no more.
+    pub(super) async fn push(&mut self, piece: Bytes) -> bool {
+        let length = piece.len() as u64;
+        let Some(to) = &self.to else { return false };
+        let taken = to.send(piece).await.is_ok();
+        if taken {
+            self.taken += length;
+        }
+        taken
+    }
+
+    /// That was all.
+    pub(super) fn end(&mut self) {
+        self.to = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_state_goes_out_and_comes_in_in_pieces() {
+        let content: Vec<u8> = (0..2 * PIECE + 77).map(|byte| (byte % 251) as u8).collect();
+        let (mut out, mut fetched) = outgoing();
+        let sent = content.clone();
+        let writer = std::thread::spawn(move || {
+            let outcome = sent.chunks(1000).try_for_each(|part| out.write_all(part));
+            out.finish(outcome.map_err(|error| error.to_string()));
+        });
+        let (mut reader, mut brought) = incoming();
+        let reader = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            reader.read_to_end(&mut all).map(|_| all)
+        });
+        let mut sizes = Vec::new();
+        while let Some(Said::Piece(piece)) = fetched.next().await {
+            sizes.push(piece.len());
+            assert!(brought.push(piece).await);
+        }
+        brought.end();
+        assert_eq!(sizes, [PIECE, PIECE, 77]);
+        assert_eq!((fetched.at(), brought.taken()), (content.len() as u64, content.len() as u64));
+        writer.join().unwrap();
+        assert!(reader.join().unwrap().unwrap() == content);
+        assert!(!brought.push(Bytes::from_static(b"late")).await);
+    }
+
+    #[tokio::test]
+    async fn an_end_that_goes_away_ends_the_other() {
+        let (mut out, fetched) = outgoing();
+        drop(fetched);
+        let writer = std::thread::spawn(move || out.write_all(&vec![1; PIECE]));
+        assert_eq!(writer.join().unwrap().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+
+        let (mut reader, brought) = incoming();
+        drop(brought);
+        let mut head = [0; 4];
+        let read = std::thread::spawn(move || reader.read_exact(&mut head)).join().unwrap();
+        assert_eq!(read.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+
+        let (out, mut fetched) = outgoing();
+        std::thread::spawn(move || out.finish(Err("no reason".to_owned())));
+        assert!(matches!(fetched.next().await, Some(Said::Failed(why)) if why == "no reason"));
+        assert!(fetched.next().await.is_none());
+    }
+}
