@@ -84,6 +84,7 @@ fn guest_image(folder: &Path, sources: &Path, tree: &Path) -> Result<PathBuf> {
     guest.file(&data, "data.img")?;
     guest.file(&sources.join("guest-init"), "init")?;
     guest.file(&sources.join("shutdown"), "sbin/shutdown")?;
+    guest.file(&sources.join("hwclock"), "sbin/hwclock")?;
     let image = folder.join("guest.img");
     guest.pack(&image)?;
     Ok(image)

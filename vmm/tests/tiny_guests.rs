@@ -242,8 +242,8 @@ fn counts() -> Vec<u8> {
     code.extend_from_slice(&[0x75, 0x16]); // jne: they differ
     code.extend_from_slice(&[0x88, 0xc8, 0xee]); // mov al, cl; out dx, al
     code.extend_from_slice(&NEXT_LETTER);
-    // Not faster than a client of the console reads: mov esi, 50000; dec esi; jnz
-    code.extend_from_slice(&[0xbe, 0x50, 0xc3, 0x00, 0x00, 0x4e, 0x75, 0xfd]);
+    // Not faster than a client of the console reads: mov esi, 300; dec esi; jnz
+    code.extend_from_slice(&[0xbe, 0x2c, 0x01, 0x00, 0x00, 0x4e, 0x75, 0xfd]);
     code.extend_from_slice(&[0xeb, (begin as u8).wrapping_sub(code.len() as u8 + 2)]); // jmp begin
     code.extend_from_slice(&[0xb0, b'!', 0xee, 0xeb, 0xfe]); // prints a mark and spins
     code
@@ -322,11 +322,12 @@ impl Letters {
 #[test]
 fn a_saved_guest_goes_on_where_it_was() {
     let Some(lab) = Lab::new() else { return };
-    for (code, vcpus) in [(counts(), 2), (ticks(), 1)] {
+    // Often enough to be paused in the middle of printing.
+    for (code, vcpus, rounds) in [(counts(), 2, 15), (ticks(), 1, 2)] {
         let config = lab.config(&code, vcpus);
         let mut vm = Vm::start(config.clone()).unwrap();
         let mut last = None;
-        for _ in 0..2 {
+        for _ in 0..rounds {
             let mut letters = Letters::new(&lab, last);
             letters.read_and_pause(&vm);
             last = letters.last;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
-use hci_node::agent::{Agents, Answer, Ended, GuestPid, Hold, HowEnded, Progress, Request};
+use hci_node::agent::{AgentFailure, Agents, Answer, Ended, GuestPid, Hold, HowEnded, Progress, Request};
 use hci_node::cloud_init;
 use hci_node::paths::{NodePaths, VmPaths};
 use hci_node::state::{CloudInit, RunEpoch, VmId};
@@ -80,7 +80,7 @@ async fn attend(paths: &NodePaths, vm: VmId, vmm: &mut Child) -> Result<Agents> 
 
 /// A program that counts in its memory, sleeps by the guest's timers in between, and writes to memory what it has come to.
 const COUNT: &str =
-    "n=0; echo alive >/tmp/kept; while :; do n=$((n+1)); echo $n >/tmp/count; sleep 0.1; done";
+    "n=0; echo alive >/tmp/kept; while :; do n=$((n+1)); echo $n >/tmp/count; sleep 0.5; done";
 
 async fn start_counting(agents: &Agents, vm: VmId) -> Result<GuestPid> {
     let command = ["/bin/sh", "-c", COUNT].map(str::to_owned).to_vec();
@@ -107,7 +107,15 @@ struct Counted {
 
 async fn counted(agents: &Agents, vm: VmId) -> Result<Counted> {
     let script = "cat /tmp/count /proc/uptime /tmp/kept; date +%s";
-    let said = text(run_in(agents, vm, ["/bin/sh", "-c", script]).await?)?;
+    let began = Instant::now();
+    let said = loop {
+        match run_in(agents, vm, ["/bin/sh", "-c", script]).await {
+            // An emulated guest that is busy may miss a deadline of its agent's.
+            Err(error) if began.elapsed() < PATIENCE => println!("once more: {error}"),
+            ended => break text(ended?)?,
+        }
+        tokio::time::sleep(5 * LOOK).await;
+    };
     let words: Vec<&str> = said.split_whitespace().collect();
     let [count, uptime, _, "alive", wall] = words[..] else { bail!("the guest says {said:?}") };
     Ok(Counted { count: count.parse()?, uptime: uptime.parse()?, wall: wall.parse()? })
@@ -232,7 +240,14 @@ async fn bring(files: &VmPaths, state: &[u8]) -> Result<()> {
 }
 
 async fn is_running(agents: &Agents, vm: VmId, pid: GuestPid) -> Result<bool> {
-    Ok(agents.ask(vm, Request::Progress(pid)).await? == Answer::Progress(Progress::Running))
+    let began = Instant::now();
+    loop {
+        match agents.ask(vm, Request::Progress(pid)).await {
+            Err(AgentFailure::Away | AgentFailure::Silent) if began.elapsed() < PATIENCE => {}
+            answer => return Ok(answer? == Answer::Progress(Progress::Running)),
+        }
+        tokio::time::sleep(5 * LOOK).await;
+    }
 }
 
 async fn seed_is_read(agents: &Agents, vm: VmId) -> Result<()> {
