@@ -11,7 +11,11 @@ use netfabric::rpc::{CallError, ErrorCode};
 use tokio::time::Instant;
 use vmm::Processor;
 
-use super::actions::{ActionError, Tools, vmm};
+use super::{
+    actions::{ActionError, Tools, vmm},
+    cluster::ProposeError,
+    plan::lost_nodes,
+};
 use crate::{
     agent::{AgentFailure, Request},
     data::protocol::{VolumeFlush, VolumeRead, VolumeWrite},
@@ -32,8 +36,8 @@ const LOOK: Duration = Duration::from_millis(20);
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a resumed guest's agent is waited for, so that it sets the guest's clock.
 const AGENT_PATIENCE: Duration = Duration::from_secs(60);
-/// How often it is looked whether that is there.
-const AGENT_LOOK: Duration = Duration::from_secs(1);
+/// Pause before a question is asked once more: of an agent that is not there, or a cluster that does not answer.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// A run that is to be written.
 #[derive(Clone, Copy, Debug)]
@@ -78,7 +82,27 @@ impl Tools {
                 Op::SuspensionFailed { vm, epoch, error: TaskError { detail, next } }
             }
         };
-        self.propose(op).await.map(drop)
+        let told = self.propose(op).await;
+        if let Err(ActionError::Propose(ProposeError::Unavailable(_))) = &told {
+            self.raise_generation(saving).await;
+        }
+        told.map(drop)
+    }
+
+    /// Whether what was told is committed, or will be, is not known, and the volume must not be written again if it is. What was told counts under
+    /// the volume's present generation only: it is raised, whatever became of the other command. Returns when it is.
+    async fn raise_generation(&self, Saving { volume, generation, .. }: Saving) {
+        loop {
+            let unreachable = lost_nodes(&self.cluster.state().borrow());
+            let op = Op::OpenVolume { volume, node: self.me, expected: generation, unreachable };
+            match self.propose(op).await {
+                Err(ActionError::Propose(ProposeError::Unavailable(_))) => {
+                    tokio::time::sleep(ASK_AGAIN).await
+                }
+                // Or somebody else has raised it, or the volume is gone.
+                _ => return,
+            }
+        }
     }
 
     /// Whether the run is still to be written, under the generation that its volume had.
@@ -184,7 +208,7 @@ impl Tools {
                 if Instant::now() >= deadline {
                     return;
                 }
-                tokio::time::sleep(AGENT_LOOK).await;
+                tokio::time::sleep(ASK_AGAIN).await;
             }
         });
         Ok(())

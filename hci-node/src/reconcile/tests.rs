@@ -1,5 +1,7 @@
 //! The reconciler with a real data process beside it, in a cluster of one node that the test plays.
 
+mod suspension;
+
 use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;

@@ -65,21 +65,13 @@ enum Code {
 
 /// Runs a VM until its guest has ended.
 pub fn run(args: &Args) -> ExitCode {
-    match prepare(args).and_then(confine) {
-        Ok(Prepared { paths, run, lock, exit }) => {
-            let ended = run_to_the_end(&paths, &run);
-            let code = match &ended {
+    match prepare(args).and_then(confine).map(run_prepared) {
+        Ok(ended) => {
+            let code = match ended {
                 Ended::GuestShutdown => Code::GuestShutdown,
                 Ended::Killed | Ended::LeaseLapsed => Code::Killed,
                 Ended::Crashed(_) => Code::Failed,
             };
-            tracing::info!(vm = %run.vm, epoch = run.epoch.0, ?ended, "the guest has ended");
-            let record = ExitRecord { epoch: run.epoch, ended };
-            if let Err(error) = exit.write(&record) {
-                tracing::error!(%error, "cannot record how the guest ended");
-            }
-            // Whoever sees the lock free must find the record.
-            drop(lock);
             ExitCode::from(code as u8)
         }
         Err(error) => {
@@ -87,6 +79,20 @@ pub fn run(args: &Args) -> ExitCode {
             ExitCode::from(Code::Failed as u8)
         }
     }
+}
+
+/// Runs the guest to its end, records how it ended, and gives the directory back.
+pub(crate) fn run_prepared(prepared: Prepared) -> Ended {
+    let Prepared { paths, run, lock, exit } = prepared;
+    let ended = run_to_the_end(&paths, &run);
+    tracing::info!(vm = %run.vm, epoch = run.epoch.0, ?ended, "the guest has ended");
+    let record = ExitRecord { epoch: run.epoch, ended: ended.clone() };
+    if let Err(error) = exit.write(&record) {
+        tracing::error!(%error, "cannot record how the guest ended");
+    }
+    // Whoever sees the lock free must find the record.
+    drop(lock);
+    ended
 }
 
 /// A process that is about to make its guest.

@@ -176,7 +176,7 @@ const MACHINES: &[Call] = calls! {
     SYS_fstat: "sizes of files";
     SYS_statx: "sizes of files, sockets that an earlier run has left";
     SYS_newfstatat: "the same, from older libraries";
-    SYS_lseek: "reading kernels";
+    SYS_lseek: "reading kernels; which parts of the guest's memory hold anything, when it is saved";
     SYS_pread64: "reading kernels and variables";
     SYS_readv: "reading kernels";
     SYS_memfd_create: "the guest's memory";

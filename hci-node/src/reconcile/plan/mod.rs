@@ -343,7 +343,7 @@ pub fn plan(view: View<'_>) -> Plan {
 }
 
 /// Nodes whose leases have ended, as the leader decided.
-fn lost_nodes(state: &ClusterState) -> Vec<NodeId> {
+pub(super) fn lost_nodes(state: &ClusterState) -> Vec<NodeId> {
     use crate::state::Availability;
     let lost = state.nodes.values().filter(|node| matches!(node.availability, Availability::Lost { .. }));
     lost.map(|node| node.id).collect()

@@ -274,6 +274,18 @@ fn a_suspended_vm_is_started_stopped_and_deleted_in_clear_ways() {
 }
 
 #[test]
+fn what_was_told_under_an_older_generation_comes_too_late() {
+    let (mut state, vm, _) = saving();
+    run(&mut state, open(state_volume(), 1, 1, &[])).unwrap();
+    assert_eq!(refused(&mut state, written(vm, 1, 1)), RefusalKind::Fenced);
+    run(&mut state, written(vm, 1, 2)).unwrap();
+    // Raising it once more takes nothing away.
+    run(&mut state, open(state_volume(), 1, 2, &[])).unwrap();
+    assert!(state.vms[&vm].is_written(RunEpoch(1)));
+    check(&state);
+}
+
+#[test]
 fn there_is_no_suspending_without_room() {
     let (mut state, vm, _) = with_vm(3, 3);
     run(&mut state, assign(vm, 1, 0, &[])).unwrap();
