@@ -553,3 +553,101 @@ impl Context<'_> {
         self.reports.iter().map(free).max().map(|(_, node)| node)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use vmm::Processor;
+
+    use super::*;
+    use crate::{
+        api::views::Views,
+        state::{RunEpoch, VmExit, command::AssignReason, report::*, testing::*},
+    };
+
+    fn processor(features: u64) -> Processor {
+        Processor { vendor: "AuthenticAMD".into(), features }
+    }
+
+    fn report(memory_bytes: u64, features: u64) -> NodeReport {
+        let machine = MachineReport {
+            memory_bytes,
+            cpu_models: [CpuModel::Host].into(),
+            processor: Some(processor(features)),
+            ..Default::default()
+        };
+        let local = LocalReport { data_process: ProcessState::Up, ..Default::default() };
+        NodeReport { machine, local, boot_files: vec![] }
+    }
+
+    fn shown(state: &ClusterState, reports: &BTreeMap<NodeId, NodeReport>, vm: VmId) -> api::Vm {
+        let views = Views { state, reports, etas: &Default::default(), members: &[], leader: None };
+        views.vm(&state.vms[&vm])
+    }
+
+    #[test]
+    fn a_vm_is_suspended_to_a_volume_that_holds_all_of_it_and_resumed_only_where_it_can_go_on() {
+        let mut state = cluster(2);
+        let new = new_vm(1, vec![new_volume(1, 2)]);
+        let vm = new.id;
+        let run = |state: &mut ClusterState, op| state.apply(&command(op)).map(|_| ()).unwrap();
+        run(&mut state, Op::CreateVm { vm: new, unreachable: vec![] });
+        let (node, reason) = (node_id(1), AssignReason::Start);
+        run(&mut state, Op::AssignVm { vm, node, expected: RunEpoch(0), reason, unreachable: vec![] });
+        let mut reports: BTreeMap<_, _> =
+            [(node_id(1), report(8 << 30, 1)), (node_id(2), report(8 << 30, 2))].into();
+
+        let context = Context { state: &state, reports: &reports, silent: vec![] };
+        let suspend = context.suspend_vm("vm1").unwrap();
+        let Op::SuspendVm { volume, .. } = &suspend else { panic!("{suspend:?}") };
+        assert_eq!((volume.name.as_str(), volume.replicas), ("vm1-state", 2));
+        assert!(volume.size_bytes > (1 << 30) + (16 << 20));
+        run(&mut state, suspend);
+        let now = shown(&state, &reports, vm);
+        assert_eq!((now.state, now.desired), (api::VmState::Suspending, api::VmDesired::Suspended));
+        let id = state.vms[&vm].suspension.as_ref().unwrap().volume;
+        let generation = state.volumes[&id].generation;
+        let (epoch, processor) = (RunEpoch(1), processor(1));
+        run(&mut state, Op::VmSuspended { vm, epoch, generation, bytes: 5 << 20, processor });
+        run(&mut state, Op::VmExited { vm, epoch, exit: VmExit::Stopped });
+        let now = shown(&state, &reports, vm);
+        assert_eq!(
+            (now.state, now.desired, now.node),
+            (api::VmState::Suspended, api::VmDesired::Suspended, None)
+        );
+        assert!(now.message.unwrap().ends_with("its state takes 5 MiB"));
+
+        let resume = |state: &ClusterState, reports: &BTreeMap<_, _>| {
+            Context { state, reports, silent: vec![] }.resume_vm("vm1")
+        };
+        assert_eq!(resume(&state, &reports).unwrap(), Op::ResumeVm(vm));
+        reports.insert(node_id(1), report(1 << 30, 1));
+        let refused = resume(&state, &reports).unwrap_err();
+        assert!(refused.is(ProblemKind::Capacity), "{refused}");
+        for why in ["n1 has 640 MiB of memory left", "n2 has another processor"] {
+            assert!(refused.detail.contains(why), "{refused}");
+        }
+        let context = Context { state: &state, reports: &reports, silent: vec![] };
+        assert!(context.start_vm("vm1", api::StartVm::default()).is_err());
+        let anew = context.start_vm("vm1", api::StartVm { discard_state: true }).unwrap();
+        assert_eq!(anew, Op::DiscardSuspension { vm, desired: DesiredRun::Running });
+        run(&mut state, anew);
+        assert_eq!(state.vms[&vm].saved(), None);
+    }
+
+    #[test]
+    fn the_state_of_a_vm_gets_a_name_that_is_free() {
+        let mut state = cluster(1);
+        let new = NewVm { name: "x".repeat(60), ..new_vm(1, vec![]) };
+        let (long, short) = (new.id, VmId(id(2002)));
+        for vm in [new, new_vm(2, vec![])] {
+            state.apply(&command(Op::CreateVm { vm, unreachable: vec![] })).unwrap();
+        }
+        let taken = NewVolume { name: "vm2-state".into(), ..new_volume(7, 1) };
+        state.apply(&command(Op::CreateVolume { volume: taken, near: None, unreachable: vec![] })).unwrap();
+        let context = Context { state: &state, reports: &Default::default(), silent: vec![] };
+        for (vm, name) in [(long, "x".repeat(60)), (short, "vm2".to_owned())] {
+            let Op::SuspendVm { volume, .. } = context.suspend_vm(&name).unwrap() else { panic!("{name}") };
+            assert_eq!(volume.name, format!("state-{vm}"));
+        }
+    }
+}
