@@ -2,6 +2,7 @@
 
 use crate::ids::{ByteSize, DiskId, FreezeId, Generation, LayerId, LayerRef, SegmentIndex, VolumeId};
 use crate::key::KeySalt;
+use crate::store::Compression;
 use netfabric::NodeId;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -42,6 +43,8 @@ pub struct VolumeConfig {
     pub min_in_sync: u8,
     /// When a write counts as complete.
     pub durability: Durability,
+    /// Whether what is written from now on is compressed on the disks.
+    pub compression: Compression,
     /// Whether the last close made all replicas equal.
     pub clean: CleanState,
     /// All segments, by ascending index from 0, without holes.

@@ -286,14 +286,19 @@ impl Storage {
         let volumes = self.shared.volumes.lock().values().map(|open| open.coordinator.status()).collect();
         let disks = self.shared.disks.lock();
         let disks = disks.iter().map(|(id, disk)| match &disk.running {
-            Ok(RunningDisk { store, scrubber }) => {
-                DiskStatus { id: *id, usage: store.usage(), health: store.health(), scrub: scrubber.status() }
-            }
+            Ok(RunningDisk { store, scrubber }) => DiskStatus {
+                id: *id,
+                usage: store.usage(),
+                health: store.health(),
+                scrub: scrubber.status(),
+                volumes: store.held(),
+            },
             Err(error) => DiskStatus {
                 id: *id,
                 usage: DiskUsage::default(),
                 health: DiskHealth::Failed(error.clone()),
                 scrub: ScrubStatus::default(),
+                volumes: Vec::new(),
             },
         });
         StorageStatus { volumes, disks: disks.collect() }

@@ -91,6 +91,8 @@ pub struct DiskStatus {
     pub health: DiskHealth,
     /// How its verification stands.
     pub scrub: ScrubStatus,
+    /// The volumes of which it holds anything, by id: what is in their place, not what is in the log.
+    pub volumes: Vec<VolumeUsage>,
 }
 
 /// How the verification of a disk stands.
@@ -127,6 +129,17 @@ pub struct DiskUsage {
     pub used: ByteSize,
     /// Bytes there are.
     pub total: ByteSize,
+}
+
+/// What a disk holds of a volume, all of its layers together.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct VolumeUsage {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Bytes that its data would take if none were compressed; whole slots.
+    pub data: ByteSize,
+    /// Bytes that they take.
+    pub stored: ByteSize,
 }
 
 /// Whether a disk can be used.

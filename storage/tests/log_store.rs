@@ -9,10 +9,13 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use storage::ids::{DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
-use storage::status::DiskHealth;
-use storage::store::disk::{Encryption, LogStore, OpenError, offline};
-use storage::store::{DamagedBlocks, DiskStore, Keep, ReplicaWrite, ScrubCursor, StoreError, WriteContent};
+use storage::ids::{ByteSize, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
+use storage::status::{DiskHealth, VolumeUsage};
+use storage::store::disk::offline::{self, SegmentDump};
+use storage::store::disk::{Encryption, LogStore, OpenError};
+use storage::store::{
+    Compression, DamagedBlocks, DiskStore, Keep, ReplicaWrite, ScrubCursor, StoreError, WriteContent,
+};
 use storage::{DISK_KEY_BYTES, DiskKey};
 
 const BLOCK: usize = 4096;
@@ -32,12 +35,18 @@ fn write(block: u32, blocks: u32, sequence: u64) -> ReplicaWrite {
         block,
         version: Version { generation: 1, sequence },
         content: WriteContent::Data { data: Bytes::from(data), crcs },
+        compression: Compression::Off,
     }
+}
+
+fn compressed(block: u32, blocks: u32, sequence: u64) -> ReplicaWrite {
+    ReplicaWrite { compression: Compression::Lz4, ..write(block, blocks, sequence) }
 }
 
 fn zeroes(block: u32, blocks: u32, sequence: u64) -> ReplicaWrite {
     let version = Version { generation: 1, sequence };
-    ReplicaWrite { block, version, content: WriteContent::Zeroes { blocks, keep: Keep::WhereStored } }
+    let content = WriteContent::Zeroes { blocks, keep: Keep::WhereStored };
+    ReplicaWrite { block, version, content, compression: Compression::Off }
 }
 
 /// A file for a store, in memory or on a disk.
@@ -145,7 +154,13 @@ async fn damage_at_rest_is_told_and_never_read() {
         assert!(verified.lost_pages.is_empty());
         let dump = offline::dump(&path, None).unwrap();
         assert_eq!((dump.disk, dump.boot, dump.unapplied_bytes.0), (disk, 2, 0));
-        assert_eq!(dump.segments, [(key(volume), 4)]);
+        let whole = SegmentDump {
+            key: key(volume),
+            positions: 4,
+            compressed_positions: 0,
+            bytes: ByteSize(64 * BLOCK as u64),
+        };
+        assert_eq!(dump.segments, [whole]);
         let store = open(&path, disk).await;
         assert!(matches!(offline::dump(&path, None), Err(OpenError::Io { .. })), "it is in use");
         let (mut cursor, mut found, mut checked) = (Some(ScrubCursor::default()), Vec::new(), 0);
@@ -163,6 +178,52 @@ async fn damage_at_rest_is_told_and_never_read() {
         // What is written anew is sound again.
         store.write(key(volume), write(17, 1, 2)).await.unwrap();
         assert_eq!(store.read(key(volume), 17, 1).await.unwrap().data, content(17, 2));
+    }
+}
+
+#[tokio::test]
+async fn compressed_data_take_less_room_are_read_and_verified_and_damage_to_them_is_told() {
+    for (_dir, path) in places() {
+        let (disk, volume) = (DiskId::random(), VolumeId::random());
+        LogStore::format(&path, disk, None).unwrap();
+        let store = open(&path, disk).await;
+        // More than a record of the log.
+        store.write(key(volume), compressed(0, 1024, 1)).await.unwrap();
+        assert_eq!(store.read(key(volume), 1000, 1).await.unwrap().data, content(1000, 1));
+        drop(store);
+        // Opening applies the log.
+        let store = open(&path, disk).await;
+        for block in [0, 17, 1023] {
+            assert_eq!(store.read(key(volume), block, 1).await.unwrap().data, content(block, 1));
+        }
+        let all = store.read(key(volume), 0, 1024).await.unwrap().data;
+        assert_eq!(all, (0..1024).flat_map(|block| content(block, 1)).collect::<Vec<_>>());
+        // 64 positions of one cell of 16 KiB each, and a slot of info.
+        assert_eq!(store.usage().used.0, 64 * (16 << 10) + (64 << 10));
+        let [held] = store.held().try_into().unwrap();
+        assert_eq!(held, VolumeUsage { volume, data: ByteSize(4 << 20), stored: ByteSize(1 << 20) });
+        drop(store);
+        let verified = offline::verify(&path, None, |_, _| {}).unwrap();
+        assert_eq!((verified.checked_bytes, verified.damaged.len()), (1024 * BLOCK as u64, 0));
+        let dump = offline::dump(&path, None).unwrap();
+        let segment = SegmentDump {
+            key: key(volume),
+            positions: 64,
+            compressed_positions: 64,
+            bytes: ByteSize(1 << 20),
+        };
+        assert_eq!(dump.segments, [segment]);
+        // The name of a compressed extent, as it is on the disk.
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let mut start = [0; 4];
+        let extent = (0..256 << 20).step_by(16 << 10).find(|at| {
+            file.read_exact_at(&mut start, *at).unwrap();
+            start == *b"HLZ4"
+        });
+        file.write_all_at(&[0xff; 9], extent.unwrap() + 100).unwrap();
+        let verified = offline::verify(&path, None, |_, _| {}).unwrap();
+        let [damaged] = verified.damaged.try_into().unwrap();
+        assert_eq!((damaged.blocks.len(), damaged.blocks.start % 16), (16, 0));
     }
 }
 

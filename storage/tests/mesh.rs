@@ -19,6 +19,7 @@ use storage::control::{CommitError, ControlPlane, FreezeStep};
 use storage::device::BlockOp;
 use storage::ids::{ByteSize, DiskId, FreezeId, Generation, LayerId, LayerRef, SegmentIndex, VolumeId};
 use storage::status::{MemberState, VolumeState};
+use storage::store::Compression;
 use storage::store::disk::LogStore;
 use storage::{
     BusyPoll, MeshTransport, NodeId, Storage, StorageConfig, StorageError, StorageOptions, Timing,
@@ -198,6 +199,7 @@ async fn three(dir: &std::path::Path) -> (Arc<Control>, Vec<Node>, VolumeConfig)
         generation: Generation(1),
         min_in_sync: 2,
         durability: Durability::WriteBack,
+        compression: Compression::Off,
         clean: CleanState::Clean,
         segments: vec![SegmentConfig { index: SegmentIndex(0), replicas: replicas.collect() }],
         access: Access::Internal,

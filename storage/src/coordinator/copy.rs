@@ -56,7 +56,8 @@ impl Coordinator {
             }
             thin(found.ok_or(FixError::Damaged(fix.clone()))?, part.keep)
         };
-        let write = ReplicaWrite { block: fix.block, version: fix.version, content };
+        let compression = self.policy.lock().compression;
+        let write = ReplicaWrite { block: fix.block, version: fix.version, content, compression };
         let targets: Vec<Target> = fix.targets.iter().map(|i| replicas[*i]).collect();
         let writes = targets.iter().map(|t| self.write_replica(*t, part, write.clone(), AckWhen::Logged));
         let mut lost = false;

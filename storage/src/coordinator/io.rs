@@ -6,7 +6,6 @@ use super::layers::Part;
 use super::members::Target;
 use super::ranges::Mode;
 use super::{Coordinator, Phase};
-use crate::config::Durability;
 use crate::device::{BlockError, BlockOp};
 use crate::ids::{BLOCK_SIZE, SegmentIndex};
 use crate::replica::protocol::{AckWhen, ReplicaOp, ReplicaOutcome};
@@ -230,14 +229,16 @@ impl Coordinator {
             Payload::Data(data) if !piece.is_partial() => with_checksums(data),
             Payload::Data(data) => with_checksums(Box::pin(self.merge(piece, &data)).await?),
         };
-        let write = ReplicaWrite { block: piece.block, version: self.next_version(), content };
+        let policy = *self.policy.lock();
+        let (version, compression) = (self.next_version(), policy.compression);
+        let write = ReplicaWrite { block: piece.block, version, content, compression };
         let mut acked: Vec<Target> = Vec::new();
         'complete: loop {
             let mut seen = self.changed.seen();
             let missing = self.missing(piece.segment, &acked);
             let mut full = None;
             if !missing.is_empty() {
-                full = self.send_write(part, &write, missing, &mut acked).await;
+                full = self.send_write(part, &write, policy.ack(), missing, &mut acked).await;
             }
             if self.table.lock().write_complete(piece.segment, &acked) {
                 break;
@@ -274,13 +275,10 @@ impl Coordinator {
         &self,
         part: Part,
         write: &ReplicaWrite,
+        ack: AckWhen,
         targets: Vec<Target>,
         acked: &mut Vec<Target>,
     ) -> Option<Duration> {
-        let ack = match *self.durability.lock() {
-            Durability::WriteBack => AckWhen::Logged,
-            Durability::WriteThrough => AckWhen::Durable,
-        };
         let sent = targets.iter().map(|target| self.write_replica(*target, part, write.clone(), ack));
         let results = join_all(sent).await;
         if acked.is_empty() && results.iter().all(|r| *r == Err(CallError::Full)) {

@@ -152,6 +152,7 @@ impl Coordinator {
             block: range.start,
             blocks: range.end - range.start,
             keep: lower.keep,
+            compression: self.policy.lock().compression,
         };
         self.call(target, op, self.rim.timing.member_deadline).await?;
         self.table.lock().note_written(&target);

@@ -53,11 +53,12 @@ use crate::device::{BlockDevice, BlockError, BlockOp, Completion};
 use crate::ids::{Generation, Version, VolumeId};
 use crate::lease::{Lease, Term};
 use crate::metrics::VolumeMetrics;
-use crate::replica::protocol::{BootEpoch, Session};
+use crate::replica::protocol::{AckWhen, BootEpoch, Session};
 use crate::replica::server::ReplicaServer;
 use crate::scrub::ScrubPolicy;
 use crate::signal::Signal;
 use crate::status::{VolumeState, VolumeStatus};
+use crate::store::Compression;
 use crate::transport::Transport;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -133,6 +134,26 @@ enum Phase {
     Closed,
 }
 
+/// What is asked of writes.
+#[derive(Clone, Copy, Debug)]
+struct Policy {
+    durability: Durability,
+    compression: Compression,
+}
+
+impl Policy {
+    fn of(config: &VolumeConfig) -> Self {
+        Self { durability: config.durability, compression: config.compression }
+    }
+
+    fn ack(self) -> AckWhen {
+        match self.durability {
+            Durability::WriteBack => AckWhen::Logged,
+            Durability::WriteThrough => AckWhen::Durable,
+        }
+    }
+}
+
 /// The coordinator of one opening of a volume.
 pub(crate) struct Coordinator {
     id: VolumeId,
@@ -141,7 +162,7 @@ pub(crate) struct Coordinator {
     /// Tells that it did.
     grown: Signal<()>,
     generation: Generation,
-    durability: Mutex<Durability>,
+    policy: Mutex<Policy>,
     clean: CleanState,
     rim: Rim,
     table: Mutex<MemberTable>,
@@ -183,7 +204,7 @@ impl Coordinator {
             size: AtomicU64::new(config.size.0),
             grown: Signal::new(()),
             generation: config.generation,
-            durability: Mutex::new(config.durability),
+            policy: Mutex::new(Policy::of(config)),
             clean: config.clean,
             table: Mutex::new(MemberTable::new(config)),
             health: Mutex::default(),
@@ -227,7 +248,7 @@ impl Coordinator {
     /// Takes over a changed replica set of the same generation.
     pub(crate) fn configure(&self, config: &VolumeConfig) {
         self.limiter.lock().configure(config.limits);
-        *self.durability.lock() = config.durability;
+        *self.policy.lock() = Policy::of(config);
         self.layers.configure(&config.layers);
         self.change(|table| table.configure(config));
         if self.phase.get() == Phase::Open {

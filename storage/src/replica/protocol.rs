@@ -5,7 +5,7 @@
 //! current session only, so a message that was delayed for however long can never be applied after its coordinator gave up on it.
 
 use crate::ids::{DiskId, Generation, LayerRef, SegmentIndex, SegmentKey, VolumeId};
-use crate::store::{BlockVersion, DamagedBlocks, Keep, ReadReply, ReplicaWrite};
+use crate::store::{BlockVersion, Compression, DamagedBlocks, Keep, ReadReply, ReplicaWrite};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use thiserror::Error;
@@ -131,6 +131,8 @@ pub enum ReplicaOp {
         blocks: u32,
         /// Whether zeroes hide something below.
         keep: Keep,
+        /// What becomes of the copied data.
+        compression: Compression,
     },
     /// Make all that was written to the disk durable.
     Flush {

@@ -14,7 +14,7 @@ use crate::ids::{
 use crate::metrics::{DiskMetrics, Metrics};
 use crate::scrub::{self, DamageList};
 use crate::store::{
-    BlockVersion, DamagedBlocks, DiskStore, Keep, ReplicaWrite, StoreError, WriteContent, thin,
+    BlockVersion, Compression, DamagedBlocks, DiskStore, Keep, ReplicaWrite, StoreError, WriteContent, thin,
 };
 use netfabric::NodeId;
 use parking_lot::{Mutex, RwLock};
@@ -184,13 +184,13 @@ impl ReplicaServer {
                     end.ok_or_else(|| ReplicaError::Invalid(format!("{count} segments are too many")))?;
                 Ok(ReplicaOutcome::Stored(store.stored(layer, first.0..end).await?))
             }
-            ReplicaOp::Merge { at, into, block, blocks, keep } => {
+            ReplicaOp::Merge { at, into, block, blocks, keep, compression } => {
                 check_range(block, blocks)?;
                 if u64::from(blocks) * BLOCK_SIZE > crate::ids::MAX_TRANSFER {
                     return Err(ReplicaError::Invalid(format!("a merge of {blocks} blocks is too long")));
                 }
                 let range = block..block + blocks;
-                merge(store.as_ref(), at.key(), into.key(at.segment), range, keep).await?;
+                merge(store.as_ref(), at.key(), into.key(at.segment), range, keep, compression).await?;
                 Ok(ReplicaOutcome::Done)
             }
             ReplicaOp::Damaged { layers, skip, .. } => {
@@ -245,6 +245,7 @@ async fn merge(
     upper: SegmentKey,
     range: Range<u32>,
     keep: Keep,
+    compression: Compression,
 ) -> Result<(), StoreError> {
     let is_there = |found: &BlockVersion| found.version != Version::default();
     let above: BTreeSet<u32> =
@@ -256,7 +257,8 @@ async fn merge(
         let Some(first) = run.first() else { continue };
         let found = store.read(lower, first.block, run.len() as u32).await?;
         let content = thin(found, keep);
-        store.write(upper, ReplicaWrite { block: first.block, version: first.version, content }).await?;
+        let (block, version) = (first.block, first.version);
+        store.write(upper, ReplicaWrite { block, version, content, compression }).await?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use super::protocol::{
     ReplicaRequest, Session,
 };
 use crate::ids::{DiskId, Generation, LayerRef, SegmentIndex, Version, VolumeId};
-use crate::store::{BlockVersion, DamagedBlocks, Keep, ReadReply, ReplicaWrite, WriteContent};
+use crate::store::{BlockVersion, Compression, DamagedBlocks, Keep, ReadReply, ReplicaWrite, WriteContent};
 use bytes::Bytes;
 use netfabric::rpc::{DecodeError, EncodeError, Request, Response};
 use serde::{Deserialize, Serialize};
@@ -24,15 +24,58 @@ struct RequestHeader {
 /// Append only: the order is the wire format.
 #[derive(Serialize, Deserialize)]
 enum Op {
-    Attach { disk: DiskId },
-    WriteData { at: ReplicaAddress, block: u32, version: Version, crcs: Vec<u32>, ack: AckWhen },
-    WriteZeroes { at: ReplicaAddress, block: u32, version: Version, blocks: u32, keep: Keep, ack: AckWhen },
-    Read { at: ReplicaAddress, below: Vec<LayerRef>, block: u32, blocks: u32 },
-    Versions { at: ReplicaAddress, block: u32, blocks: u32 },
-    Flush { disk: DiskId },
-    Merge { at: ReplicaAddress, into: LayerRef, block: u32, blocks: u32, keep: Keep },
-    Damaged { disk: DiskId, layers: Vec<LayerRef>, skip: u32 },
-    Stored { disk: DiskId, layer: LayerRef, first: SegmentIndex, count: u32 },
+    Attach {
+        disk: DiskId,
+    },
+    WriteData {
+        at: ReplicaAddress,
+        block: u32,
+        version: Version,
+        crcs: Vec<u32>,
+        ack: AckWhen,
+        compression: Compression,
+    },
+    WriteZeroes {
+        at: ReplicaAddress,
+        block: u32,
+        version: Version,
+        blocks: u32,
+        keep: Keep,
+        ack: AckWhen,
+    },
+    Read {
+        at: ReplicaAddress,
+        below: Vec<LayerRef>,
+        block: u32,
+        blocks: u32,
+    },
+    Versions {
+        at: ReplicaAddress,
+        block: u32,
+        blocks: u32,
+    },
+    Flush {
+        disk: DiskId,
+    },
+    Merge {
+        at: ReplicaAddress,
+        into: LayerRef,
+        block: u32,
+        blocks: u32,
+        keep: Keep,
+        compression: Compression,
+    },
+    Damaged {
+        disk: DiskId,
+        layers: Vec<LayerRef>,
+        skip: u32,
+    },
+    Stored {
+        disk: DiskId,
+        layer: LayerRef,
+        first: SegmentIndex,
+        count: u32,
+    },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -60,14 +103,17 @@ pub(crate) fn encode_request(request: ReplicaRequest) -> Result<Request, EncodeE
         ReplicaOp::Write { at, write, ack } => match write.content {
             WriteContent::Data { data, crcs } => {
                 bulk = data;
-                Op::WriteData { at, block: write.block, version: write.version, crcs, ack }
+                let ReplicaWrite { block, version, compression, .. } = write;
+                Op::WriteData { at, block, version, crcs, ack, compression }
             }
             WriteContent::Zeroes { blocks, keep } => {
                 Op::WriteZeroes { at, block: write.block, version: write.version, blocks, keep, ack }
             }
         },
         ReplicaOp::Read { at, below, block, blocks } => Op::Read { at, below: below.to_vec(), block, blocks },
-        ReplicaOp::Merge { at, into, block, blocks, keep } => Op::Merge { at, into, block, blocks, keep },
+        ReplicaOp::Merge { at, into, block, blocks, keep, compression } => {
+            Op::Merge { at, into, block, blocks, keep, compression }
+        }
         ReplicaOp::Versions { at, block, blocks } => Op::Versions { at, block, blocks },
         ReplicaOp::Flush { disk } => Op::Flush { disk },
         ReplicaOp::Stored { disk, layer, first, count } => Op::Stored { disk, layer, first, count },
@@ -86,16 +132,19 @@ pub(crate) fn decode_request(request: &Request) -> Result<ReplicaRequest, Decode
     let header: RequestHeader = request.decode()?;
     let op = match header.op {
         Op::Attach { disk } => ReplicaOp::Attach { disk },
-        Op::WriteData { at, block, version, crcs, ack } => {
+        Op::WriteData { at, block, version, crcs, ack, compression } => {
             let content = WriteContent::Data { data: request.bulk.clone(), crcs };
-            ReplicaOp::Write { at, write: ReplicaWrite { block, version, content }, ack }
+            ReplicaOp::Write { at, write: ReplicaWrite { block, version, content, compression }, ack }
         }
         Op::WriteZeroes { at, block, version, blocks, keep, ack } => {
             let content = WriteContent::Zeroes { blocks, keep };
-            ReplicaOp::Write { at, write: ReplicaWrite { block, version, content }, ack }
+            let compression = Compression::Off;
+            ReplicaOp::Write { at, write: ReplicaWrite { block, version, content, compression }, ack }
         }
         Op::Read { at, below, block, blocks } => ReplicaOp::Read { at, below: below.into(), block, blocks },
-        Op::Merge { at, into, block, blocks, keep } => ReplicaOp::Merge { at, into, block, blocks, keep },
+        Op::Merge { at, into, block, blocks, keep, compression } => {
+            ReplicaOp::Merge { at, into, block, blocks, keep, compression }
+        }
         Op::Versions { at, block, blocks } => ReplicaOp::Versions { at, block, blocks },
         Op::Flush { disk } => ReplicaOp::Flush { disk },
         Op::Stored { disk, layer, first, count } => ReplicaOp::Stored { disk, layer, first, count },
@@ -160,7 +209,12 @@ mod tests {
             (any::<u32>(), keep).prop_map(|(blocks, keep)| WriteContent::Zeroes { blocks, keep }),
         ];
         let write = (any::<u32>(), any::<u64>(), any::<u64>(), content).prop_map(|(block, g, s, content)| {
-            ReplicaWrite { block, version: Version { generation: g, sequence: s }, content }
+            // Of zeroes there is nothing to compress, and nothing is said.
+            let compression = match content {
+                WriteContent::Data { .. } if s % 2 == 0 => Compression::Lz4,
+                _ => Compression::Off,
+            };
+            ReplicaWrite { block, version: Version { generation: g, sequence: s }, content, compression }
         });
         prop_oneof![
             at().prop_map(|a| ReplicaOp::Attach { disk: a.disk }),
@@ -184,7 +238,9 @@ mod tests {
                     blocks
                 }),
             (at(), any::<u128>(), any::<u32>(), any::<u32>()).prop_map(|(at, volume, block, blocks)| {
-                ReplicaOp::Merge { at, into: layer(volume, block), block, blocks, keep: Keep::Always }
+                let into = layer(volume, block);
+                let compression = if block % 2 == 0 { Compression::Lz4 } else { Compression::Off };
+                ReplicaOp::Merge { at, into, block, blocks, keep: Keep::Always, compression }
             }),
             (at(), any::<u32>()).prop_map(|(at, count)| ReplicaOp::Stored {
                 disk: at.disk,

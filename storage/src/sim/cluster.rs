@@ -18,6 +18,7 @@ use crate::replica::protocol::{BootEpoch, PowerEpoch};
 use crate::replica::server::ReplicaServer;
 use crate::scrub::{ScrubPolicy, Scrubber};
 use crate::status::VolumeState;
+use crate::store::Compression;
 use netfabric::NodeId;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -70,6 +71,7 @@ pub(super) struct Cluster {
 pub(super) struct Setup {
     pub(super) min_in_sync: u8,
     pub(super) durability: Durability,
+    pub(super) compression: Compression,
     pub(super) disks: Kind,
 }
 
@@ -101,6 +103,7 @@ impl Cluster {
             generation: Generation(0),
             min_in_sync: setup.min_in_sync,
             durability: setup.durability,
+            compression: setup.compression,
             clean: CleanState::Clean,
             segments: (0..2)
                 .map(|i| SegmentConfig { index: SegmentIndex(i), replicas: replicas.clone() })

@@ -35,6 +35,7 @@ mod snapshots;
 
 use crate::config::Durability;
 use crate::ids::{DiskId, LayerRef, SegmentKey};
+use crate::store::Compression;
 use cluster::{Cluster, NODES, Setup};
 use dice::Dice;
 use flaws::{FLAWS, Flaw};
@@ -93,6 +94,7 @@ async fn run_with(seed: u64, disks: Kind, flaw: Option<Flaw>) -> Result<Tally, V
     let setup = Setup {
         min_in_sync: 1 + dice.below(2) as u8,
         durability: if dice.percent(20) { Durability::WriteThrough } else { Durability::WriteBack },
+        compression: if dice.percent(40) { Compression::Lz4 } else { Compression::Off },
         disks,
     };
     let mut cluster = Cluster::new(dice.clone(), setup);

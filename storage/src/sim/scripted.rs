@@ -10,6 +10,7 @@ use crate::coordinator::VolumeDevice;
 use crate::device::{BlockDevice, BlockError, BlockOp};
 use crate::ids::{BLOCK_SIZE, LayerId, LayerRef, SECTOR_SIZE, SEGMENT_SIZE, SegmentIndex, SegmentKey};
 use crate::status::{MemberState, ScrubState, VolumeState};
+use crate::store::Compression;
 use bytes::Bytes;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -18,7 +19,8 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 /// A healthy volume and the number of the node that coordinates it.
 async fn healthy(seed: u64, min_in_sync: u8) -> (Cluster, VolumeDevice, usize) {
-    let setup = Setup { min_in_sync, durability: Durability::WriteBack, disks: Kind::Model };
+    let (durability, compression) = (Durability::WriteBack, Compression::Off);
+    let setup = Setup { min_in_sync, durability, compression, disks: Kind::Model };
     let mut cluster = Cluster::new(Dice::new(seed), setup);
     cluster.lease = Duration::from_secs(3600);
     assert!(cluster.run_until(LIMIT, Cluster::is_healthy).await);

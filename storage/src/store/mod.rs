@@ -19,7 +19,7 @@ pub mod disk;
 mod layers;
 
 use crate::ids::{BLOCKS_PER_SEGMENT, Generation, LayerRef, SegmentIndex, SegmentKey, Version, VolumeId};
-use crate::status::{DiskHealth, DiskUsage};
+use crate::status::{DiskHealth, DiskUsage, VolumeUsage};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use std::ops::Range;
@@ -37,6 +37,19 @@ pub struct ReplicaWrite {
     pub version: Version,
     /// What is written.
     pub content: WriteContent,
+    /// What becomes of data when they are moved from the log to their place.
+    pub compression: Compression,
+}
+
+/// Whether data are compressed on the disk. It says nothing of what is there already: that stays as it is until it is written anew.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// They are not.
+    #[default]
+    Off,
+    /// With LZ4, where that saves room.
+    Lz4,
 }
 
 /// What a write puts into its blocks.
@@ -190,7 +203,8 @@ pub trait DiskStore: Send + Sync + 'static {
                 for run in stored.chunk_by(|one, next| one.block + 1 == next.block) {
                     let Some(first) = run.first() else { continue };
                     let content = WriteContent::Zeroes { blocks: run.len() as u32, keep: Keep::WhereStored };
-                    let write = ReplicaWrite { block: first.block, version: Version::default(), content };
+                    let (block, compression) = (first.block, Compression::Off);
+                    let write = ReplicaWrite { block, version: Version::default(), content, compression };
                     self.write(at, write).await?;
                 }
             }
@@ -238,6 +252,11 @@ pub trait DiskStore: Send + Sync + 'static {
 
     /// Space used and present.
     fn usage(&self) -> DiskUsage;
+
+    /// What is held of each volume, by id. Nothing in a store that does not count it.
+    fn held(&self) -> Vec<VolumeUsage> {
+        Vec::new()
+    }
 
     /// Whether the disk can be used.
     fn health(&self) -> DiskHealth;

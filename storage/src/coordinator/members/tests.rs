@@ -4,6 +4,7 @@ use super::*;
 use crate::config::{Access, CleanState, Durability, LayersConfig, Limits};
 use crate::ids::{ByteSize, Generation, SEGMENT_SIZE, VolumeId};
 use crate::replica::protocol::BootEpoch;
+use crate::store::Compression;
 use uuid::Uuid;
 
 const SEGMENT: SegmentIndex = SegmentIndex(0);
@@ -32,6 +33,7 @@ fn config(min_in_sync: u8, states: [ReplicaState; 3]) -> VolumeConfig {
         generation: Generation(1),
         min_in_sync,
         durability: Durability::WriteBack,
+        compression: Compression::Off,
         clean: CleanState::Clean,
         segments: vec![SegmentConfig {
             index: SEGMENT,

@@ -8,6 +8,7 @@
 //! - The log is durable before anything else is touched, and stays until all is durable: opening applies it again. A block that was torn in place is
 //!   written whole again; of a page that was torn there is the other place.
 //! - Slots and directory entries that become free are not given out before the checkpoint after: nothing that a lost page still refers to is overwritten.
+//! - Compressed data are never written over. What becomes of them, and two more syncs that it takes, is in [`super::repack`].
 //!
 //! The index changes only after all is durable; readers find what is being applied in the overlay until then. One checkpoint at a time, on a
 //! thread of its own. All I/O here blocks.
@@ -18,14 +19,15 @@ use super::device::Device;
 use super::device::buffer::AlignedBuf;
 use super::format::directory::{self, Birth, DirectoryEntry, EntryNumber, SegmentEntry};
 use super::format::info::{self, BlockInfo, InfoIdentity, PAGES_PER_SLOT};
-use super::format::layout::{Layout, PAIR, SLOT, SLOT_BLOCKS, SUPERBLOCKS, SlotNumber};
+use super::format::layout::{Extent, Layout, PAIR, SLOT, SLOT_BLOCKS, SUPERBLOCKS, SlotNumber};
 use super::format::owner::{self, Owner};
 use super::format::page::{self, HEADER, PAGE, PageId, PageKind, Pair};
 use super::format::superblock::Superblock;
 use super::index::RecordNumber;
 use crate::ids::{BLOCK_SIZE, Version, VolumeId};
+use crate::store::Compression;
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 
@@ -40,7 +42,7 @@ const READ_AT_ONCE: u64 = 1 << 20;
 
 /// What becomes of a block.
 #[derive(Clone, Copy, Debug)]
-enum Piece {
+pub(super) enum Piece {
     /// Data, at this position of the log.
     Data { version: Version, crc: u32, position: u64 },
     /// Data that are in the position's new slot.
@@ -50,20 +52,28 @@ enum Piece {
 }
 
 /// A position of a segment.
-type At = (EntryNumber, u32);
+pub(super) type At = (EntryNumber, u32);
 
 /// What becomes of a position.
 #[derive(Clone, Default)]
-struct Pieces {
+pub(super) struct Pieces {
     /// Its new slot, which has its data.
     slot: Option<SlotNumber>,
-    blocks: [Option<Piece>; SLOT_BLOCKS as usize],
+    /// As the last write of data says.
+    pub(super) compression: Compression,
+    pub(super) blocks: [Option<Piece>; SLOT_BLOCKS as usize],
+}
+
+impl Pieces {
+    fn have_data(&self) -> bool {
+        self.blocks.iter().any(|piece| matches!(piece, Some(Piece::Data { .. })))
+    }
 }
 
 /// What the batches of a checkpoint come to: the last word on each block.
 #[derive(Default)]
-struct Outcome {
-    pieces: BTreeMap<At, Pieces>,
+pub(super) struct Outcome {
+    pub(super) pieces: BTreeMap<At, Pieces>,
     /// Slots with data that were overwritten or deleted before they were any position's.
     unplaced: Vec<SlotNumber>,
     generations: BTreeSet<VolumeId>,
@@ -74,27 +84,41 @@ struct Outcome {
 }
 
 /// Where the blocks of a position go.
-struct Assigned {
-    at: At,
-    data: Option<SlotNumber>,
-    info: SlotNumber,
+pub(super) struct Assigned {
+    pub(super) at: At,
+    pub(super) data: Option<Extent>,
+    pub(super) way: Way,
+    pub(super) info: SlotNumber,
     identity: InfoIdentity,
+}
+
+/// How data get there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Way {
+    /// Block by block, each to its place in a slot.
+    BlockByBlock,
+    /// All of the position is to be made anew, and its place found.
+    Anew,
+    /// They are there.
+    Arrived,
 }
 
 /// What changes on the disk and in the index.
 #[derive(Default)]
-struct Changes {
-    owners: BTreeMap<SlotNumber, Owner>,
+pub(super) struct Changes {
+    pub(super) owners: BTreeMap<Extent, Owner>,
     directory: BTreeMap<EntryNumber, DirectoryEntry>,
     new_info: BTreeMap<(EntryNumber, u16), (SlotNumber, InfoIdentity)>,
     /// Segments that are new, or have new slots of info.
     recorded: BTreeSet<EntryNumber>,
-    assigned: Vec<Assigned>,
-    /// Data slots that hold no data any more.
-    emptied: Vec<(At, SlotNumber)>,
-    /// Slots whose position has another one now, or never came to have them.
-    replaced: Vec<SlotNumber>,
-    pages: HashMap<InfoId, InfoPage>,
+    pub(super) assigned: Vec<Assigned>,
+    /// What holds no data any more.
+    emptied: Vec<(At, Extent)>,
+    /// What was a position's that has another place now, or never came to be one's.
+    replaced: Vec<Extent>,
+    /// What positions had that were made anew. It is theirs until all is durable that says where they are now.
+    pub(super) left: Vec<Extent>,
+    pub(super) pages: HashMap<InfoId, InfoPage>,
 }
 
 /// Makes checkpoints. Only one has a disk.
@@ -128,12 +152,18 @@ impl Applier {
         let mut changes = self.assign(&outcome)?;
         self.load_pages(&mut changes)?;
         self.prepare_info(&changes)?;
+        self.repack(&outcome, &mut changes)?;
         let placed = self.modify(&outcome, &mut changes);
         for placed in placed.chunks(WRITTEN_AT_ONCE) {
             self.device.write(&slices(&self.sources(placed)?).collect::<Vec<_>>())?;
         }
+        #[cfg(test)]
+        if self.core.lock().flaw == Some(super::flaws::Flaw::EarlyGift) {
+            changes.owners.extend(changes.left.iter().map(|extent| (*extent, Owner::Free)));
+        }
         let pages = self.info_writes(&mut changes);
         self.write_round(&changes.owners, &changes.directory, pages)?;
+        self.give_back(&changes.left)?;
         #[cfg(test)]
         if self.core.lock().flaw == Some(super::flaws::Flaw::ForgottenPage) {
             self.mirrors.clear();
@@ -152,12 +182,12 @@ impl Applier {
         if core.flaw == Some(super::flaws::Flaw::EarlyReuse) {
             let index = &mut core.index;
             let segments = outcome.deleted.iter().filter_map(|entry| index.segments.get(entry));
-            let slots: Vec<SlotNumber> = segments.flat_map(|s| s.data_slots().collect::<Vec<_>>()).collect();
-            slots.into_iter().for_each(|slot| index.slots.give(slot));
+            let data: Vec<Extent> = segments.flat_map(|s| s.data_extents().collect::<Vec<_>>()).collect();
+            data.into_iter().for_each(|extent| index.slots.give(extent));
         }
     }
 
-    fn layout(&self) -> Layout {
+    pub(super) fn layout(&self) -> Layout {
         self.superblock.layout
     }
 
@@ -175,10 +205,11 @@ impl Applier {
 
     fn gather_record(&self, outcome: &mut Outcome, what: &LoggedWhat) {
         match what {
-            LoggedWhat::Data { entry, block, version, crcs, position } => {
+            LoggedWhat::Data { entry, block, version, crcs, position, compression } => {
                 for (block, (i, crc)) in (*block..).zip((0..).zip(crcs)) {
                     let position = position + i * BLOCK_SIZE;
                     let pieces = outcome.pieces.entry((*entry, block / SLOT_BLOCKS)).or_default();
+                    pieces.compression = *compression;
                     pieces.blocks[(block % SLOT_BLOCKS) as usize] =
                         Some(Piece::Data { version: *version, crc: *crc, position });
                 }
@@ -338,6 +369,7 @@ impl Applier {
             let Some(page) = changes.pages.get_mut(&(assigned.info, place.page)) else { continue };
             let bytes = Arc::make_mut(page);
             let Some(mut record) = info::get(bytes, place.record) else { continue };
+            let writes = assigned.data.filter(|_| assigned.way == Way::BlockByBlock);
             for (i, piece) in pieces.blocks.iter().enumerate() {
                 match piece {
                     None => {}
@@ -347,18 +379,18 @@ impl Applier {
                     Some(Piece::Zero(version)) => record.blocks[i] = BlockInfo::Zero(*version),
                     Some(Piece::Data { version, crc, position }) => {
                         record.blocks[i] = BlockInfo::Data(*version, *crc);
-                        if let Some(slot) = assigned.data {
-                            placed.push((layout.slot(slot) + i as u64 * BLOCK_SIZE, *position));
+                        if let Some(extent) = writes {
+                            placed.push((layout.extent(extent) + i as u64 * BLOCK_SIZE, *position));
                         }
                     }
                 }
             }
             let holds_data = record.blocks.iter().any(|b| matches!(b, BlockInfo::Data(..) | BlockInfo::Lost));
-            record.slot = assigned.data.filter(|_| holds_data);
+            record.extent = assigned.data.filter(|_| holds_data);
             info::put(bytes, place.record, &record);
-            if let (false, Some(slot)) = (holds_data, assigned.data) {
-                changes.owners.insert(slot, Owner::Free);
-                changes.emptied.push((assigned.at, slot));
+            if let (false, Some(extent)) = (holds_data, assigned.data) {
+                changes.owners.insert(extent, Owner::Free);
+                changes.emptied.push((assigned.at, extent));
             }
         }
         // Neighbours go together.
@@ -367,7 +399,7 @@ impl Applier {
     }
 
     /// Finds the data: in memory, or in the log.
-    fn sources(&self, placed: &[(u64, u64)]) -> io::Result<Vec<(u64, Source)>> {
+    pub(super) fn sources(&self, placed: &[(u64, u64)]) -> io::Result<Vec<(u64, Source)>> {
         let block = BLOCK_SIZE as usize;
         let mut sources = Vec::with_capacity(placed.len());
         let mut missing: Vec<(u64, u64)> = Vec::new();
@@ -428,7 +460,7 @@ impl Applier {
     /// with [`Self::write_mirrors`].
     pub(super) fn write_round(
         &mut self,
-        owners: &BTreeMap<SlotNumber, Owner>,
+        owners: &BTreeMap<Extent, Owner>,
         directory: &BTreeMap<EntryNumber, DirectoryEntry>,
         mut pages: Vec<(u64, Source)>,
     ) -> io::Result<()> {
@@ -436,10 +468,10 @@ impl Applier {
         // A number for each round: of a page that two rounds of one checkpoint write, the later is known though one place did not get it.
         self.superblock.checkpoint += 1;
         let layout = self.layout();
-        let mut owner_pages: BTreeMap<u32, Vec<(usize, Owner)>> = BTreeMap::new();
-        for (slot, owner) in owners {
-            let (page, position) = owner::place(*slot);
-            owner_pages.entry(page).or_default().push((position, *owner));
+        let mut owner_pages: BTreeMap<u32, Vec<(usize, owner::Said)>> = BTreeMap::new();
+        for (extent, owner) in owners {
+            let (page, position) = owner::place(*extent);
+            owner_pages.entry(page).or_default().push((position, (*owner, extent.cells())));
         }
         let mut directory_pages: BTreeMap<u32, Vec<(usize, DirectoryEntry)>> = BTreeMap::new();
         for (entry, what) in directory {
@@ -513,8 +545,8 @@ impl Applier {
                 let core = self.core.lock();
                 let segments = entries.iter().filter_map(|entry| core.index.segments.get(entry));
                 segments
-                    .flat_map(|segment| segment.slots().collect::<Vec<_>>())
-                    .map(|slot| (slot, Owner::Free))
+                    .flat_map(|segment| segment.extents().collect::<Vec<_>>())
+                    .map(|extent| (extent, Owner::Free))
                     .collect()
             };
             self.write_round(&owners, &BTreeMap::new(), Vec::new())?;
@@ -545,8 +577,8 @@ impl Applier {
 
     /// All is durable: readers find it in its slots from now on.
     fn install(&self, outcome: Outcome, changes: Changes) {
-        let Changes { new_info, assigned, emptied, replaced, pages, .. } = changes;
-        let emptied: HashMap<At, SlotNumber> = emptied.into_iter().collect();
+        let Changes { new_info, assigned, emptied, replaced, left, pages, .. } = changes;
+        let emptied: HashMap<At, Extent> = emptied.into_iter().collect();
         let mut core = self.core.lock();
         core.installed += 1;
         for (id, page) in pages {
@@ -562,30 +594,37 @@ impl Applier {
         drop(core);
         for assigned in assigned.chunks(LOCKED_AT_ONCE) {
             let mut core = self.core.lock();
+            let is_packed = |assigned: &Assigned| assigned.data.is_some_and(|extent| !extent.is_whole());
+            let queued =
+                if assigned.iter().any(is_packed) { core.queued_positions() } else { HashSet::new() };
             let index = &mut core.index;
             for Assigned { at, data, .. } in assigned {
                 let Some(segment) = index.segments.get_mut(&at.0) else { continue };
                 segment.set_data(at.1, data.filter(|_| !emptied.contains_key(at)));
-                index.wanted -= u32::from(segment.wants_data.remove(&at.1));
                 segment.forget(std::iter::once(at.1), outcome.last);
+                let more = segment.overlay.contains_key(&at.1) || queued.contains(&(segment.key, at.1));
+                if !(more && segment.may_need_slot(at.1)) {
+                    index.wanted -= u32::from(segment.wants_data.remove(&at.1));
+                }
             }
         }
         let mut core = self.core.lock();
         // In an opening, a slot may be both its position's and one that a later write replaced.
-        let mut freed: BTreeSet<SlotNumber> = emptied.into_values().collect();
+        let mut freed: BTreeSet<Extent> = emptied.into_values().collect();
         freed.extend(replaced);
-        freed.extend(outcome.unplaced);
+        freed.extend(left);
+        freed.extend(outcome.unplaced.into_iter().map(Extent::whole));
         for entry in &outcome.deleted {
             let Some(segment) = core.index.segments.remove(entry) else { continue };
-            freed.extend(segment.slots());
+            freed.extend(segment.extents());
             for (_, slot) in segment.info_slots() {
                 core.info.forget(slot, PAGES_PER_SLOT);
             }
             core.index.entries.give(*entry);
         }
         #[cfg(test)]
-        freed.retain(|slot| !core.index.slots.is_free(*slot));
-        freed.into_iter().for_each(|slot| core.index.slots.give(slot));
+        freed.retain(|extent| !core.index.slots.is_free(*extent));
+        freed.into_iter().for_each(|extent| core.index.slots.give(extent));
         outcome.gone_generations.into_iter().for_each(|entry| core.index.entries.give(entry));
         core.release(outcome.end);
     }
@@ -593,19 +632,26 @@ impl Applier {
 
 /// Finds the slots of one position.
 fn assign(core: &mut Core, changes: &mut Changes, at: At, pieces: &Pieces, now: Birth) -> io::Result<()> {
-    let no_room = || io::Error::other("applying the log found no free slot");
     let (entry, position) = at;
     let index = &mut core.index;
     let Some(segment) = index.segments.get_mut(&entry) else {
-        changes.replaced.extend(pieces.slot);
+        changes.replaced.extend(pieces.slot.map(Extent::whole));
         return Ok(());
     };
     let key = segment.key;
     let hidden = index.names.get(&key) != Some(&entry);
-    let has_data =
-        pieces.slot.is_some() || pieces.blocks.iter().any(|piece| matches!(piece, Some(Piece::Data { .. })));
+    let has_data = pieces.slot.is_some() || pieces.have_data();
     let info_index = info::place(position).slot;
     let mut data = segment.data(position);
+    let packs = pieces.compression == Compression::Lz4 || data.is_some_and(|extent| !extent.is_whole());
+    let way = match pieces.slot {
+        None if has_data && packs => Way::Anew,
+        _ => Way::BlockByBlock,
+    };
+    if hidden && way == Way::Anew {
+        // Its removal is in the log already.
+        return Ok(());
+    }
     let mut info = segment
         .info(info_index)
         .or_else(|| changes.new_info.get(&(entry, info_index)).map(|(slot, _)| *slot));
@@ -622,17 +668,17 @@ fn assign(core: &mut Core, changes: &mut Changes, at: At, pieces: &Pieces, now: 
             Some(slot) => slot,
             // Its removal is in the log already.
             None if hidden => {
-                changes.replaced.extend(pieces.slot);
+                changes.replaced.extend(pieces.slot.map(Extent::whole));
                 return Ok(());
             }
             None => return Err(no_room()),
         };
-        changes.owners.insert(slot, Owner::Info(entry, info_index));
+        changes.owners.insert(Extent::whole(slot), Owner::Info(entry, info_index));
         changes.new_info.insert((entry, info_index), (slot, identity));
         changes.recorded.insert(entry);
         info = Some(slot);
     }
-    if let Some(slot) = pieces.slot {
+    if let Some(slot) = pieces.slot.map(Extent::whole) {
         if let Some(before) = data.filter(|before| *before != slot) {
             changes.owners.insert(before, Owner::Free);
             changes.replaced.push(before);
@@ -640,9 +686,9 @@ fn assign(core: &mut Core, changes: &mut Changes, at: At, pieces: &Pieces, now: 
         changes.owners.insert(slot, Owner::Data(entry, position as u16));
         data = Some(slot);
     }
-    if data.is_none() && has_data {
+    if data.is_none() && has_data && way == Way::BlockByBlock {
         let slot = match index.slots.take() {
-            Some(slot) => slot,
+            Some(slot) => Extent::whole(slot),
             None if hidden => return Ok(()),
             None => return Err(no_room()),
         };
@@ -650,16 +696,21 @@ fn assign(core: &mut Core, changes: &mut Changes, at: At, pieces: &Pieces, now: 
         data = Some(slot);
     }
     if let Some(info) = info {
-        changes.assigned.push(Assigned { at, data, info, identity });
+        changes.assigned.push(Assigned { at, data, way, info, identity });
     }
     Ok(())
+}
+
+/// What never happens: see [`super::core`].
+pub(super) fn no_room() -> io::Error {
+    io::Error::other("applying the log found no free slot")
 }
 
 /// Bytes in a shared buffer.
 pub(super) struct Source(Arc<AlignedBuf>, usize, usize);
 
 impl Source {
-    fn bytes(&self) -> &[u8] {
+    pub(super) fn bytes(&self) -> &[u8] {
         &self.0[self.1..self.1 + self.2]
     }
 }

@@ -5,7 +5,9 @@
 //!
 //! Invariants:
 //! - Batches complete in the order of the log: what is acknowledged is a prefix of it.
-//! - Every slot that applying the log will need is counted as wanted when the write is admitted: applying never finds the disk full.
+//! - Every slot that applying the log will need is counted as wanted when the write is admitted: applying never finds the disk full. A position whose data are
+//!   compressed counts as one that has none: what it is to hold next may not be compressible. It takes fewer cells only as long as that leaves what is wanted, and
+//!   stays wanted when more of it is in the log than a checkpoint has applied.
 //! - A slot that data are written to before they are logged is nobody's until a checkpoint gives it to its position; what was there before stays until then.
 //! - Log space is used again only after the checkpoint that applied it is durable ([`super::apply`]).
 
@@ -16,12 +18,12 @@ use super::flaws::Flaw;
 use super::format::batch::{self, BatchHeader, BatchSize, Operation};
 use super::format::directory::EntryNumber;
 use super::format::info::PER_SLOT;
-use super::format::layout::{LOG_OFFSET, Layout, SLOT_BLOCKS, SlotNumber};
+use super::format::layout::{Extent, LOG_OFFSET, Layout, SLOT_BLOCKS, SlotNumber};
 use super::index::{Index, Overlaid, Place, RecordNumber, StoredGeneration};
 use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT, SegmentKey, Version};
-use crate::store::{Keep, StoreError, WriteContent};
+use crate::store::{Compression, Keep, StoreError, WriteContent};
 use bytes::Bytes;
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use tokio::sync::oneshot;
@@ -69,7 +71,14 @@ pub(super) struct Logged {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum LoggedWhat {
     /// Data of a segment; the first block is at this position of the log.
-    Data { entry: EntryNumber, block: u32, version: Version, crcs: Vec<u32>, position: u64 },
+    Data {
+        entry: EntryNumber,
+        block: u32,
+        version: Version,
+        crcs: Vec<u32>,
+        position: u64,
+        compression: Compression,
+    },
     /// Data of whole positions, in slots of their own.
     Placed { entry: EntryNumber, position: u32, version: Version, crcs: Vec<u32>, slots: Vec<SlotNumber> },
     /// Slots with data of a segment that has no place in the directory.
@@ -344,7 +353,7 @@ impl Core {
         let known = self.index.get(at);
         let data = |p: &u32| {
             needs == Needs::DataAndInfo
-                && known.is_none_or(|s| s.data(*p).is_none() && !s.wants_data.contains(p))
+                && known.is_none_or(|s| s.may_need_slot(*p) && !s.wants_data.contains(p))
         };
         let info = |i: &u32| {
             known.is_none_or(|s| s.info(*i as u16).is_none() && !s.wants_info.contains(&(*i as u16)))
@@ -453,7 +462,7 @@ impl Core {
             tracing::debug!(%error, "slots are wanted beyond the room there is");
         }
         match operation {
-            Operation::Data { at, block, version, crcs } => {
+            Operation::Data { at, block, version, crcs, compression } => {
                 let entry = self.index.get_or_create(at)?;
                 let segment = self.index.segments.get_mut(&entry)?;
                 for (i, crc) in (0..).zip(&crcs) {
@@ -462,7 +471,7 @@ impl Core {
                     let overlay = segment.overlay.entry((block + i) / SLOT_BLOCKS).or_default();
                     overlay.set((block + i) % SLOT_BLOCKS, Overlaid { record: number, version, place });
                 }
-                Some(LoggedWhat::Data { entry, block, version, crcs, position })
+                Some(LoggedWhat::Data { entry, block, version, crcs, position, compression })
             }
             Operation::Placed { at, block, version, crcs, slots } => {
                 let Some(entry) = self.index.get_or_create(at) else {
@@ -547,10 +556,40 @@ impl Core {
 
     /// Recovery: slots that the log says data are in. False when one is somebody else's.
     pub(super) fn place_again(&mut self, at: SegmentKey, position: u32, slot: SlotNumber) -> bool {
-        let own = self.index.get(at).and_then(|segment| segment.data(position)) == Some(slot);
+        let whole = Some(Extent::whole(slot));
+        let own = self.index.get(at).and_then(|segment| segment.data(position)) == whole;
         let taken = own || self.index.slots.take_this(slot) || self.index.take_from_hidden(position, slot);
         self.placed += u32::from(taken);
         taken
+    }
+
+    /// Takes cells for what the data of a position were compressed to; nothing when that would leave too little for what is wanted. The position counts as wanted
+    /// from now on: what is in the log of it beyond this checkpoint may need a slot. See [`super::apply`].
+    pub(super) fn take_cells(&mut self, entry: EntryNumber, position: u32, cells: u8) -> Option<Extent> {
+        let Index { segments, slots, wanted, .. } = &mut self.index;
+        let segment = segments.get_mut(&entry)?;
+        let more = u32::from(!segment.wants_data.contains(&position));
+        let spare = slots.count().saturating_sub(*wanted + RESERVED_SLOTS);
+        // Cells of a slot that is split already leave all that is wanted.
+        let split = if more <= spare { slots.take_split(cells) } else { None };
+        let extent = match split {
+            Some(extent) => extent,
+            None if more < spare => slots.take_and_split(cells)?,
+            None => return None,
+        };
+        segment.wants_data.insert(position);
+        *wanted += more;
+        Some(extent)
+    }
+
+    /// The positions that data wait for which are not in the log yet.
+    pub(super) fn queued_positions(&self) -> HashSet<(SegmentKey, u32)> {
+        let in_flight = self.in_flight.iter().flat_map(|batch| batch.records.iter().map(|(what, _)| what));
+        let operations = self.queue.iter().map(|queued| &queued.operation).chain(in_flight);
+        let positions = operations.filter_map(needs).filter(|(_, _, needs)| *needs == Needs::DataAndInfo);
+        positions
+            .flat_map(|(at, blocks, _)| by_slot(blocks).map(move |(position, _)| (at, position)))
+            .collect()
     }
 
     /// A checkpoint has applied everything before `position`, durably.
@@ -630,7 +669,7 @@ pub(super) fn operation(
             if version == Version::default() {
                 return invalid("data need a version");
             }
-            Ok((Operation::Data { at, block, version, crcs }, data))
+            Ok((Operation::Data { at, block, version, crcs, compression: write.compression }, data))
         }
         WriteContent::Zeroes { blocks, keep } => {
             let keep = if version == Version::default() { Keep::WhereStored } else { keep };

@@ -17,10 +17,14 @@ pub(super) enum Flaw {
     EarlyReuse,
     /// What was written before its record, and no sync covered, is believed to be there.
     TrustedPlaces,
+    /// Compressed data are given to their position before they are durable.
+    EarlyClaim,
+    /// What a position had before loses its owner while that of its new place may not be durable.
+    EarlyGift,
 }
 
 /// All of them.
-pub(super) const FLAWS: [Flaw; 7] = [
+pub(super) const FLAWS: [Flaw; 9] = [
     Flaw::EarlyAcknowledgement,
     Flaw::DroppedFlush,
     Flaw::EarlyApply,
@@ -28,4 +32,6 @@ pub(super) const FLAWS: [Flaw; 7] = [
     Flaw::StaleBatch,
     Flaw::EarlyReuse,
     Flaw::TrustedPlaces,
+    Flaw::EarlyClaim,
+    Flaw::EarlyGift,
 ];

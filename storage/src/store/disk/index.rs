@@ -1,11 +1,12 @@
 //! What a store knows in memory: where each block is, and which slots are free.
 //!
-//! For each segment a flat map from positions to slots (4 bytes each, in chunks made when used), and an **overlay**: what is in the log and not in its slot yet. The overlay
-//! has the last word. The segments' slots are known from the owners on disk, read at the opening.
+//! For each segment a flat map from positions to extents (4 bytes each, one more where anything is compressed, in chunks made when used), and an **overlay**: what is
+//! in the log and not in its slot yet. The overlay has the last word. The segments' extents are known from the owners on disk, read at the opening.
 
 use super::format::directory::{Birth, EntryNumber};
 use super::format::info::{INFO_SLOTS_PER_SEGMENT, PER_SLOT};
-use super::format::layout::{SLOT_BLOCKS, SLOTS_PER_SEGMENT, SlotNumber};
+use super::format::layout::{CELL, Extent, SLOT, SLOT_BLOCKS, SLOTS_PER_SEGMENT, SlotNumber};
+use super::free::FreeSlots;
 use crate::ids::{Generation, SegmentKey, Version, VolumeId};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -102,12 +103,93 @@ impl SlotMap {
     }
 }
 
+/// From positions to extents.
+#[derive(Default)]
+pub(super) struct ExtentMap {
+    slots: SlotMap,
+    /// Which cells of its slot each has, where any has not all of them.
+    cells: Vec<Option<Box<[u8; CHUNK]>>>,
+    taken: Taken,
+}
+
+/// What extents take.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Taken {
+    /// Whole slots.
+    pub(super) whole: u32,
+    /// Extents with compressed data.
+    pub(super) packed: u32,
+    /// Their cells.
+    pub(super) cells: u32,
+}
+
+impl Taken {
+    /// Bytes of positions that have an extent: what they would take if nothing were compressed.
+    pub(super) fn positions_bytes(self) -> u64 {
+        (u64::from(self.whole) + u64::from(self.packed)) * SLOT
+    }
+
+    /// Bytes that the extents take.
+    pub(super) fn bytes(self) -> u64 {
+        u64::from(self.whole) * SLOT + u64::from(self.cells) * CELL
+    }
+
+    fn count(&mut self, extent: Option<Extent>, by: i32) {
+        let add = |to: &mut u32, count: u8| *to = to.saturating_add_signed(i32::from(count) * by);
+        match extent {
+            Some(extent) if extent.is_whole() => add(&mut self.whole, 1),
+            Some(extent) => {
+                add(&mut self.packed, 1);
+                add(&mut self.cells, extent.cells());
+            }
+            None => {}
+        }
+    }
+}
+
+impl ExtentMap {
+    pub(super) fn get(&self, position: u32) -> Option<Extent> {
+        let slot = self.slots.get(position)?;
+        Extent::with_code(slot, self.code(position))
+    }
+
+    fn code(&self, position: u32) -> u8 {
+        let chunk = self.cells.get(position as usize / CHUNK).and_then(Option::as_ref);
+        chunk.map_or(0, |chunk| chunk[position as usize % CHUNK])
+    }
+
+    pub(super) fn set(&mut self, position: u32, extent: Option<Extent>) {
+        self.taken.count(self.get(position), -1);
+        self.taken.count(extent, 1);
+        self.slots.set(position, extent.map(Extent::slot));
+        let code = extent.map_or(0, Extent::code);
+        let index = position as usize / CHUNK;
+        if code != 0 && self.cells.len() <= index {
+            self.cells.resize(index + 1, None);
+        }
+        let Some(chunk) = self.cells.get_mut(index) else { return };
+        if code != 0 || chunk.is_some() {
+            chunk.get_or_insert_with(|| Box::new([0; CHUNK]))[position as usize % CHUNK] = code;
+        }
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u32, Extent)> + '_ {
+        self.slots
+            .iter()
+            .filter_map(|(position, slot)| Some((position, Extent::with_code(slot, self.code(position))?)))
+    }
+
+    pub(super) fn taken(&self) -> Taken {
+        self.taken
+    }
+}
+
 /// A segment of which something is stored, or about to be.
 pub(super) struct Segment {
     pub(super) key: SegmentKey,
     /// Known when its entry is in the directory on the disk.
     pub(super) birth: Option<Birth>,
-    data: SlotMap,
+    data: ExtentMap,
     info: SlotMap,
     pub(super) overlay: HashMap<u32, SlotOverlay>,
     /// Positions that will need a slot for data, or for info, when what was admitted for them is applied.
@@ -120,7 +202,7 @@ impl Segment {
         Self {
             key,
             birth,
-            data: SlotMap::default(),
+            data: ExtentMap::default(),
             info: SlotMap::default(),
             overlay: HashMap::new(),
             wants_data: HashSet::new(),
@@ -128,12 +210,22 @@ impl Segment {
         }
     }
 
-    pub(super) fn data(&self, position: u32) -> Option<SlotNumber> {
+    pub(super) fn data(&self, position: u32) -> Option<Extent> {
         self.data.get(position)
     }
 
-    pub(super) fn set_data(&mut self, position: u32, slot: Option<SlotNumber>) {
-        self.data.set(position, slot);
+    pub(super) fn set_data(&mut self, position: u32, extent: Option<Extent>) {
+        self.data.set(position, extent);
+    }
+
+    /// Whether data for a position may need a slot that it does not have: compressed data are never written over, and may need more room than before.
+    pub(super) fn may_need_slot(&self, position: u32) -> bool {
+        self.data(position).is_none_or(|extent| !extent.is_whole())
+    }
+
+    /// What its data take.
+    pub(super) fn taken(&self) -> Taken {
+        self.data.taken()
     }
 
     pub(super) fn info(&self, index: u16) -> Option<SlotNumber> {
@@ -149,15 +241,16 @@ impl Segment {
         self.data.iter().map(|(position, _)| position).filter(move |position| *position >= from)
     }
 
-    /// All slots that it has.
-    pub(super) fn slots(&self) -> impl Iterator<Item = SlotNumber> + '_ {
-        self.data.iter().chain(self.info.iter()).map(|(_, slot)| slot)
+    /// All that it has: of data, and of info.
+    pub(super) fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
+        let infos = self.info.iter().map(|(_, slot)| Extent::whole(slot));
+        self.data.iter().map(|(_, extent)| extent).chain(infos)
     }
 
-    /// Its slots of data.
+    /// What it has of data.
     #[cfg(test)]
-    pub(super) fn data_slots(&self) -> impl Iterator<Item = SlotNumber> + '_ {
-        self.data.iter().map(|(_, slot)| slot)
+    pub(super) fn data_extents(&self) -> impl Iterator<Item = Extent> + '_ {
+        self.data.iter().map(|(_, extent)| extent)
     }
 
     pub(super) fn info_slots(&self) -> impl Iterator<Item = (u16, SlotNumber)> + '_ {
@@ -192,60 +285,6 @@ pub(super) struct StoredGeneration {
     pub(super) value: Generation,
     /// Where it is on the disk, when it is.
     pub(super) entry: Option<EntryNumber>,
-}
-
-/// Which slots are free.
-#[derive(Default)]
-pub(super) struct FreeSlots {
-    /// A bit for each slot; set: free.
-    words: Vec<u64>,
-    free: u32,
-    /// No word before has a free one. The lowest is taken: neighbours are written together, and of a thin device no more is used than must be.
-    next: usize,
-}
-
-impl FreeSlots {
-    /// None free yet.
-    pub(super) fn new(slots: u32) -> Self {
-        Self { words: vec![0; (slots as usize).div_ceil(64)], free: 0, next: 0 }
-    }
-
-    pub(super) fn count(&self) -> u32 {
-        self.free
-    }
-
-    pub(super) fn give(&mut self, slot: SlotNumber) {
-        let word = &mut self.words[slot.0 as usize / 64];
-        let bit = 1 << (slot.0 % 64);
-        debug_assert_eq!(*word & bit, 0, "given twice");
-        *word |= bit;
-        self.free += 1;
-        self.next = self.next.min(slot.0 as usize / 64);
-    }
-
-    /// Whether a slot is free.
-    pub(super) fn is_free(&self, slot: SlotNumber) -> bool {
-        self.words.get(slot.0 as usize / 64).is_some_and(|word| word >> (slot.0 % 64) & 1 == 1)
-    }
-
-    /// Takes a certain one, if it is free.
-    pub(super) fn take_this(&mut self, slot: SlotNumber) -> bool {
-        let Some(word) = self.words.get_mut(slot.0 as usize / 64) else { return false };
-        let bit = 1 << (slot.0 % 64);
-        let free = *word & bit != 0;
-        *word &= !bit;
-        self.free -= u32::from(free);
-        free
-    }
-
-    pub(super) fn take(&mut self) -> Option<SlotNumber> {
-        let at = self.next + self.words.get(self.next..)?.iter().position(|word| *word != 0)?;
-        let bit = self.words[at].trailing_zeros();
-        self.words[at] &= !(1 << bit);
-        self.free -= 1;
-        self.next = at;
-        Some(SlotNumber(at as u32 * 64 + bit))
-    }
 }
 
 /// Which entries of the directory are free.
@@ -306,12 +345,18 @@ impl Index {
         Some(entry)
     }
 
+    /// Whether an entry's segment is being removed, or is gone.
+    pub(super) fn is_hidden(&self, entry: EntryNumber) -> bool {
+        self.segments.get(&entry).is_none_or(|segment| self.names.get(&segment.key) != Some(&entry))
+    }
+
     /// Recovery: takes a slot from a segment that is being removed. The log has the removal and then a write that made the segment anew; a checkpoint that was cut short had
     /// given the slot to it already.
     pub(super) fn take_from_hidden(&mut self, position: u32, slot: SlotNumber) -> bool {
         let Self { names, segments, .. } = self;
         let hidden = segments.iter_mut().filter(|(entry, segment)| names.get(&segment.key) != Some(entry));
-        let mut owner = hidden.map(|(_, segment)| segment).find(|s| s.data(position) == Some(slot));
+        let whole = Some(Extent::whole(slot));
+        let mut owner = hidden.map(|(_, segment)| segment).find(|s| s.data(position) == whole);
         if let Some(segment) = owner.as_mut() {
             segment.set_data(position, None);
         }

@@ -15,13 +15,14 @@
 //! | module | it is |
 //! |---|---|
 //! | [`format`] | what is on the disk (pure) |
-//! | [`index`], [`cache`] | what is in memory |
+//! | [`index`], [`free`], [`cache`] | what is in memory |
 //! | [`core`] | admission, batches, the overlay: a state machine without I/O |
 //! | [`write`] | small writes through the log, large ones straight to fresh slots |
 //! | [`apply`] | checkpoints |
+//! | [`repack`] | checkpoints: positions whose data are compressed, or were |
 //! | [`recover`] | formatting and opening |
 //! | [`placed`] | opening: what of the large writes at the end of the log is there |
-//! | [`read`] | reading and verifying |
+//! | [`read`], [`unpack`] | reading and verifying; what is compressed |
 //! | [`scrub`] | verifying what is stored, at rest |
 //! | [`offline`] | looking at a disk that nobody has open |
 //! | [`rebuild`] | making a damaged index anew from what is beside the data |
@@ -40,17 +41,20 @@ mod engine;
 #[cfg(test)]
 mod flaws;
 mod format;
+mod free;
 mod index;
 pub mod offline;
 mod placed;
 mod read;
 pub mod rebuild;
 mod recover;
+mod repack;
 mod scrub;
 #[cfg(test)]
 pub(crate) mod sim;
 #[cfg(test)]
 mod tests;
+mod unpack;
 mod write;
 
 pub use recover::OpenError;
@@ -61,12 +65,14 @@ use self::engine::Engine;
 use self::format::batch::Operation;
 use self::format::layout::SLOT;
 use self::format::superblock::Superblock;
+use self::index::Taken;
 use super::{BlockVersion, DiskStore, ReadReply, ReplicaWrite, ScrubCursor, ScrubStep, StoreError};
 use crate::ids::{ByteSize, DiskId, Generation, LayerRef, SegmentIndex, SegmentKey, VolumeId};
 use crate::key::DiskKey;
-use crate::status::{DiskHealth, DiskUsage};
+use crate::status::{DiskHealth, DiskUsage, VolumeUsage};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
@@ -224,6 +230,23 @@ impl DiskStore for LogStore {
         let slots = u64::from(core.layout.slots);
         let used = slots - u64::from(core.index.slots.count()) + u64::from(core.index.wanted);
         DiskUsage { used: ByteSize(used.min(slots) * SLOT), total: ByteSize(slots * SLOT) }
+    }
+
+    fn held(&self) -> Vec<VolumeUsage> {
+        let mut held: BTreeMap<VolumeId, VolumeUsage> = BTreeMap::new();
+        let core = self.engine.shared.core.lock();
+        for segment in core.index.segments.values() {
+            let taken = segment.taken();
+            if taken == Taken::default() {
+                continue;
+            }
+            let volume = segment.key.volume;
+            let none = VolumeUsage { volume, data: ByteSize(0), stored: ByteSize(0) };
+            let usage = held.entry(volume).or_insert(none);
+            usage.data.0 += taken.positions_bytes();
+            usage.stored.0 += taken.bytes();
+        }
+        held.into_values().collect()
     }
 
     fn health(&self) -> DiskHealth {

@@ -6,8 +6,9 @@ use super::device::file::{self, Sharing};
 use super::format::batch::Operation;
 use super::format::info::{self, BlockInfo};
 use super::format::layout::{SLOT, SLOT_BLOCKS};
+use super::format::packed;
 use super::format::page::{self, PageId, PageKind, Pair};
-use super::index::Segment;
+use super::index::{Segment, Taken};
 use super::recover::{self, Boots, OpenError};
 use super::{apply::info_offset, format::layout::PAIR};
 use crate::ids::{BLOCK_SIZE, ByteSize, DiskId, Generation, SegmentKey, VolumeId};
@@ -35,8 +36,27 @@ pub struct Dump {
     pub unapplied_bytes: ByteSize,
     /// The generations of volumes.
     pub generations: Vec<(VolumeId, Generation)>,
-    /// Segments with the slots of 64 KiB that each has for data.
-    pub segments: Vec<(SegmentKey, u32)>,
+    /// The segments.
+    pub segments: Vec<SegmentDump>,
+}
+
+/// What a disk holds of a segment.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct SegmentDump {
+    /// The segment.
+    #[serde(flatten)]
+    pub key: SegmentKey,
+    /// Positions of 64 KiB that have data.
+    pub positions: u32,
+    /// Those of them whose data are compressed.
+    pub compressed_positions: u32,
+    /// What the data of all of them take.
+    pub bytes: ByteSize,
+}
+
+fn of_segment(key: SegmentKey, taken: Taken) -> SegmentDump {
+    let positions = taken.whole + taken.packed;
+    SegmentDump { key, positions, compressed_positions: taken.packed, bytes: ByteSize(taken.bytes()) }
 }
 
 /// What a verification found.
@@ -62,8 +82,8 @@ pub fn dump(path: &Path, key: Option<&DiskKey>) -> Result<Dump, OpenError> {
     let end = recover::replay(device.as_ref(), &superblock, Boots::Ascending, |_| {})?;
     let slots = u64::from(superblock.layout.slots);
     let mut segments: Vec<_> =
-        found.index.segments.values().map(|s| (s.key, positions(s).len() as u32)).collect();
-    segments.sort_unstable_by_key(|(key, _)| (key.volume, key.segment, key.layer));
+        found.index.segments.values().map(|segment| of_segment(segment.key, segment.taken())).collect();
+    segments.sort_unstable_by_key(|SegmentDump { key, .. }| (key.volume, key.segment, key.layer));
     let mut generations: Vec<_> =
         found.index.generations.iter().map(|(volume, stored)| (*volume, stored.value)).collect();
     generations.sort_unstable();
@@ -92,15 +112,18 @@ pub fn verify(
     let device = open(path, key)?;
     let superblock = recover::superblock(device.as_ref())?;
     let found = recover::index(device.as_ref(), &superblock)?;
-    // What the log will write again may be half written in its slot.
+    // What the log will write again may be half written in its slot, or be elsewhere already.
     let mut logged: HashSet<(SegmentKey, u32)> = HashSet::new();
     recover::replay(device.as_ref(), &superblock, Boots::Ascending, |batch| {
         for operation in &batch.operations {
-            if let Operation::Data { at, block, crcs, .. } | Operation::Placed { at, block, crcs, .. } =
-                operation
-            {
-                logged.extend((*block..*block + crcs.len() as u32).map(|block| (*at, block)));
-            }
+            let (at, blocks) = match operation {
+                Operation::Data { at, block, crcs, .. } | Operation::Placed { at, block, crcs, .. } => {
+                    (*at, *block..*block + crcs.len() as u32)
+                }
+                Operation::Zeroes { at, block, blocks, .. } => (*at, *block..*block + *blocks),
+                _ => continue,
+            };
+            logged.extend(blocks.map(|block| (at, block)));
         }
     })?;
     let mut verified = Verified::default();
@@ -125,12 +148,12 @@ fn verify_position(
 ) -> io::Result<()> {
     let key = segment.key;
     let place = info::place(position);
-    let (Some(info_slot), Some(slot)) = (segment.info(place.slot), segment.data(position)) else {
+    let (Some(info_slot), Some(extent)) = (segment.info(place.slot), segment.data(position)) else {
         return Ok(());
     };
     let mut reads = [
         (info_offset(&superblock.layout, (info_slot, place.page)), AlignedBuf::zeroed(PAIR as usize)),
-        (superblock.layout.slot(slot), AlignedBuf::zeroed(SLOT as usize)),
+        (superblock.layout.extent(extent), AlignedBuf::zeroed(extent.bytes())),
     ];
     device.read(&mut reads)?;
     let id = PageId { kind: PageKind::Info, number: info::page_number(info_slot, place.page) };
@@ -144,7 +167,14 @@ fn verify_position(
         }
         return Ok(());
     };
-    for (i, (info, data)) in (0..).zip(record.blocks.iter().zip(reads[1].1.chunks(BLOCK_SIZE as usize))) {
+    let unpacked;
+    let content: &[u8] = if extent.is_whole() {
+        &reads[1].1
+    } else {
+        unpacked = packed::unpack(&reads[1].1).unwrap_or_else(|| vec![0; SLOT as usize]);
+        &unpacked
+    };
+    for (i, (info, data)) in (0..).zip(record.blocks.iter().zip(content.chunks(BLOCK_SIZE as usize))) {
         let block = position * SLOT_BLOCKS + i;
         let sound = match info {
             BlockInfo::Absent | BlockInfo::Zero(_) => continue,

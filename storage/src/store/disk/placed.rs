@@ -70,7 +70,7 @@ pub(super) fn drop_missing(
             let per_slot = crcs.chunks(SLOT_BLOCKS as usize);
             for ((i, slot), crcs) in slots.iter().enumerate().zip(per_slot).rev() {
                 let block = block + i as u32 * SLOT_BLOCKS;
-                let has_owner = owned.contains(slot) || !core.index.slots.is_free(*slot);
+                let has_owner = owned.contains(slot) || !core.index.slots.is_whole_free(*slot);
                 if has_owner || is_there(device, core, *slot, at, block, crcs, &later)? {
                     let part = placed(at, block, version, crcs, *slot);
                     later.add(&part);

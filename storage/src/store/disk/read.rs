@@ -12,6 +12,7 @@ use super::engine::Shared;
 use super::format::info::{self, BlockInfo, InfoIdentity, PER_PAGE};
 use super::format::layout::{PAIR, SLOT_BLOCKS};
 use super::index::Place;
+use super::unpack::{PackedBlock, PackedRead};
 use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT, SegmentKey, Version};
 use crate::store::{BlockVersion, ReadReply, StoreError};
 use bytes::Bytes;
@@ -43,6 +44,11 @@ enum Origin {
     /// In memory: at this position of the log.
     Log {
         position: u64,
+        crc: u32,
+    },
+    /// On the disk, compressed.
+    Packed {
+        block: PackedBlock,
         crc: u32,
     },
     Lost,
@@ -77,9 +83,9 @@ impl Core {
         let slot = match slots {
             None | Some((None, None)) => return Ok(info::Record::default()),
             // Data that nothing vouches for.
-            Some((None, Some(slot))) => {
+            Some((None, Some(extent))) => {
                 return Ok(info::Record {
-                    slot: Some(slot),
+                    extent: Some(extent),
                     blocks: [BlockInfo::Lost; SLOT_BLOCKS as usize],
                 });
             }
@@ -125,12 +131,15 @@ impl Core {
                 },
             };
             known = Some((position, record));
-            let slot = self.index.get(at).and_then(|segment| segment.data(position));
-            origins.push(match (record.blocks[index as usize], slot) {
+            let extent = self.index.get(at).and_then(|segment| segment.data(position));
+            origins.push(match (record.blocks[index as usize], extent) {
                 (BlockInfo::Absent | BlockInfo::Zero(_), _) => Origin::Zeroes,
-                (BlockInfo::Data(_, crc), Some(slot)) => {
-                    let offset = self.layout.slot(slot) + u64::from(index) * BLOCK_SIZE;
+                (BlockInfo::Data(_, crc), Some(extent)) if extent.is_whole() => {
+                    let offset = self.layout.extent(extent) + u64::from(index) * BLOCK_SIZE;
                     Origin::Disk { offset, crc }
+                }
+                (BlockInfo::Data(_, crc), Some(extent)) => {
+                    Origin::Packed { block: PackedBlock::new(&self.layout, extent, index), crc }
                 }
                 (BlockInfo::Data(..), None) | (BlockInfo::Lost, _) => Origin::Lost,
             });
@@ -240,15 +249,16 @@ impl Shared {
         StoreError::Io(format!("reading: {error}"))
     }
 
-    async fn origins(&self, at: SegmentKey, blocks: &Range<u32>) -> Result<Vec<Origin>, StoreError> {
+    /// Where blocks are, and after how many checkpoints.
+    async fn origins(&self, at: SegmentKey, blocks: &Range<u32>) -> Result<(Vec<Origin>, u64), StoreError> {
         for _ in 0..ATTEMPTS {
-            let looked = {
+            let (looked, installed) = {
                 let mut core = self.core.lock();
                 core.check_failed()?;
-                core.origins(at, blocks.clone())
+                (core.origins(at, blocks.clone()), core.installed)
             };
             match looked {
-                Looked::Up(origins) => return Ok(origins),
+                Looked::Up(origins) => return Ok((origins, installed)),
                 Looked::Missing(missing) => self.load(&missing).await?,
             }
         }
@@ -257,7 +267,7 @@ impl Shared {
 
     pub(super) async fn read(&self, at: SegmentKey, blocks: Range<u32>) -> Result<ReadReply, StoreError> {
         check_range(&blocks)?;
-        let mut origins = self.origins(at, &blocks).await?;
+        let (mut origins, mut installed) = self.origins(at, &blocks).await?;
         for _ in 0..ATTEMPTS {
             let damaged = match self.fetch(&blocks, &origins).await? {
                 Ok(reply) => return Ok(reply),
@@ -265,10 +275,13 @@ impl Shared {
             };
             let again = self.origins(at, &blocks).await?;
             let index = (damaged - blocks.start) as usize;
-            if again.get(index) == origins.get(index) {
+            let same = again.0.get(index) == origins.get(index);
+            // Compressed data may have been elsewhere and come back meanwhile.
+            let stayed = again.1 == installed || !matches!(origins.get(index), Some(Origin::Packed { .. }));
+            if same && stayed {
                 return Err(StoreError::Checksum { block: damaged });
             }
-            origins = again;
+            (origins, installed) = again;
         }
         Err(StoreError::Io("blocks move faster than they can be read".to_owned()))
     }
@@ -280,18 +293,24 @@ impl Shared {
         origins: &[Origin],
     ) -> Result<Result<ReadReply, u32>, StoreError> {
         let size = BLOCK_SIZE as usize;
-        let mut buf = AlignedBuf::zeroed(origins.len() * size);
+        let mut packed = PackedRead::behind(origins.len() * size);
+        for (i, origin) in origins.iter().enumerate() {
+            if let Origin::Packed { block, .. } = origin {
+                packed.add(*block, i * size..(i + 1) * size);
+            }
+        }
+        let mut buf = AlignedBuf::zeroed(packed.buffer());
         let mut pieces: Vec<(u64, Range<usize>)> = Vec::new();
         let mut crcs = Vec::with_capacity(origins.len());
         for (i, origin) in origins.iter().enumerate() {
             let part = i * size..(i + 1) * size;
             crcs.push(match origin {
                 Origin::Zeroes => *ZERO_CRC,
-                Origin::Disk { crc, .. } | Origin::Log { crc, .. } => *crc,
+                Origin::Disk { crc, .. } | Origin::Log { crc, .. } | Origin::Packed { crc, .. } => *crc,
                 Origin::Lost => return Ok(Err(blocks.start + i as u32)),
             });
             match origin {
-                Origin::Zeroes | Origin::Lost => {}
+                Origin::Zeroes | Origin::Lost | Origin::Packed { .. } => {}
                 Origin::Disk { offset, .. } => match pieces.last_mut() {
                     Some((start, piece))
                         if *start + piece.len() as u64 == *offset && piece.end == part.start =>
@@ -312,6 +331,7 @@ impl Shared {
                 }
             }
         }
+        pieces.extend(packed.pieces());
         if !pieces.is_empty() {
             buf = match self.device_read(pieces, buf).await {
                 Ok(Some(buf)) => buf,
@@ -334,14 +354,15 @@ impl Shared {
             };
             self.core.lock().refused_reads = 0;
         }
+        packed.unpack(&mut buf);
         for (i, (origin, block)) in origins.iter().zip(buf.chunks(size)).enumerate() {
-            if let Origin::Disk { crc, .. } | Origin::Log { crc, .. } = origin
+            if let Origin::Disk { crc, .. } | Origin::Log { crc, .. } | Origin::Packed { crc, .. } = origin
                 && crc32c::crc32c(block) != *crc
             {
                 return Ok(Err(blocks.start + i as u32));
             }
         }
-        Ok(Ok(ReadReply { data: Bytes::from_owner(buf), crcs }))
+        Ok(Ok(ReadReply { data: Bytes::from_owner(buf).slice(..origins.len() * size), crcs }))
     }
 
     pub(super) async fn versions(

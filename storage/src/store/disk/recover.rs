@@ -11,11 +11,12 @@ use super::device::buffer::AlignedBuf;
 use super::device::sealed::{KeyCheck, SealedDevice};
 use super::format::batch::{self, BatchHeader, Operation};
 use super::format::directory::{self, DirectoryEntry, EntryNumber, SegmentEntry};
-use super::format::layout::{LOG_OFFSET, Layout, PAIR, SUPERBLOCKS, SlotNumber};
+use super::format::layout::{Extent, LOG_OFFSET, Layout, PAIR, SUPERBLOCKS, SlotNumber};
 use super::format::owner::{self, Owner};
 use super::format::page::{self, HEADER, PAGE, PageId, PageKind, Pair};
 use super::format::superblock::{NoSuperblock, Superblock};
-use super::index::{FreeEntries, FreeSlots, Index, Segment, StoredGeneration};
+use super::free::FreeSlots;
+use super::index::{FreeEntries, Index, Segment, StoredGeneration};
 use super::placed;
 use crate::ids::{BLOCK_SIZE, DiskId};
 use crate::key::DiskKey;
@@ -233,8 +234,9 @@ pub(super) fn pages(
 /// What the index on the disk says.
 pub(super) struct Found {
     pub(super) index: Index,
-    /// Slots whose owner is not in the directory.
-    pub(super) stray_slots: Vec<SlotNumber>,
+    /// What has an owner that is not in the directory, or that has another in its place. Of two that a position has, whichever it is, is right: a checkpoint that was
+    /// cut short left them, and the log has all that they differ in.
+    pub(super) strays: Vec<Extent>,
     /// Entries of segments without slots.
     pub(super) stray_entries: Vec<EntryNumber>,
 }
@@ -273,7 +275,7 @@ pub(super) fn index(device: &dyn Device, superblock: &Superblock) -> Result<Foun
         },
     )?;
     let mut slots = FreeSlots::new(layout.slots);
-    let mut stray_slots = Vec::new();
+    let mut strays = Vec::new();
     pages(device, PageKind::Owner, layout.owner_offset(), layout.owner_pages, stamp, |number, pair| {
         let Pair::Page(bytes) = pair else { return Err(damaged("list of slots", number)) };
         for position in 0..owner::PER_PAGE {
@@ -281,18 +283,23 @@ pub(super) fn index(device: &dyn Device, superblock: &Superblock) -> Result<Foun
             if slot.0 >= layout.slots {
                 break;
             }
-            match owner::get(&bytes[HEADER..], position).ok_or_else(|| damaged("list of slots", number))? {
-                Owner::Free => slots.give(slot),
-                Owner::Data(entry, at) => match segments.get_mut(&entry) {
-                    Some(segment) if segment.data(u32::from(at)).is_none() => {
-                        segment.set_data(u32::from(at), Some(slot));
-                    }
-                    _ => stray_slots.push(slot),
-                },
-                Owner::Info(entry, at) => match segments.get_mut(&entry) {
-                    Some(segment) if segment.info(at).is_none() => segment.set_info(at, Some(slot)),
-                    _ => stray_slots.push(slot),
-                },
+            let owners = owner::get(&bytes[HEADER..], position, slot)
+                .ok_or_else(|| damaged("list of slots", number))?;
+            slots.set_used(slot, owner::used(&owners));
+            for (extent, owner) in owners.into_iter().flatten() {
+                match owner {
+                    Owner::Free => {}
+                    Owner::Data(entry, at) => match segments.get_mut(&entry) {
+                        Some(segment) if segment.data(u32::from(at)).is_none() => {
+                            segment.set_data(u32::from(at), Some(extent));
+                        }
+                        _ => strays.push(extent),
+                    },
+                    Owner::Info(entry, at) => match segments.get_mut(&entry) {
+                        Some(segment) if segment.info(at).is_none() => segment.set_info(at, Some(slot)),
+                        _ => strays.push(extent),
+                    },
+                }
             }
         }
         Ok(())
@@ -300,7 +307,7 @@ pub(super) fn index(device: &dyn Device, superblock: &Superblock) -> Result<Foun
     let mut names = HashMap::new();
     let mut stray_entries = Vec::new();
     for (entry, segment) in &segments {
-        if segment.slots().next().is_none() || names.contains_key(&segment.key) {
+        if segment.extents().next().is_none() || names.contains_key(&segment.key) {
             stray_entries.push(*entry);
         } else {
             names.insert(segment.key, *entry);
@@ -308,7 +315,7 @@ pub(super) fn index(device: &dyn Device, superblock: &Superblock) -> Result<Foun
     }
     for entry in &stray_entries {
         let segment = segments.remove(entry);
-        stray_slots.extend(segment.iter().flat_map(|segment| segment.slots().collect::<Vec<_>>()));
+        strays.extend(segment.iter().flat_map(|segment| segment.extents().collect::<Vec<_>>()));
     }
     let taken = |entry: &u32| {
         segments.contains_key(&EntryNumber(*entry))
@@ -325,7 +332,7 @@ pub(super) fn index(device: &dyn Device, superblock: &Superblock) -> Result<Foun
         wanted: 0,
         gone_generations: Vec::new(),
     };
-    Ok(Found { index, stray_slots, stray_entries })
+    Ok(Found { index, strays, stray_entries })
 }
 
 /// A batch as it is read from the log.
@@ -446,8 +453,8 @@ pub(super) fn open_as(device: Arc<dyn Device>, disk: DiskId, rules: Rules) -> Re
     if superblock.disk != disk {
         return Err(OpenError::OtherDisk { found: superblock.disk });
     }
-    let Found { mut index, stray_slots, stray_entries } = index(device.as_ref(), &superblock)?;
-    let owned: HashSet<SlotNumber> = stray_slots.iter().copied().collect();
+    let Found { mut index, strays, stray_entries } = index(device.as_ref(), &superblock)?;
+    let owned: HashSet<SlotNumber> = strays.iter().map(|extent| extent.slot()).collect();
     let on_disk = superblock;
     superblock.boot += 1;
     superblock.checkpoint += CHECKPOINTS_PER_BOOT;
@@ -464,7 +471,7 @@ pub(super) fn open_as(device: Arc<dyn Device>, disk: DiskId, rules: Rules) -> Re
     let failed = "opening the store";
     // Durable before anything is written that has the numbers of this opening.
     applier.write_superblock(on_disk.tail, on_disk.log_boot).map_err(io_error(failed))?;
-    let owners: BTreeMap<_, _> = stray_slots.iter().map(|slot| (*slot, Owner::Free)).collect();
+    let owners: BTreeMap<_, _> = strays.iter().map(|extent| (*extent, Owner::Free)).collect();
     let directory: BTreeMap<_, _> =
         stray_entries.iter().map(|entry| (*entry, DirectoryEntry::Free)).collect();
     if !owners.is_empty() || !directory.is_empty() {
@@ -473,7 +480,7 @@ pub(super) fn open_as(device: Arc<dyn Device>, disk: DiskId, rules: Rules) -> Re
     {
         let mut core = core.lock();
         core.index.entries = entries;
-        stray_slots.into_iter().for_each(|slot| core.index.slots.give(slot));
+        strays.into_iter().for_each(|extent| core.index.slots.give(extent));
     }
     let mut read = Vec::new();
     let end = replay(device.as_ref(), &on_disk, rules.boots, |batch| read.push(batch))?;
@@ -493,7 +500,7 @@ pub(super) fn open_as(device: Arc<dyn Device>, disk: DiskId, rules: Rules) -> Re
     }
     while applier.checkpoint().map_err(io_error("applying the log"))? {}
     applier.write_superblock(end, applier.superblock.boot).map_err(io_error(failed))?;
-    dropped.into_iter().for_each(|slot| core.lock().index.slots.give(slot));
+    dropped.into_iter().for_each(|slot| core.lock().index.slots.give(Extent::whole(slot)));
     tracing::info!(%disk, boot = applier.superblock.boot, batches, "a disk is open");
     Ok(applier)
 }

@@ -7,18 +7,20 @@ use super::flaws::{FLAWS, Flaw};
 use super::format::batch::Operation;
 use super::format::info::PAGES_PER_SLOT;
 use super::format::layout::PAIR;
-use super::sim::{SMALL, Sim, SimStore};
+use super::sim::{SMALL, SPREAD, Sim, SimStore, TIGHT};
 use super::{core::operation, read::ZERO_CRC};
 use crate::ids::{BLOCK_SIZE, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
 use crate::key::{DISK_KEY_BYTES, DiskKey};
 use crate::sim::dice::Dice;
-use crate::store::{Keep, ReadReply, ReplicaWrite, ScrubCursor, StoreError, WriteContent};
+use crate::store::{Compression, Keep, ReadReply, ReplicaWrite, ScrubCursor, StoreError, WriteContent};
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::pin::Pin;
+use std::sync::OnceLock;
 use std::task::{Context, Poll, Waker};
 
+mod compression;
 mod rebuild;
 
 const STEPS: usize = 400;
@@ -73,8 +75,19 @@ struct World {
     log: Vec<String>,
 }
 
+/// Of each third write something that no compression makes smaller.
 fn content(write: u64, block: u32) -> Vec<u8> {
-    (write << 20 | u64::from(block)).to_le_bytes().repeat(BLOCK_SIZE as usize / 8)
+    let name = write << 20 | u64::from(block);
+    let mut word = name;
+    let mut next = || {
+        let now = word;
+        if write.is_multiple_of(3) {
+            word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            word ^= word >> 29;
+        }
+        now
+    };
+    (0..BLOCK_SIZE / 8).flat_map(|_| next().to_le_bytes()).collect()
 }
 
 fn keys() -> Vec<SegmentKey> {
@@ -86,6 +99,38 @@ fn keys() -> Vec<SegmentKey> {
     vec![key(1, 0), key(1, 1), key(2, 0)]
 }
 
+/// Segments that a disk has from the start, and the blocks of each.
+fn filled_keys() -> impl Iterator<Item = SegmentKey> {
+    (0..4).map(|segment| SegmentKey {
+        volume: VolumeId(uuid::Uuid::from_u128(9)),
+        segment: SegmentIndex(segment),
+        layer: LayerId(0),
+    })
+}
+
+const FILLED: Range<u32> = 0..28;
+const FILLED_BY: u64 = 7;
+
+/// A disk with so much on it that the rest has its owners on two pages.
+fn filled(dice: &Dice) -> Sim {
+    static FILLED_DISK: OnceLock<Sim> = OnceLock::new();
+    let filled = FILLED_DISK.get_or_init(|| {
+        let dice = Dice::new(0);
+        let sim = Sim::new(dice.clone(), DiskId(uuid::Uuid::from_u128(5)), SPREAD, None);
+        let mut world = World::on(sim, dice, None);
+        for at in filled_keys() {
+            for position in FILLED {
+                world.write_block(at, position * 16, FILLED_BY, Compression::Off).unwrap();
+            }
+        }
+        world.settle();
+        let store = world.store.take().expect("the store is open");
+        world.sim.kill(store);
+        world.sim
+    });
+    filled.copy_for(dice.clone())
+}
+
 impl World {
     fn new(seed: u64, flaw: Option<Flaw>) -> Self {
         let dice = Dice::new(seed);
@@ -94,8 +139,18 @@ impl World {
             let bytes: Vec<u8> = (0..DISK_KEY_BYTES).map(|i| (seed as usize + i) as u8).collect();
             DiskKey::from_bytes(&bytes).unwrap()
         });
-        let sim = Sim::new(dice.clone(), DiskId(uuid::Uuid::from_u128(5)), SMALL, key);
-        Self::on(sim, dice, flaw)
+        // Some are nearly full.
+        let size = if seed % 5 == 2 { TIGHT } else { SMALL };
+        if seed % 5 != 4 {
+            let sim = Sim::new(dice.clone(), DiskId(uuid::Uuid::from_u128(5)), size, key);
+            return Self::on(sim, dice, flaw);
+        }
+        let mut world = Self::on(filled(&dice), dice, flaw);
+        let blocks = filled_keys().flat_map(|at| FILLED.map(move |position| (at, position * 16)));
+        for block in blocks {
+            world.known(block).base = Value::Data(FILLED_BY);
+        }
+        world
     }
 
     /// A store on a medium that may hold something.
@@ -135,6 +190,32 @@ impl World {
         (at, start..start + length)
     }
 
+    /// One segment is compressed, one is not, and one now and then.
+    fn compression(&self, at: SegmentKey) -> Compression {
+        match keys().iter().position(|key| *key == at) {
+            Some(0) => Compression::Lz4,
+            Some(2) if self.dice.percent(50) => Compression::Lz4,
+            _ => Compression::Off,
+        }
+    }
+
+    /// Writes one block, to its end.
+    fn write_block(
+        &mut self,
+        at: SegmentKey,
+        block: u32,
+        write: u64,
+        compression: Compression,
+    ) -> Result<(), StoreError> {
+        let data = content(write, block);
+        let crcs = vec![crc32c::crc32c(&data)];
+        let content = WriteContent::Data { data: Bytes::from(data), crcs };
+        let version = Version { generation: 1, sequence: write };
+        let (operation, data) = operation(at, ReplicaWrite { block, version, content, compression })?;
+        let shared = self.store().shared.clone();
+        self.finish(Box::pin(async move { shared.log(operation, data).await }))
+    }
+
     fn write(&mut self) {
         let (at, blocks) = self.pick();
         if self.busy(at, &blocks) {
@@ -152,9 +233,10 @@ impl World {
             let crcs = data.chunks(BLOCK_SIZE as usize).map(crc32c::crc32c).collect();
             (Value::Data(self.clock), WriteContent::Data { data: Bytes::from(data), crcs }, blocks)
         };
-        self.log.push(format!("write {at:?} {blocks:?} {value:?}"));
+        let compression = self.compression(at);
+        self.log.push(format!("write {at:?} {blocks:?} {value:?} {compression:?}"));
         let (operation, data) =
-            operation(at, ReplicaWrite { block: blocks.start, version, content }).unwrap();
+            operation(at, ReplicaWrite { block: blocks.start, version, content, compression }).unwrap();
         let blocks = blocks.map(|block| (at, block)).collect();
         self.start(Doing::Write { blocks, value }, operation, data);
     }
@@ -174,9 +256,10 @@ impl World {
             block: blocks.start,
             version,
             content: WriteContent::Data { data: Bytes::from(data), crcs },
+            compression: self.compression(at),
         };
         let value = Value::Data(self.clock);
-        self.log.push(format!("write {at:?} {blocks:?} {value:?}, large"));
+        self.log.push(format!("write {at:?} {blocks:?} {value:?} {:?}, large", write.compression));
         let blocks = blocks.map(|block| (at, block)).collect();
         let shared = self.store().shared.clone();
         let run = Box::pin(async move { shared.write(at, write).await });
@@ -205,7 +288,7 @@ impl World {
     }
 
     fn delete(&mut self) {
-        let keys = keys();
+        let keys = keys().into_iter().chain(filled_keys()).collect::<Vec<_>>();
         let at = *self.dice.pick(&keys).unwrap();
         if self.busy(at, &(0..200_000)) {
             return;
@@ -660,14 +743,7 @@ fn a_full_store_refuses_data_and_goes_on_after_a_delete() {
     let key = |volume| SegmentKey { volume: VolumeId(uuid::Uuid::from_u128(volume)), ..keys()[0] };
     let fill = |world: &mut World, at: SegmentKey| {
         for position in 0..200u32 {
-            let data = content(7, position);
-            let crcs = vec![crc32c::crc32c(&data)];
-            let version = Version { generation: 1, sequence: 7 };
-            let content = WriteContent::Data { data: Bytes::from(data), crcs };
-            let (operation, data) =
-                operation(at, ReplicaWrite { block: position * 16, version, content }).unwrap();
-            let shared = world.store().shared.clone();
-            if let Err(error) = world.finish(Box::pin(async move { shared.log(operation, data).await })) {
+            if let Err(error) = world.write_block(at, position * 16, 7, Compression::Off) {
                 assert_eq!(error, StoreError::Full);
                 return position;
             }
@@ -680,7 +756,7 @@ fn a_full_store_refuses_data_and_goes_on_after_a_delete() {
     // Reads and flushes go on, and so do zeroes and deletes.
     for position in 0..first {
         let read = world.read(key(10), position * 16..position * 16 + 1).unwrap();
-        assert_eq!(read.data, content(7, position));
+        assert_eq!(read.data, content(7, position * 16));
     }
     let shared = world.store().shared.clone();
     world

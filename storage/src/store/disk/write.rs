@@ -1,7 +1,7 @@
 //! Writing: small writes go through the log, large ones straight to fresh slots.
 //!
-//! Through the log everything is written twice, which is well spent on small writes: many of them become one. A large one gains nothing by
-//! it. So the whole positions of a large write go to slots that are free, and when they are there the log gets a record that says where. Until a checkpoint gives the
+//! Through the log everything is written twice, which is well spent on small writes: many of them become one. What is to be compressed goes through it, too: a checkpoint
+//! compresses it, so that nobody waits for that. A large one gains nothing by it. So the whole positions of a large write go to slots that are free, and when they are there the log gets a record that says where. Until a checkpoint gives the
 //! slots to their positions, what was there before stays where it is.
 //!
 //! Why a power loss leaves each block old or new: the record is started only after the data have been written, so a sync that covers the record covers them. Of a record that
@@ -14,7 +14,7 @@ use super::engine::Shared;
 use super::format::batch::Operation;
 use super::format::layout::{SLOT, SLOT_BLOCKS, SlotNumber};
 use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT, SegmentKey, Version};
-use crate::store::{ReplicaWrite, StoreError, WriteContent};
+use crate::store::{Compression, ReplicaWrite, StoreError, WriteContent};
 use bytes::Bytes;
 use futures_util::future::try_join_all;
 use parking_lot::Mutex;
@@ -40,6 +40,7 @@ struct Part {
     block: u32,
     data: Bytes,
     crcs: Vec<u32>,
+    compression: Compression,
 }
 
 impl Part {
@@ -51,7 +52,7 @@ impl Part {
         let data = self.data.split_to(blocks * BLOCK_SIZE as usize);
         let first = self.block;
         self.block += blocks as u32;
-        Self { block: first, data, crcs }
+        Self { block: first, data, crcs, compression: self.compression }
     }
 }
 
@@ -76,15 +77,16 @@ impl Shared {
         let sane = data.len() as u64 == crcs.len() as u64 * BLOCK_SIZE
             && blocks.end <= BLOCKS_PER_SEGMENT
             && write.version != Version::default();
-        let positions = large(blocks);
+        let positions = large(blocks).filter(|_| write.compression == Compression::Off);
         if !sane || positions.is_none() && data.len() <= self.record_bytes {
             let (operation, data) = operation(at, write)?;
             return self.log(operation, data).await;
         }
-        let ReplicaWrite { block, version, content: WriteContent::Data { data, crcs } } = write else {
+        let ReplicaWrite { block, version, content: WriteContent::Data { data, crcs }, compression } = write
+        else {
             return Err(StoreError::Invalid("a write without data".to_owned()));
         };
-        let mut rest = Part { block, data, crcs };
+        let mut rest = Part { block, data, crcs, compression };
         let Some(positions) = positions else { return self.log_parts(at, version, rest).await };
         let head = rest.split_to(positions.start * SLOT_BLOCKS);
         let middle = rest.split_to(positions.end * SLOT_BLOCKS);
@@ -106,9 +108,9 @@ impl Shared {
         let step = (self.record_bytes / BLOCK_SIZE as usize) as u32;
         let mut parts = Vec::new();
         while !rest.crcs.is_empty() {
-            let Part { block, data, crcs } = rest.split_to(rest.block.saturating_add(step));
+            let Part { block, data, crcs, compression } = rest.split_to(rest.block.saturating_add(step));
             let content = WriteContent::Data { data, crcs };
-            parts.push(operation(at, ReplicaWrite { block, version, content })?);
+            parts.push(operation(at, ReplicaWrite { block, version, content, compression })?);
         }
         try_join_all(parts.into_iter().map(|(operation, data)| self.log(operation, data))).await?;
         Ok(())
@@ -146,7 +148,7 @@ impl Shared {
                 }
             }
         };
-        let Part { block, data, crcs } = part;
+        let Part { block, data, crcs, .. } = part;
         let layout = self.core.lock().layout;
         let mut writes: Vec<(u64, AlignedBuf)> = Vec::new();
         for (offset, bytes) in runs(&slots) {

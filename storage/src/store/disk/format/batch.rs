@@ -13,7 +13,7 @@ use super::page::PAGE;
 use crate::ids::{
     BLOCK_SIZE, BLOCKS_PER_SEGMENT, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId,
 };
-use crate::store::Keep;
+use crate::store::{Compression, Keep};
 use uuid::Uuid;
 
 const MAGIC: u32 = 0x474f_4c48;
@@ -36,6 +36,8 @@ pub(in crate::store::disk) enum Operation {
         version: Version,
         /// One for each block.
         crcs: Vec<u32>,
+        /// What a checkpoint is to do with them.
+        compression: Compression,
     },
     /// Whole positions whose data are in slots of their own already, from this block on.
     Placed {
@@ -82,7 +84,7 @@ impl Operation {
         };
         let of_volume = |volume: &VolumeId| SegmentKey { volume: *volume, ..nowhere };
         let (kind, at, block, count, version) = match self {
-            Self::Data { at, block, version, crcs } => (1, *at, *block, crcs.len() as u32, *version),
+            Self::Data { at, block, version, crcs, .. } => (1, *at, *block, crcs.len() as u32, *version),
             Self::Placed { at, block, version, crcs, .. } => (7, *at, *block, crcs.len() as u32, *version),
             Self::Zeroes { at, block, blocks, version, keep } => {
                 let kind = match keep {
@@ -97,7 +99,19 @@ impl Operation {
             Self::DeleteVolume(volume) => (4, of_volume(volume), 0, 0, Version::default()),
             Self::DeleteSegment(at) => (5, *at, 0, 0, Version::default()),
         };
-        writer.u8(kind).skip(3).u32(block).u32(count).u32(at.segment.0).u32(at.layer.0).skip(4);
+        let compression = match self {
+            Self::Data { compression: Compression::Lz4, .. } => 1,
+            _ => 0,
+        };
+        writer
+            .u8(kind)
+            .u8(compression)
+            .skip(2)
+            .u32(block)
+            .u32(count)
+            .u32(at.segment.0)
+            .u32(at.layer.0)
+            .skip(4);
         writer.bytes(at.volume.0.as_bytes()).u64(version.generation).u64(version.sequence);
         if let Self::Data { crcs, .. } | Self::Placed { crcs, .. } = self {
             crcs.iter().for_each(|crc| {
@@ -112,8 +126,8 @@ impl Operation {
     }
 
     fn get(reader: &mut Reader<'_>) -> Option<Self> {
-        let kind = reader.u8()?;
-        reader.bytes(3)?;
+        let (kind, compression) = (reader.u8()?, reader.u8()?);
+        reader.bytes(2)?;
         let (block, count) = (reader.u32()?, reader.u32()?);
         let (segment, layer) = (SegmentIndex(reader.u32()?), LayerId(reader.u32()?));
         reader.u32()?;
@@ -124,7 +138,12 @@ impl Operation {
         match kind {
             1 if in_segment => {
                 let crcs = (0..count).map(|_| reader.u32()).collect::<Option<_>>()?;
-                Some(Self::Data { at, block, version, crcs })
+                let compression = match compression {
+                    0 => Compression::Off,
+                    1 => Compression::Lz4,
+                    _ => return None,
+                };
+                Some(Self::Data { at, block, version, crcs, compression })
             }
             2 | 6 if in_segment => {
                 let keep = if kind == 2 { Keep::WhereStored } else { Keep::Always };

@@ -1,12 +1,12 @@
 //! Block info: version and checksum of each block of a segment.
 //!
 //! The info of 16 blocks (one data slot) is a record, 15 records are a page, 8 pages (each with its two places) fill a slot. Slots of info
-//! belong to a segment as slots of data do. A page says whose it is, and a record which slot has the data: that is what a damaged index is
+//! belong to a segment as slots of data do. A page says whose it is, and a record which extent has the data: that is what a damaged index is
 //! rebuilt from.
 
 use super::bytes::{Reader, Writer};
 use super::directory::Birth;
-use super::layout::{PAIR, SLOT, SLOT_BLOCKS, SLOTS_PER_SEGMENT, SlotNumber};
+use super::layout::{Extent, PAIR, SLOT, SLOT_BLOCKS, SLOTS_PER_SEGMENT, SlotNumber};
 use super::page::{HEADER, PAGE};
 use crate::ids::{LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
 use uuid::Uuid;
@@ -23,9 +23,12 @@ pub(in crate::store::disk) const INFO_SLOTS_PER_SEGMENT: u32 = SLOTS_PER_SEGMENT
 const BLOCK: usize = 16;
 const RECORD: usize = 8 + BLOCK * SLOT_BLOCKS as usize;
 const IDENTITY: usize = 104;
+/// Where within that it is said which cells of its slot each record's data have: one byte for each.
+const CELLS: usize = HEADER + 40;
 const NO_SLOT: u32 = u32::MAX;
 
 const _: () = assert!(HEADER + IDENTITY + RECORD * PER_PAGE as usize == PAGE);
+const _: () = assert!(CELLS + PER_PAGE as usize <= HEADER + IDENTITY);
 
 /// What a block holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -35,7 +38,7 @@ pub(in crate::store::disk) enum BlockInfo {
     Absent,
     /// Zeroes, without data.
     Zero(Version),
-    /// Data in the slot of its position.
+    /// Data in the extent of its position.
     Data(Version, u32),
     /// The page that told was damaged: there may be data, and nothing vouches for them.
     Lost,
@@ -44,8 +47,8 @@ pub(in crate::store::disk) enum BlockInfo {
 /// The info of the blocks of one position.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(in crate::store::disk) struct Record {
-    /// The slot with the data.
-    pub(in crate::store::disk) slot: Option<SlotNumber>,
+    /// Where the data are; compressed, when that is not a whole slot.
+    pub(in crate::store::disk) extent: Option<Extent>,
     /// Its blocks.
     pub(in crate::store::disk) blocks: [BlockInfo; SLOT_BLOCKS as usize],
 }
@@ -112,7 +115,7 @@ pub(in crate::store::disk) fn put(page: &mut [u8], position: usize, record: &Rec
     let zero = bits(|block| matches!(block, BlockInfo::Zero(_)));
     let lost = bits(|block| matches!(block, BlockInfo::Lost));
     let mut writer = Writer::new(&mut page[start..start + RECORD]);
-    writer.u32(record.slot.map_or(NO_SLOT, |slot| slot.0)).u16(zero).u16(lost);
+    writer.u32(record.extent.map_or(NO_SLOT, |extent| extent.slot().0)).u16(zero).u16(lost);
     for block in &record.blocks {
         let (version, crc) = match block {
             BlockInfo::Absent | BlockInfo::Lost => (Version::default(), 0),
@@ -121,6 +124,7 @@ pub(in crate::store::disk) fn put(page: &mut [u8], position: usize, record: &Rec
         };
         writer.u64(version.sequence).u32(version.generation as u32).u32(crc);
     }
+    page[CELLS + position] = record.extent.map_or(0, Extent::code);
 }
 
 /// Takes a record from a page.
@@ -128,7 +132,11 @@ pub(in crate::store::disk) fn get(page: &[u8], position: usize) -> Option<Record
     let start = HEADER + IDENTITY + position * RECORD;
     let mut reader = Reader(page.get(start..start + RECORD)?);
     let (slot, zero, lost) = (reader.u32()?, reader.u16()?, reader.u16()?);
-    let mut record = Record { slot: (slot != NO_SLOT).then_some(SlotNumber(slot)), ..Record::default() };
+    let slot = (slot != NO_SLOT).then_some(SlotNumber(slot));
+    let code = *page.get(CELLS + position)?;
+    // Cells that no slot has are nowhere: then this and the owners contradict each other.
+    let extent = slot.and_then(|slot| Extent::with_code(slot, code));
+    let mut record = Record { extent, ..Record::default() };
     for (i, block) in record.blocks.iter_mut().enumerate() {
         let (sequence, generation, crc) = (reader.u64()?, reader.u32()?, reader.u32()?);
         let version = Version { generation: u64::from(generation), sequence };
@@ -147,7 +155,7 @@ pub(in crate::store::disk) fn filled(identity: InfoIdentity, with: BlockInfo) ->
     let mut page = vec![0; PAGE];
     put_identity(&mut page, identity);
     for position in 0..PER_PAGE as usize {
-        put(&mut page, position, &Record { slot: None, blocks: [with; SLOT_BLOCKS as usize] });
+        put(&mut page, position, &Record { extent: None, blocks: [with; SLOT_BLOCKS as usize] });
     }
     page
 }

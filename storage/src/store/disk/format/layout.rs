@@ -8,7 +8,9 @@
 //!  └────────┴─────────────┴─────────────────┴─────────────────┴───────────────────────────────┘
 //! ```
 //!
-//! Directory and owners are a two-thousandth of the disk, and written whole when it is formatted: half a gigabyte for each TiB. The info of blocks lives in slots and takes room only where there are data.
+//! Directory and owners are an eight-hundredth of the disk, and written whole when it is formatted: 1.25 GiB for each TiB. The info of blocks lives in slots and takes room only where there are data.
+//!
+//! A slot is four **cells** of 16 KiB. What is compressed takes fewer cells than four, one behind the other within a slot: an [`Extent`]. Everything else takes whole slots.
 
 use super::{directory, owner, page::PAGE};
 use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT};
@@ -17,6 +19,12 @@ use crate::ids::{BLOCK_SIZE, BLOCKS_PER_SEGMENT};
 pub(in crate::store::disk) const SLOT: u64 = 64 << 10;
 /// Blocks of a slot.
 pub(in crate::store::disk) const SLOT_BLOCKS: u32 = (SLOT / BLOCK_SIZE) as u32;
+/// Bytes of a cell: compressed data take whole cells.
+pub(in crate::store::disk) const CELL: u64 = SLOT / SLOT_CELLS as u64;
+/// Cells of a slot.
+pub(in crate::store::disk) const SLOT_CELLS: u8 = 4;
+/// All cells of a slot, a bit for each.
+pub(in crate::store::disk) const ALL_CELLS: u8 = (1 << SLOT_CELLS) - 1;
 /// Positions for slots in a segment.
 pub(in crate::store::disk) const SLOTS_PER_SEGMENT: u32 = BLOCKS_PER_SEGMENT / SLOT_BLOCKS;
 /// Where the superblocks are.
@@ -35,6 +43,67 @@ const SLOTS_PER_ENTRY: u64 = 8;
 /// Number of a slot on its disk.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub(in crate::store::disk) struct SlotNumber(pub(in crate::store::disk) u32);
+
+/// Cells of a slot, one behind the other: all of them, or fewer for what is compressed.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub(in crate::store::disk) struct Extent {
+    slot: SlotNumber,
+    first: u8,
+    cells: u8,
+}
+
+impl Extent {
+    /// All of a slot.
+    pub(in crate::store::disk) fn whole(slot: SlotNumber) -> Self {
+        Self { slot, first: 0, cells: SLOT_CELLS }
+    }
+
+    /// Some cells of a slot; nothing when it does not have them.
+    pub(in crate::store::disk) fn new(slot: SlotNumber, first: u8, cells: u8) -> Option<Self> {
+        let within = (1..=SLOT_CELLS).contains(&cells) && first <= SLOT_CELLS - cells;
+        within.then_some(Self { slot, first, cells })
+    }
+
+    pub(in crate::store::disk) fn slot(self) -> SlotNumber {
+        self.slot
+    }
+
+    pub(in crate::store::disk) fn first(self) -> u8 {
+        self.first
+    }
+
+    pub(in crate::store::disk) fn cells(self) -> u8 {
+        self.cells
+    }
+
+    /// Whether it has no fewer cells than what is not compressed takes.
+    pub(in crate::store::disk) fn is_whole(self) -> bool {
+        self.cells == SLOT_CELLS
+    }
+
+    /// Its bytes.
+    pub(in crate::store::disk) fn bytes(self) -> usize {
+        usize::from(self.cells) * CELL as usize
+    }
+
+    /// Its cells, a bit for each.
+    pub(in crate::store::disk) fn bits(self) -> u8 {
+        ((1 << self.cells) - 1) << self.first
+    }
+
+    /// Which cells of its slot it has, in one byte: 0 is all of them.
+    pub(in crate::store::disk) fn code(self) -> u8 {
+        if self.is_whole() { 0 } else { self.cells << 4 | self.first }
+    }
+
+    /// The extent of a slot with this code; nothing when there is none.
+    pub(in crate::store::disk) fn with_code(slot: SlotNumber, code: u8) -> Option<Self> {
+        match code {
+            0 => Some(Self::whole(slot)),
+            _ => Self::new(slot, code & 0xf, code >> 4).filter(|extent| !extent.is_whole()),
+        }
+    }
+}
 
 /// The parts of a disk of some size. A pure function of the size, and written down in the superblock all the same.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -95,6 +164,11 @@ impl Layout {
     /// Where a slot is.
     pub(in crate::store::disk) fn slot(&self, slot: SlotNumber) -> u64 {
         self.slots_offset() + u64::from(slot.0) * SLOT
+    }
+
+    /// Where an extent is.
+    pub(in crate::store::disk) fn extent(&self, extent: Extent) -> u64 {
+        self.slot(extent.slot) + u64::from(extent.first) * CELL
     }
 
     /// Bytes from the start of the disk to the end of the last slot.

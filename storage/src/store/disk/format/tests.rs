@@ -3,15 +3,16 @@
 use super::batch::{self, BatchHeader, BatchSize, Operation};
 use super::directory::{self, Birth, DirectoryEntry, EntryNumber, SegmentEntry};
 use super::info::{self, BlockInfo, InfoIdentity, Record};
-use super::layout::{LOG_OFFSET, Layout, SLOT, SMALLEST, SlotNumber};
+use super::layout::{CELL, Extent, LOG_OFFSET, Layout, SLOT, SLOT_CELLS, SMALLEST, SlotNumber};
 use super::owner::{self, Owner};
+use super::packed;
 use super::page::{self, BODY, HEADER, PAGE, PageId, PageKind, Pair};
 use super::superblock::{NoSuperblock, Superblock};
 use crate::ids::{
     BLOCKS_PER_SEGMENT, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId,
 };
-use crate::store::Keep;
 use crate::store::disk::device::sealed::KeyCheck;
+use crate::store::{Compression, Keep};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -53,7 +54,20 @@ fn superblock() -> Superblock {
 
 fn operations() -> Vec<Operation> {
     vec![
-        Operation::Data { at: key(), block: 16, version: version(), crcs: vec![0x5152_5354] },
+        Operation::Data {
+            at: key(),
+            block: 16,
+            version: version(),
+            crcs: vec![0x5152_5354],
+            compression: Compression::Off,
+        },
+        Operation::Data {
+            at: key(),
+            block: 17,
+            version: version(),
+            crcs: vec![0x6162_6364],
+            compression: Compression::Lz4,
+        },
         Operation::Zeroes { at: key(), block: 32, blocks: 5, version: version(), keep: Keep::WhereStored },
         Operation::Zeroes { at: key(), block: 32, blocks: 5, version: version(), keep: Keep::Always },
         Operation::Generation(key().volume, Generation(77)),
@@ -80,11 +94,12 @@ fn batch_of(operations: &[Operation]) -> Vec<u8> {
 
 fn info_page() -> Vec<u8> {
     let mut page = info::filled(identity(), BlockInfo::Absent);
-    let mut record = Record { slot: Some(SlotNumber(99)), ..Record::default() };
+    let mut record = Record { extent: Some(Extent::whole(SlotNumber(99))), ..Record::default() };
     record.blocks[0] = BlockInfo::Data(version(), 0x6162_6364);
     record.blocks[1] = BlockInfo::Zero(version());
     record.blocks[2] = BlockInfo::Lost;
     info::put(&mut page, 14, &record);
+    info::put(&mut page, 3, &Record { extent: Extent::new(SlotNumber(98), 1, 2), ..record });
     page::seal(&mut page, PageId { kind: PageKind::Info, number: 792 }, 0x0bad_cafe, 1 << 33 | 4);
     page
 }
@@ -103,8 +118,8 @@ fn the_superblock_is_these_bytes() {
     let encoded = superblock().encode();
     assert_eq!(
         hex(&encoded[..116]),
-        "4843494449534b0003000000fecaad0ba1a2a3a4a5a6a7a8a9aaabacadaeafb00500000000000000060000000000000007000000000000000080000000000000090000000000000000000004000000000300000021000000803e000001000000\
-         c5c5c5c5c5c5c5c5c5c5c5c5c5c5c5c567008380"
+        "4843494449534b0004000000fecaad0ba1a2a3a4a5a6a7a8a9aaabacadaeafb00500000000000000060000000000000007000000000000000080000000000000090000000000000000000004000000000300000021000000803e000001000000\
+         c5c5c5c5c5c5c5c5c5c5c5c5c5c5c5c5f3ff6d52"
     );
     assert_eq!(Superblock::decode(&encoded), Ok(superblock()));
 }
@@ -112,9 +127,9 @@ fn the_superblock_is_these_bytes() {
 #[test]
 fn a_batch_is_these_bytes() {
     let bytes = batch_of(&operations());
-    let first = "484c4f47fecaad0b0000100000000000030000000000000000000800000000000020000000100000070000000000000000000000000000000000\
-                 000018e362f1";
-    assert_eq!(golden(&bytes, 64), (31_803_887, first.to_owned()));
+    let first = "484c4f47fecaad0b0000100000000000030000000000000000000800000000000030000000100000080000000000000000000000000000000000\
+                 000083e164a4";
+    assert_eq!(golden(&bytes, 64), (870_401_852, first.to_owned()));
     let (header, read) = batch::get(&bytes, 0x0bad_cafe).unwrap();
     assert_eq!((header.position, header.boot, header.durable), (1 << 20, 3, 1 << 19));
     assert_eq!(read, operations());
@@ -122,16 +137,17 @@ fn a_batch_is_these_bytes() {
 
 #[test]
 fn pages_are_these_bytes() {
-    let first = "48435047fecaad0b0300000002000000180300000000000004000000d1ae2a3f";
-    assert_eq!(golden(&info_page(), 32), (2_936_787_620, first.to_owned()));
+    let first = "48435047fecaad0b0300000002000000180300000000000004000000208c6bb6";
+    assert_eq!(golden(&info_page(), 32), (2_570_530_709, first.to_owned()));
     let mut body = vec![0; BODY];
     directory::put(&mut body, 1, entry());
     directory::put(&mut body, 2, DirectoryEntry::Generation(key().volume, Generation(5)));
     assert_eq!(crc32c::crc32c(&body), 3_751_547_518);
     let mut body = vec![0; BODY];
-    owner::put(&mut body, 1, Owner::Data(EntryNumber(7), 8));
-    owner::put(&mut body, 2, Owner::Info(EntryNumber(9), 10));
-    assert_eq!(crc32c::crc32c(&body), 2566899348);
+    owner::put(&mut body, 4, (Owner::Data(EntryNumber(7), 8), 4));
+    owner::put(&mut body, 8, (Owner::Info(EntryNumber(9), 10), 4));
+    owner::put(&mut body, 13, (Owner::Data(EntryNumber(11), 12), 2));
+    assert_eq!(crc32c::crc32c(&body), 4_091_124_512);
 }
 
 #[test]
@@ -143,13 +159,28 @@ fn what_is_put_is_got() {
         directory::put(&mut body, 5, entry);
         assert_eq!(directory::get(&body, 5), Some(entry));
     }
-    for owner in [Owner::Free, Owner::Data(EntryNumber(u32::MAX), 16_383), Owner::Info(EntryNumber(1), 136)] {
-        owner::put(&mut body, 5, owner);
-        assert_eq!(owner::get(&body, 5), Some(owner));
+    let slot = SlotNumber(5);
+    let whole = Extent::whole(slot);
+    for owner in [Owner::Data(EntryNumber(u32::MAX), 16_383), Owner::Info(EntryNumber(1), 136)] {
+        owner::put(&mut body, owner::place(whole).1, (owner, 4));
+        assert_eq!(owner::get(&body, 5, slot), Some([Some((whole, owner)), None, None, None]));
     }
+    owner::put(&mut body, owner::place(whole).1, (Owner::Free, 4));
+    assert_eq!(owner::get(&body, 5, slot), Some([None; 4]));
+    let parts = [(0, 1), (1, 2), (3, 1)].map(|(first, cells)| Extent::new(slot, first, cells).unwrap());
+    for extent in parts {
+        owner::put(&mut body, owner::place(extent).1, (Owner::Data(EntryNumber(3), 7), extent.cells()));
+    }
+    let owners = owner::get(&body, 5, slot).unwrap();
+    assert_eq!(owners.iter().flatten().map(|(extent, _)| *extent).collect::<Vec<_>>(), parts);
+    assert_eq!(owner::used(&owners), 0b1111);
+    // Of two neither can be right.
+    owner::put(&mut body, owner::place(whole).1, (Owner::Data(EntryNumber(3), 7), 2));
+    assert_eq!(owner::get(&body, 5, slot), None);
     let page = info_page();
     let record = info::get(&page, 14).unwrap();
-    assert_eq!(record.slot, Some(SlotNumber(99)));
+    assert_eq!(record.extent, Some(Extent::whole(SlotNumber(99))));
+    assert_eq!(info::get(&page, 3).unwrap().extent, Extent::new(SlotNumber(98), 1, 2));
     assert_eq!(record.blocks[0], BlockInfo::Data(version(), 0x6162_6364));
     assert_eq!(record.blocks[1..4], [BlockInfo::Zero(version()), BlockInfo::Lost, BlockInfo::Absent]);
     assert_eq!(info::identity(&page), Some(identity()));
@@ -200,7 +231,56 @@ fn another_version_is_told() {
     let crc = crc32c::crc32c(&second[..112]);
     second[112..116].copy_from_slice(&crc.to_le_bytes());
     assert_eq!(Superblock::decode(&second), Err(NoSuperblock::Version(2)));
+    // So was version 3.
+    let mut third = superblock().encode();
+    third[8] = 3;
+    let crc = crc32c::crc32c(&third[..112]);
+    third[112..116].copy_from_slice(&crc.to_le_bytes());
+    assert_eq!(Superblock::decode(&third), Err(NoSuperblock::Version(3)));
     assert_eq!(Superblock::decode(&[0; PAGE]), Err(NoSuperblock::Foreign));
+}
+
+/// Content that LZ4 makes about half of.
+fn text() -> Vec<u8> {
+    let random = |i: u64| (i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(i as u32 % 64);
+    (0..SLOT / 8).flat_map(|i| if i % 8 < 4 { random(i) } else { 7 }.to_le_bytes()).collect()
+}
+
+#[test]
+fn compressed_data_are_these_bytes() {
+    let packed = packed::pack(&[7; SLOT as usize], &mut Vec::new()).unwrap();
+    assert_eq!((packed.cells, packed.bytes.len() as u64), (1, CELL));
+    let first = "484c5a340c010000000000002652763c1f070100ffffffffffffffffffffffff";
+    assert_eq!(golden(&packed.bytes, 32), (1_222_364_001, first.to_owned()));
+    assert_eq!(packed::unpack(&packed.bytes).unwrap(), [7; SLOT as usize]);
+}
+
+#[test]
+fn what_does_not_save_a_cell_is_not_compressed() {
+    let mut content: Vec<u8> = text();
+    let packed = packed::pack(&content, &mut Vec::new()).unwrap();
+    assert!(packed.cells > 1 && packed.cells < SLOT_CELLS, "{}", packed.cells);
+    assert_eq!(packed::unpack(&packed.bytes).unwrap(), content);
+    let mut state = 1_u64;
+    for byte in &mut content {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        *byte = (state >> 56) as u8;
+    }
+    assert!(packed::pack(&content, &mut Vec::new()).is_none());
+}
+
+#[test]
+fn an_extent_is_within_its_slot() {
+    for (first, cells) in (0..=255_u8).flat_map(|first| (0..=255_u8).map(move |cells| (first, cells))) {
+        let extent = Extent::new(SlotNumber(1), first, cells);
+        let within = (1..=4).contains(&cells) && u32::from(first) + u32::from(cells) <= 4;
+        assert_eq!(extent.is_some(), within, "{first} {cells}");
+        if let Some(extent) = extent {
+            assert_eq!(Extent::with_code(SlotNumber(1), extent.code()), Some(extent));
+        }
+    }
+    let known = (0..=255).filter(|code| Extent::with_code(SlotNumber(1), *code).is_some()).count();
+    assert_eq!(known, 10);
 }
 
 proptest! {
@@ -237,7 +317,39 @@ proptest! {
         let _ = info::get(&bytes, position);
         let _ = info::identity(&bytes);
         let _ = directory::get(&bytes, position);
-        let _ = owner::get(&bytes, position);
+        let _ = owner::get(&bytes, position, SlotNumber(1));
+        let _ = packed::unpack(&bytes);
+    }
+
+    #[test]
+    fn any_bytes_but_those_that_were_written_are_no_compressed_data(
+        at in any::<proptest::sample::Index>(),
+        bit in 0_u8..8,
+        cut in any::<proptest::sample::Index>(),
+    ) {
+        let packed = packed::pack(&text(), &mut Vec::new()).unwrap();
+        let length = u32::from_le_bytes(packed.bytes[4..8].try_into().unwrap()) as usize + 16;
+        let mut flipped = packed.bytes.to_vec();
+        flipped[at.index(length)] ^= 1 << bit;
+        prop_assert_eq!(packed::unpack(&flipped), None);
+        prop_assert_eq!(packed::unpack(&packed.bytes[..cut.index(length)]), None);
+    }
+
+    #[test]
+    fn hostile_compressed_data_with_a_good_checksum_do_no_harm(
+        data in vec(any::<u8>(), 0..2000),
+        length in prop_oneof![any::<u32>().boxed(), (0..2000_u32).boxed()],
+    ) {
+        let mut bytes = packed::pack(&text(), &mut Vec::new()).unwrap().bytes.to_vec();
+        bytes[4..8].copy_from_slice(&length.to_le_bytes());
+        bytes[16..16 + data.len()].copy_from_slice(&data);
+        if let Some(data) = bytes.get(16..16_usize.saturating_add(length as usize)) {
+            let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes[..12]), data);
+            bytes[12..16].copy_from_slice(&crc.to_le_bytes());
+        }
+        if let Some(content) = packed::unpack(&bytes) {
+            prop_assert_eq!(content.len() as u64, SLOT);
+        }
     }
 
     #[test]

@@ -9,7 +9,9 @@ use crate::store::disk::device::Device;
 use crate::store::disk::device::buffer::AlignedBuf;
 use crate::store::disk::format::directory::{self, Birth, EntryNumber};
 use crate::store::disk::format::info::{self, BlockInfo, InfoIdentity, PAGES_PER_SLOT, PER_PAGE, PER_SLOT};
-use crate::store::disk::format::layout::{Layout, PAIR, SLOT, SLOT_BLOCKS, SLOTS_PER_SEGMENT, SlotNumber};
+use crate::store::disk::format::layout::{
+    Extent, Layout, PAIR, SLOT, SLOT_BLOCKS, SLOT_CELLS, SLOTS_PER_SEGMENT, SlotNumber,
+};
 use crate::store::disk::format::owner::{self, Owner};
 use crate::store::disk::format::page::{self, PageId, PageKind, Pair};
 use crate::store::disk::format::superblock::Superblock;
@@ -30,7 +32,7 @@ pub(super) struct Plan {
     /// Entries on good pages of the directory that are not right.
     pub(super) changed_entries: BTreeSet<EntryNumber>,
     /// The same of owners.
-    pub(super) changed_owners: BTreeMap<SlotNumber, Owner>,
+    pub(super) changed_owners: BTreeMap<Extent, Owner>,
     /// Slots that take the place of lost ones of info.
     pub(super) new_infos: BTreeMap<(EntryNumber, u16), SlotNumber>,
     /// Pages of info that are damaged.
@@ -121,10 +123,12 @@ struct Decider<'a> {
     applied: Birth,
     survey: Survey,
     plan: Plan,
-    /// Which position has a slot that lost its owner.
-    claimed: HashMap<SlotNumber, (EntryNumber, u32)>,
+    /// Which position has cells that lost their owner: each by its slot and its number there.
+    claimed: HashMap<(SlotNumber, u8), (EntryNumber, u32)>,
     /// Highest generations that blocks were written with.
     written: BTreeMap<VolumeId, u64>,
+    /// Entries that are free as the directory says, and have slots as the owners say: one of them is old, and the segment is there or was deleted.
+    unproven: BTreeSet<EntryNumber>,
     /// Info whose slot is another's.
     taken_infos: BTreeSet<(EntryNumber, u16)>,
 }
@@ -156,11 +160,12 @@ pub(super) fn decide(
         plan,
         claimed: HashMap::new(),
         written: BTreeMap::new(),
+        unproven: BTreeSet::new(),
         taken_infos: BTreeSet::new(),
     };
-    decider.contested();
     decider.segments(progress)?;
     decider.forget_earlier_lives();
+    decider.contested();
     decider.slots_without_owner(progress)?;
     decider.missing_info()?;
     decider.generations();
@@ -176,27 +181,44 @@ impl Decider<'_> {
     }
 
     fn has_lost_owner(&self, slot: SlotNumber) -> bool {
-        slot.0 < self.layout.slots && self.plan.lost_owners.contains(&owner::place(slot).0)
+        slot.0 < self.layout.slots && self.plan.lost_owners.contains(&owner::page(slot))
     }
 
     fn has_unfinished_owner(&self, slot: SlotNumber) -> bool {
-        self.survey.unfinished_owners.contains(&owner::place(slot).0)
+        self.survey.unfinished_owners.contains(&owner::page(slot))
+    }
+
+    /// Gives cells that lost their owner to a position. False, when another position has some of them: then that one's are not proven to be its own either.
+    fn claim(&mut self, extent: Extent, at: (EntryNumber, u32)) -> bool {
+        let cells = (extent.first()..extent.first() + extent.cells()).map(|cell| (extent.slot(), cell));
+        let others: Vec<_> = cells.clone().filter_map(|cell| self.claimed.get(&cell).copied()).collect();
+        let free = others.is_empty();
+        self.plan.lost_positions.extend(others);
+        for cell in cells {
+            self.claimed.entry(cell).or_insert(at);
+        }
+        free
+    }
+
+    fn is_claimed(&self, slot: SlotNumber) -> bool {
+        (0..SLOT_CELLS).any(|cell| self.claimed.contains_key(&(slot, cell)))
     }
 
     /// Of two owners of one thing one is old. Which is not known: nothing is.
     fn contested(&mut self) {
-        for (slot, owner) in std::mem::take(&mut self.survey.contested) {
+        for (extent, owner) in std::mem::take(&mut self.survey.contested) {
             let (entry, positions) = match owner {
                 Owner::Free => continue,
                 Owner::Data(entry, position) => (entry, u32::from(position)..u32::from(position) + 1),
                 Owner::Info(entry, index) => (entry, covered(index)),
             };
-            let name = self.survey.drafts.get(&entry).and_then(|draft| draft.name);
-            if name.is_some_and(|name| self.survey.logged.touches(name.key, positions.clone())) {
+            // Of what is no segment's, opening frees it.
+            let Some(name) = self.plan.drafts.get(&entry).and_then(|draft| draft.name) else { continue };
+            if self.survey.logged.touches(name.key, positions.clone()) {
                 // A checkpoint that was cut short. Opening makes it good.
                 continue;
             }
-            self.plan.changed_owners.insert(slot, Owner::Free);
+            self.plan.changed_owners.insert(extent, Owner::Free);
             self.plan.lost_positions.extend(positions.map(|position| (entry, position)));
         }
     }
@@ -236,20 +258,22 @@ impl Decider<'_> {
             return;
         }
         let of_log = |slot: &SlotNumber| logged.slots.get(slot).copied();
-        let others = |(position, slot): (u32, SlotNumber)| {
-            of_log(&slot).is_some_and(|of| of != (name.key, position)).then_some((position, slot))
+        let others = |(position, extent): (u32, Extent)| {
+            let other =
+                of_log(&extent.slot()).is_some_and(|of| !extent.is_whole() || of != (name.key, position));
+            other.then_some((position, extent))
         };
         let data: Vec<_> = draft.data.iter().filter_map(others).collect();
         let infos: Vec<_> = draft.info.iter().filter(|(_, slot)| of_log(slot).is_some()).collect();
-        for (position, slot) in data {
+        for (position, extent) in data {
             draft.data.set(position, None);
             self.plan.lost_positions.insert((entry, position));
-            self.plan.changed_owners.insert(slot, Owner::Free);
+            self.plan.changed_owners.insert(extent, Owner::Free);
         }
         for (index, slot) in infos {
             draft.info.set(index, None);
             self.taken_infos.insert((entry, index as u16));
-            self.plan.changed_owners.insert(slot, Owner::Free);
+            self.plan.changed_owners.insert(Extent::whole(slot), Owner::Free);
         }
     }
 
@@ -272,6 +296,7 @@ impl Decider<'_> {
             (None, Some(found)) if lost => Ok(Some(found)),
             (None, Some(found)) if !left_to_the_log(&found) => {
                 self.plan.changed_entries.insert(entry);
+                self.unproven.insert(entry);
                 Ok(Some(found))
             }
             (None, Some(_)) => Ok(None),
@@ -289,7 +314,8 @@ impl Decider<'_> {
         let identity = InfoIdentity { key, birth, index };
         for (number, page) in (0..).zip(info_pages(bytes, slot, self.stamp)) {
             let positions = on_page(index, number);
-            let Some(page) = page.filter(|page| info::identity(page) == Some(identity)) else {
+            let proven = !self.unproven.contains(&entry);
+            let Some(page) = page.filter(|page| proven && info::identity(page) == Some(identity)) else {
                 if !positions.is_empty() {
                     self.plan.lost_pages.insert((entry, index, number));
                 }
@@ -298,24 +324,18 @@ impl Decider<'_> {
             for (position, record) in positions.zip(0..) {
                 let record = info::get(page, record).unwrap_or_default();
                 self.remember_generation(key.volume, &record);
-                let agreed = match (record.slot, draft.data.get(position)) {
+                let agreed = match (record.extent, draft.data.get(position)) {
                     (said, owned) if said == owned => true,
-                    (Some(slot), None) if self.has_lost_owner(slot) => {
-                        match self.claimed.insert(slot, (entry, position)) {
-                            None => {
-                                draft.data.set(position, Some(slot));
-                                true
-                            }
-                            Some(other) => {
-                                self.plan.lost_positions.insert(other);
-                                self.claimed.insert(slot, other);
-                                false
-                            }
+                    (Some(extent), None) if self.has_lost_owner(extent.slot()) => {
+                        let free = self.claim(extent, (entry, position));
+                        if free {
+                            draft.data.set(position, Some(extent));
                         }
+                        free
                     }
                     _ => false,
                 };
-                let slots = [record.slot, draft.data.get(position)];
+                let slots = [record.extent, draft.data.get(position)].map(|extent| extent.map(Extent::slot));
                 let unfinished = page::checkpoint(page) > self.applied.0
                     || slots.into_iter().flatten().any(|slot| self.has_unfinished_owner(slot));
                 let left_to_the_log = unfinished && self.survey.logged.touches(key, position..position + 1);
@@ -360,8 +380,9 @@ impl Decider<'_> {
         }
         for entry in earlier {
             let Some(draft) = self.plan.drafts.remove(&entry) else { continue };
-            let slots = draft.data.iter().chain(draft.info.iter()).map(|(_, slot)| (slot, Owner::Free));
-            self.plan.changed_owners.extend(slots);
+            let infos = draft.info.iter().map(|(_, slot)| Extent::whole(slot));
+            let extents = draft.data.iter().map(|(_, extent)| extent).chain(infos);
+            self.plan.changed_owners.extend(extents.map(|extent| (extent, Owner::Free)));
             self.plan.changed_entries.insert(entry);
             self.plan.lost_pages.retain(|(of, _, _)| *of != entry);
             self.plan.lost_positions.retain(|(of, _)| *of != entry);
@@ -395,7 +416,7 @@ impl Decider<'_> {
                             && draft.info.get(u32::from(identity.index)).is_none()
                     });
                     // What a guest has written may look like anything.
-                    let is_data = self.claimed.contains_key(&slot);
+                    let is_data = self.is_claimed(slot);
                     let later = best.get(&at).is_none_or(|other| other.checkpoint < checkpoint);
                     if missing && !is_data && later {
                         best.insert(at, Candidate { slot, checkpoint, identity });
@@ -440,7 +461,7 @@ impl Decider<'_> {
             let slot = free.find(|slot| !logged.contains_key(slot)).ok_or_else(|| {
                 OpenError::NotRebuilt("there is no room for what must be written down".to_owned())
             })?;
-            self.plan.changed_owners.insert(slot, Owner::Info(entry, index));
+            self.plan.changed_owners.insert(Extent::whole(slot), Owner::Info(entry, index));
             self.plan.new_infos.insert((entry, index), slot);
             if let Some(draft) = self.plan.drafts.get_mut(&entry) {
                 draft.info.set(u32::from(index), Some(slot));

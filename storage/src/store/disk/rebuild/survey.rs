@@ -4,11 +4,12 @@ use crate::ids::{Generation, SegmentKey, VolumeId};
 use crate::store::disk::device::Device;
 use crate::store::disk::format::batch::Operation;
 use crate::store::disk::format::directory::{self, Birth, DirectoryEntry, EntryNumber, InfoSet};
-use crate::store::disk::format::layout::{SLOT_BLOCKS, SlotNumber};
-use crate::store::disk::format::owner::{self, Owner};
+use crate::store::disk::format::layout::{Extent, SLOT_BLOCKS, SlotNumber};
+use crate::store::disk::format::owner::{self, Owner, SlotOwners};
 use crate::store::disk::format::page::{self, HEADER, PageKind, Pair};
 use crate::store::disk::format::superblock::Superblock;
-use crate::store::disk::index::{FreeSlots, SlotMap};
+use crate::store::disk::free::FreeSlots;
+use crate::store::disk::index::{ExtentMap, SlotMap};
 use crate::store::disk::recover::{self, Boots, OpenError};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Range;
@@ -29,8 +30,8 @@ pub(super) struct Draft {
     pub(super) expected: InfoSet,
     /// Slots that have it as their owner.
     pub(super) info: SlotMap,
-    /// See `info`.
-    pub(super) data: SlotMap,
+    /// Extents that have it as their owner.
+    pub(super) data: ExtentMap,
 }
 
 /// What the log will write again.
@@ -92,8 +93,8 @@ pub(super) struct Survey {
     pub(super) generation_entries: BTreeSet<EntryNumber>,
     /// Slots of which it is known that they are free.
     pub(super) free: FreeSlots,
-    /// Slots that have an owner which has another slot in their place.
-    pub(super) contested: Vec<(SlotNumber, Owner)>,
+    /// What has an owner that has something else in its place.
+    pub(super) contested: Vec<(Extent, Owner)>,
     pub(super) logged: Logged,
     /// Pages of the directory that a checkpoint wrote which was cut short.
     pub(super) unfinished_directory: BTreeSet<u32>,
@@ -172,9 +173,10 @@ impl Survey {
     fn owner_page(&mut self, number: u32, pair: Pair<'_>, slots: u32) {
         let first = number * owner::PER_PAGE as u32;
         let count = (owner::PER_PAGE as u32).min(slots.saturating_sub(first));
-        let owners: Option<Vec<Owner>> = match pair {
+        let slots = (first..first + count).map(SlotNumber);
+        let owners: Option<Vec<SlotOwners>> = match pair {
             Pair::Page(bytes) => {
-                (0..count as usize).map(|position| owner::get(&bytes[HEADER..], position)).collect()
+                slots.clone().enumerate().map(|(at, slot)| owner::get(&bytes[HEADER..], at, slot)).collect()
             }
             Pair::Damaged => None,
         };
@@ -182,20 +184,34 @@ impl Survey {
             self.lost_owners.insert(number);
             return;
         };
-        for (slot, owner) in (first..).map(SlotNumber).zip(owners) {
-            let (entry, position) = match owner {
-                Owner::Free => {
-                    self.free.give(slot);
-                    continue;
+        for (slot, owners) in slots.zip(owners) {
+            self.free.set_used(slot, owner::used(&owners));
+            owners.into_iter().flatten().for_each(|(extent, owner)| self.owned(extent, owner));
+        }
+    }
+
+    fn owned(&mut self, extent: Extent, owner: Owner) {
+        let contested = match owner {
+            Owner::Free => return,
+            Owner::Data(entry, position) => {
+                let draft = self.drafts.entry(entry).or_default();
+                let contested = draft.data.get(u32::from(position)).is_some();
+                if !contested {
+                    draft.data.set(u32::from(position), Some(extent));
                 }
-                Owner::Data(entry, position) | Owner::Info(entry, position) => (entry, position),
-            };
-            let draft = self.drafts.entry(entry).or_default();
-            let slots = if matches!(owner, Owner::Data(..)) { &mut draft.data } else { &mut draft.info };
-            match slots.get(u32::from(position)) {
-                None => slots.set(u32::from(position), Some(slot)),
-                Some(_) => self.contested.push((slot, owner)),
+                contested
             }
+            Owner::Info(entry, index) => {
+                let draft = self.drafts.entry(entry).or_default();
+                let contested = draft.info.get(u32::from(index)).is_some();
+                if !contested {
+                    draft.info.set(u32::from(index), Some(extent.slot()));
+                }
+                contested
+            }
+        };
+        if contested {
+            self.contested.push((extent, owner));
         }
     }
 }

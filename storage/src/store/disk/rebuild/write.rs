@@ -8,7 +8,7 @@ use crate::store::disk::device::Device;
 use crate::store::disk::device::buffer::AlignedBuf;
 use crate::store::disk::format::directory::{self, DirectoryEntry, EntryNumber, SegmentEntry};
 use crate::store::disk::format::info::{self, BlockInfo, InfoIdentity, PAGES_PER_SLOT, Record};
-use crate::store::disk::format::layout::{Layout, PAIR, SLOT, SLOT_BLOCKS};
+use crate::store::disk::format::layout::{Extent, Layout, PAIR, SLOT, SLOT_BLOCKS};
 use crate::store::disk::format::owner::{self, Owner};
 use crate::store::disk::format::page::{self, HEADER, PAGE, PageId, PageKind, Pair};
 use crate::store::disk::format::superblock::Superblock;
@@ -90,8 +90,8 @@ fn lost_page(plan: &Plan, entry: EntryNumber, identity: InfoIdentity, page: u32)
 }
 
 fn lost_record(plan: &Plan, entry: EntryNumber, position: u32) -> Record {
-    let slot = plan.drafts.get(&entry).and_then(|draft| draft.data.get(position));
-    Record { slot, blocks: [BlockInfo::Lost; SLOT_BLOCKS as usize] }
+    let extent = plan.drafts.get(&entry).and_then(|draft| draft.data.get(position));
+    Record { extent, blocks: [BlockInfo::Lost; SLOT_BLOCKS as usize] }
 }
 
 fn info_changes<'a>(layout: &Layout, plan: &'a Plan) -> Vec<Change<'a>> {
@@ -124,13 +124,13 @@ fn info_changes<'a>(layout: &Layout, plan: &'a Plan) -> Vec<Change<'a>> {
 }
 
 /// Owners by page.
-type Owners = BTreeMap<u32, Vec<(usize, Owner)>>;
+type Owners = BTreeMap<u32, Vec<(usize, owner::Said)>>;
 
 fn changed_owners(plan: &Plan) -> Owners {
     let mut pages = Owners::new();
-    for (slot, owner) in &plan.changed_owners {
-        let (page, position) = owner::place(*slot);
-        pages.entry(page).or_default().push((position, *owner));
+    for (extent, owner) in &plan.changed_owners {
+        let (page, position) = owner::place(*extent);
+        pages.entry(page).or_default().push((position, (*owner, extent.cells())));
     }
     pages
 }
@@ -138,12 +138,13 @@ fn changed_owners(plan: &Plan) -> Owners {
 fn lost_owners(plan: &Plan) -> Owners {
     let mut pages: Owners = plan.lost_owners.iter().map(|page| (*page, Vec::new())).collect();
     for (entry, draft) in &plan.drafts {
-        let data = draft.data.iter().map(|(position, slot)| (slot, Owner::Data(*entry, position as u16)));
-        let info = draft.info.iter().map(|(index, slot)| (slot, Owner::Info(*entry, index as u16)));
-        for (slot, owner) in data.chain(info) {
-            let (page, position) = owner::place(slot);
+        let data = draft.data.iter().map(|(position, extent)| (extent, Owner::Data(*entry, position as u16)));
+        let info =
+            draft.info.iter().map(|(index, slot)| (Extent::whole(slot), Owner::Info(*entry, index as u16)));
+        for (extent, owner) in data.chain(info) {
+            let (page, position) = owner::place(extent);
             if let Some(owners) = pages.get_mut(&page) {
-                owners.push((position, owner));
+                owners.push((position, (owner, extent.cells())));
             }
         }
     }
@@ -151,11 +152,11 @@ fn lost_owners(plan: &Plan) -> Owners {
 }
 
 fn owner_changes(layout: &Layout, pages: Owners) -> Vec<Change<'static>> {
-    let change = |(number, owners): (u32, Vec<(usize, Owner)>)| Change {
+    let change = |(number, owners): (u32, Vec<(usize, owner::Said)>)| Change {
         id: PageId { kind: PageKind::Owner, number: u64::from(number) },
         offset: layout.owner_offset() + u64::from(number) * PAIR,
         edit: Box::new(move |page| {
-            owners.iter().for_each(|(position, owner)| owner::put(&mut page[HEADER..], *position, *owner));
+            owners.iter().for_each(|(position, said)| owner::put(&mut page[HEADER..], *position, *said));
         }),
         blank: Box::new(|| vec![0; PAGE]),
     };

@@ -65,6 +65,12 @@ pub(super) struct Size {
 /// So small that the log goes around and slots are used again.
 pub(super) const SMALL: Size = Size { bytes: 8 << 20, log: 256 << 10 };
 
+/// So small that a few segments do not fit.
+pub(super) const TIGHT: Size = Size { bytes: 5 << 20, log: 256 << 10 };
+
+/// With owners on two pages.
+pub(super) const SPREAD: Size = Size { bytes: 12 << 20, log: 256 << 10 };
+
 /// So large that the index has several pages of each kind.
 pub(super) const LARGE: Size = Size { bytes: 96 << 20, log: 256 << 10 };
 
@@ -103,9 +109,14 @@ impl Sim {
 
     /// Another medium that holds the same. No process uses this one.
     pub(super) fn copy(&self) -> Self {
+        self.copy_for(self.dice.clone())
+    }
+
+    /// The same with its own dice.
+    pub(super) fn copy_for(&self, dice: Dice) -> Self {
         let cached = self.medium.lock().cached.clone();
         let medium = Arc::new(Mutex::new(Medium::holding(cached)));
-        Self { medium, size: self.size, dice: self.dice.clone(), key: self.key.clone(), disk: self.disk }
+        Self { medium, size: self.size, dice, key: self.key.clone(), disk: self.disk }
     }
 
     /// Opens the store.
