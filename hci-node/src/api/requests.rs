@@ -17,9 +17,9 @@ use super::{
 };
 use crate::control::leader::scheduler;
 use crate::state::{
-    CloudInit, ClusterState, DesiredRun, Disk, DiskId, DiskService, DiskState, Durability, FreezeId, ImageId,
-    ImagePart, Make, NetworkId, Node, NodeId, NodeService, Op, PoolPolicy, PortId, Rebalancing, Segment,
-    SnapshotId, StopMode, Subject, Vm, VmId, VolumeId, VolumeLimits, WipePolicy,
+    CloudInit, ClusterState, Compression, DesiredRun, Disk, DiskId, DiskService, DiskState, Durability,
+    FreezeId, ImageId, ImagePart, Make, NetworkId, Node, NodeId, NodeService, Op, PoolPolicy, PortId,
+    Rebalancing, Segment, SnapshotId, StopMode, Subject, Vm, VmId, VolumeId, VolumeLimits, WipePolicy,
     command::{NewPort, NewVm, NewVolume, VmChange, VolumeChange},
     report::NodeReport,
 };
@@ -71,6 +71,13 @@ fn durability(asked: api::Durability) -> Durability {
     match asked {
         api::Durability::WriteBack => Durability::WriteBack,
         api::Durability::WriteThrough => Durability::WriteThrough,
+    }
+}
+
+fn compression(asked: api::Compression) -> Compression {
+    match asked {
+        api::Compression::Off => Compression::Off,
+        api::Compression::Lz4 => Compression::Lz4,
     }
 }
 
@@ -127,6 +134,7 @@ impl Context<'_> {
                 replicas: request.replicas.unwrap_or_else(|| self.usual_replicas()),
                 min_in_sync: request.min_in_sync,
                 durability: durability(request.durability),
+                compression: compression(request.compression),
             },
             near: None,
             unreachable: self.silent.clone(),
@@ -265,6 +273,7 @@ impl Context<'_> {
                 replicas: request.replicas,
                 min_in_sync: request.min_in_sync,
                 durability: request.durability.map(durability),
+                compression: request.compression.map(compression),
                 limits: self.limits(name, request)?,
             },
             unreachable: self.silent.clone(),
@@ -353,6 +362,7 @@ impl Context<'_> {
             replicas: self.usual_replicas(),
             min_in_sync: None,
             durability: Durability::WriteBack,
+            compression: Compression::Off,
         }
     }
 
@@ -412,6 +422,7 @@ impl Context<'_> {
             replicas: disk.replicas.unwrap_or_else(|| self.usual_replicas()),
             min_in_sync: None,
             durability: Durability::WriteBack,
+            compression: Compression::Off,
         };
         let desired = match request.stopped {
             false => DesiredRun::Running,

@@ -296,6 +296,7 @@ impl Engine {
             usage: DiskUsage { used: ByteSize(0), total: ByteSize(0) },
             health: DiskHealth::Failed(why.clone()),
             scrub: ScrubStatus::default(),
+            volumes: Vec::new(),
         }));
         Observed {
             instance: self.instance,

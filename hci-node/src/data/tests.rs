@@ -13,6 +13,7 @@ use netfabric::{
 use parking_lot::Mutex;
 use proptest::prelude::*;
 use storage::KeySalt;
+use storage::store::Compression;
 use storage::store::disk::{Encryption, LogStore};
 use storage::{
     config::{
@@ -61,6 +62,7 @@ prop_compose! {
             generation: Generation(generation),
             min_in_sync,
             durability: Durability::WriteBack,
+            compression: Compression::Off,
             clean: if clean { CleanState::Clean } else { CleanState::Unclean },
             segments: vec![SegmentConfig { index: SegmentIndex(0), replicas: replicas.collect() }],
             access: if internal { Access::Internal } else { Access::VhostUser { socket: "/run/v.sock".into() } },
@@ -313,6 +315,7 @@ fn volume(node: NodeId, disk: DiskId, generation: Generation, clean: CleanState)
         generation,
         min_in_sync: 1,
         durability: Durability::WriteBack,
+        compression: Compression::Off,
         clean,
         segments: vec![SegmentConfig { index: SegmentIndex(0), replicas: vec![replica] }],
         access: Access::Internal,

@@ -3,14 +3,16 @@
 use std::collections::BTreeMap;
 
 use storage::ids::DiskId;
-use storage::status::{DiskHealth, ReplicaStatus, ScrubState, ScrubStatus, StorageStatus, VolumeState};
+use storage::status::{
+    DiskHealth, ReplicaStatus, ScrubState, ScrubStatus, StorageStatus, VolumeState, VolumeUsage,
+};
 
 use super::observed::DataView;
 use crate::data::disks::smart::Smart;
 use crate::state::Timestamp;
 use crate::state::report::{
-    DiskHealth as ReportedHealth, DiskReport, LocalReport, ProcessState, ScrubProgress, ScrubReport,
-    VmReport, VolumeReport, VolumeRunState,
+    DiskHealth as ReportedHealth, DiskReport, HeldVolume, LocalReport, ProcessState, ScrubProgress,
+    ScrubReport, VmReport, VolumeReport, VolumeRunState,
 };
 
 /// Puts the report together.
@@ -39,8 +41,13 @@ fn disks(storage: &StorageStatus, smart: &BTreeMap<DiskId, Smart>) -> Vec<DiskRe
         },
         scrub: scrub(&disk.scrub),
         smart: smart.get(&disk.id).cloned(),
+        volumes: disk.volumes.iter().map(held).collect(),
     });
     disks.collect()
+}
+
+fn held(usage: &VolumeUsage) -> HeldVolume {
+    HeldVolume { volume: usage.volume.into(), data_bytes: usage.data.0, stored_bytes: usage.stored.0 }
 }
 
 fn scrub(seen: &ScrubStatus) -> ScrubReport {

@@ -182,6 +182,7 @@ fn new_volume(name: &str) -> command::NewVolume {
         replicas: 1,
         min_in_sync: None,
         durability: Durability::WriteBack,
+        compression: Compression::Off,
     }
 }
 

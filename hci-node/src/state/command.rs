@@ -71,6 +71,8 @@ pub struct NewVolume {
     pub min_in_sync: Option<u8>,
     /// When a write counts as complete.
     pub durability: Durability,
+    /// Whether what is written is compressed.
+    pub compression: Compression,
 }
 
 /// What is to change about a volume; none stays as it is.
@@ -82,6 +84,8 @@ pub struct VolumeChange {
     pub min_in_sync: Option<u8>,
     /// When a write counts as complete.
     pub durability: Option<Durability>,
+    /// Whether what is written from then on is compressed.
+    pub compression: Option<Compression>,
     /// What it may take of the pool's speed.
     pub limits: Option<VolumeLimits>,
 }

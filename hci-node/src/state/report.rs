@@ -93,6 +93,19 @@ pub struct DiskReport {
     pub scrub: ScrubReport,
     /// What it says of itself, if anything.
     pub smart: Option<Smart>,
+    /// The volumes of which it holds anything.
+    pub volumes: Vec<HeldVolume>,
+}
+
+/// What a disk holds of a volume, snapshots included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldVolume {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Bytes that its data would take if none were compressed.
+    pub data_bytes: u64,
+    /// Bytes that they take.
+    pub stored_bytes: u64,
 }
 
 /// How the verification of a disk stands.

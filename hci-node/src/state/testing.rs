@@ -114,6 +114,7 @@ pub(crate) fn new_volume(n: u128, replicas: u8) -> NewVolume {
         replicas,
         min_in_sync: None,
         durability: Durability::WriteBack,
+        compression: Compression::Off,
     }
 }
 

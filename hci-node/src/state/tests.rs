@@ -445,7 +445,7 @@ fn more_copies_raise_the_minimum_only_once_they_are_there() {
 }
 
 #[test]
-fn limits_and_durability_change_alone_and_a_limit_of_nothing_is_refused() {
+fn limits_durability_and_compression_change_alone_and_a_limit_of_nothing_is_refused() {
     let mut state = cluster(3);
     let volume = with_volume(&mut state, 3);
     let set = |change| Op::SetVolume { volume, change, unreachable: vec![] };
@@ -453,8 +453,12 @@ fn limits_and_durability_change_alone_and_a_limit_of_nothing_is_refused() {
     run(&mut state, set(VolumeChange { limits: Some(limits), ..Default::default() })).unwrap();
     let durability = Some(Durability::WriteThrough);
     run(&mut state, set(VolumeChange { durability, ..Default::default() })).unwrap();
+    assert_eq!(state.volumes[&volume].compression, Compression::Off);
+    let compression = Some(Compression::Lz4);
+    run(&mut state, set(VolumeChange { compression, ..Default::default() })).unwrap();
     let now = &state.volumes[&volume];
     assert_eq!((now.limits, now.durability), (limits, Durability::WriteThrough));
+    assert_eq!(now.compression, Compression::Lz4);
     assert_eq!((now.replicas, now.min_in_sync), (3, 2));
     let nothing = Some(VolumeLimits { operations_per_second: Some(0), bytes_per_second: None });
     assert_eq!(

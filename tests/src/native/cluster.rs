@@ -28,6 +28,7 @@ use storage::ids::{
     VolumeId,
 };
 use storage::status::{ScrubStatus, VolumeState, VolumeStatus};
+use storage::store::Compression;
 use storage::store::DiskStore;
 use storage::store::disk::{Encryption, LogStore};
 use tokio::runtime::Runtime;
@@ -67,6 +68,8 @@ pub struct Options {
     pub encryption: Encryption,
     /// Size of the volume.
     pub volume_bytes: u64,
+    /// Whether its data are compressed.
+    pub compression: Compression,
 }
 
 impl Default for Options {
@@ -78,6 +81,7 @@ impl Default for Options {
             disks: Disks::Memory(vec![512 << 20; 3]),
             encryption: Encryption::None,
             volume_bytes: 64 << 20,
+            compression: Compression::Off,
         }
     }
 }
@@ -156,7 +160,7 @@ impl DataCluster {
             cluster.wait_until_up(node)?;
             cluster.add_disk(node)?;
         }
-        cluster.create_volume(options.volume_bytes);
+        cluster.create_volume(options.volume_bytes, options.compression);
         Ok(cluster)
     }
 
@@ -189,7 +193,7 @@ impl DataCluster {
         Ok(())
     }
 
-    fn create_volume(&mut self, bytes: u64) {
+    fn create_volume(&mut self, bytes: u64, compression: Compression) {
         let mut record = self.record.lock();
         let replica = |(node, at): (&Node, &NodeRecord)| ReplicaConfig {
             disk: node.disk.id,
@@ -206,6 +210,7 @@ impl DataCluster {
             generation: Generation(0),
             min_in_sync: 1,
             durability: Durability::WriteBack,
+            compression,
             clean: CleanState::Clean,
             segments: segments.collect(),
             // Known when it is opened.

@@ -205,6 +205,9 @@ pub struct SetVolume {
     /// When a write counts as complete.
     #[serde(default)]
     pub durability: Option<Durability>,
+    /// Whether what is written from now on is compressed.
+    #[serde(default)]
+    pub compression: Option<Compression>,
     /// Most operations in a second; 0 takes the limit away.
     #[serde(default)]
     pub operations_per_second: Option<u64>,
@@ -230,6 +233,17 @@ pub enum Durability {
     WriteBack,
     /// When it is durable on all in-sync copies.
     WriteThrough,
+}
+
+/// Whether what is written to a volume is compressed on the disks. What is there already stays as it is until it is written again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// It is not.
+    #[default]
+    Off,
+    /// With LZ4, where that saves room.
+    Lz4,
 }
 
 /// `POST /v1/disks`.
@@ -275,6 +289,12 @@ pub struct Volume {
     pub used_by: Option<String>,
     /// When a write counts as complete.
     pub durability: Durability,
+    /// Whether what is written is compressed on the disks.
+    pub compression: Compression,
+    /// Bytes that the data of all its copies would take on the disks if none were compressed, snapshots included, as last reported.
+    pub data_bytes: u64,
+    /// Bytes that they take.
+    pub stored_bytes: u64,
     /// Most operations in a second, reads and writes together.
     pub operations_per_second: Option<u64>,
     /// Most bytes in a second, reads and writes together.
@@ -416,4 +436,7 @@ pub struct CreateVolume {
     /// When a write counts as complete.
     #[serde(default)]
     pub durability: Durability,
+    /// Whether what is written is compressed on the disks.
+    #[serde(default)]
+    pub compression: Compression,
 }

@@ -54,6 +54,7 @@ mod tests {
             health: DiskHealth::Ok,
             scrub: Default::default(),
             smart,
+            volumes: Vec::new(),
         };
         let local = LocalReport { disks: vec![disk], data_process: ProcessState::Up, ..Default::default() };
         BTreeMap::from([(node_id(1), NodeReport { local, ..Default::default() })])

@@ -10,7 +10,8 @@ use crate::{
         standing::{self, Standing},
     },
     state::{
-        Durability, Replica, ReplicaState, Segment, Snapshot, Subject, Timestamp, Volume, VolumeOwner,
+        Compression, Durability, Replica, ReplicaState, Segment, Snapshot, Subject, Timestamp, Volume,
+        VolumeId, VolumeOwner,
         report::{VolumeReport, VolumeRunState},
     },
 };
@@ -108,6 +109,13 @@ impl Views<'_> {
         ("no loss of a node or disk".to_owned(), risks.into_iter().map(sentence).collect())
     }
 
+    /// What all disks hold of a volume: what it would take without compression, and what it takes.
+    fn held(&self, volume: VolumeId) -> (u64, u64) {
+        let disks = self.reports.values().flat_map(|report| &report.local.disks);
+        let held = disks.flat_map(|disk| &disk.volumes).filter(|held| held.volume == volume);
+        held.fold((0, 0), |(data, stored), held| (data + held.data_bytes, stored + held.stored_bytes))
+    }
+
     /// A volume.
     pub fn volume(&self, volume: &Volume) -> api::Volume {
         let report = self.volume_report(volume);
@@ -139,6 +147,7 @@ impl Views<'_> {
             }
         };
         let (tolerates, at_risk) = self.risks(volume);
+        let (data_bytes, stored_bytes) = self.held(volume.id);
         api::Volume {
             id: volume.id.to_string(),
             name: volume.name.clone(),
@@ -155,6 +164,12 @@ impl Views<'_> {
                 Durability::WriteBack => api::Durability::WriteBack,
                 Durability::WriteThrough => api::Durability::WriteThrough,
             },
+            compression: match volume.compression {
+                Compression::Off => api::Compression::Off,
+                Compression::Lz4 => api::Compression::Lz4,
+            },
+            data_bytes,
+            stored_bytes,
             operations_per_second: volume.limits.operations_per_second,
             bytes_per_second: volume.limits.bytes_per_second,
             resync_blocks_left: resync,

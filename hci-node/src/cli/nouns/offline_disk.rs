@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Value, json};
 use storage::store::DamagedBlocks;
+use storage::store::disk::offline::{self, SegmentDump};
 use storage::store::disk::rebuild::{self, Changed, Progress, Rebuilt};
-use storage::store::disk::{LogStore, OpenError, offline};
+use storage::store::disk::{LogStore, OpenError};
 use storage::{DiskKey, KeySalt};
 
 use super::say;
@@ -20,6 +21,7 @@ const DUMP: &[Column] = &[
     column("SEGMENT", "/segment"),
     column("LAYER", "/layer"),
     column("DATA", "/data_bytes").shown(Show::Bytes),
+    column("STORED", "/stored_bytes").shown(Show::Bytes),
 ];
 const DAMAGE: &[Column] = &[
     column("VOLUME", "/volume"),
@@ -28,7 +30,7 @@ const DAMAGE: &[Column] = &[
     column("FIRST BLOCK", "/first_block"),
     column("BLOCKS", "/blocks"),
 ];
-/// Bytes of a slot of data.
+/// Bytes of data without compression: of a slot.
 const SLOT: u64 = 64 << 10;
 
 /// What an encrypted disk is read with.
@@ -71,9 +73,10 @@ fn not_readable(path: &Path, error: &OpenError) -> CliError {
 pub(super) fn dump(format: Format, path: &Path, unlock: &Unlock) -> Result<(), CliError> {
     let key = unlock.key(path)?;
     let dump = offline::dump(path, key.as_ref()).map_err(|error| not_readable(path, &error))?;
-    let segment = |(key, slots): &(storage::ids::SegmentKey, u32)| {
+    let segment = |SegmentDump { key, positions, bytes, .. }: &SegmentDump| {
         json!({
-            "volume": key.volume, "segment": key.segment, "layer": key.layer, "data_bytes": u64::from(*slots) * SLOT,
+            "volume": key.volume, "segment": key.segment, "layer": key.layer,
+            "data_bytes": u64::from(*positions) * SLOT, "stored_bytes": bytes,
         })
     };
     let segments: Vec<Value> = dump.segments.iter().map(segment).collect();

@@ -4,8 +4,8 @@ use netfabric::overlay;
 use storage::{config, control::FreezeStep, ids};
 
 use crate::state::{
-    self, Cleanliness, DiskId, Durability, FreezeStage, Generation, LayerRef, MacAddr, PortId, Replica,
-    ReplicaState, Tenure, Volume, VolumeId,
+    self, Cleanliness, Compression, DiskId, Durability, FreezeStage, Generation, LayerRef, MacAddr, PortId,
+    Replica, ReplicaState, Tenure, Volume, VolumeId,
 };
 
 impl From<DiskId> for ids::DiskId {
@@ -92,6 +92,10 @@ pub fn volume_config(volume: &Volume, access: config::Access) -> config::VolumeC
         durability: match volume.durability {
             Durability::WriteBack => config::Durability::WriteBack,
             Durability::WriteThrough => config::Durability::WriteThrough,
+        },
+        compression: match volume.compression {
+            Compression::Off => storage::store::Compression::Off,
+            Compression::Lz4 => storage::store::Compression::Lz4,
         },
         clean: match volume.cleanliness {
             Cleanliness::Clean => config::CleanState::Clean,

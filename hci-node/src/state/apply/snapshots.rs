@@ -297,6 +297,7 @@ pub(super) fn clone(
         created: at,
         min_wanted: source.min_wanted,
         durability: source.durability,
+        compression: source.compression,
         limits: source.limits,
         layers: Layers::new(id, &found.chain),
     };

@@ -89,6 +89,7 @@ pub(super) fn plan_volume(
         departures: 0,
         min_wanted: min_in_sync,
         durability: new.durability,
+        compression: new.compression,
         limits: VolumeLimits::default(),
         layers: Layers::new(new.id, &[]),
     })
@@ -455,6 +456,7 @@ pub(super) fn set_volume(
         volume.min_wanted = minimum;
         volume.min_in_sync = volume.min_in_sync.min(minimum);
         volume.durability = change.durability.unwrap_or(volume.durability);
+        volume.compression = change.compression.unwrap_or(volume.compression);
         volume.limits = change.limits.unwrap_or(volume.limits);
         settle_minimum(volume);
     }

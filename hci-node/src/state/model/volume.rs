@@ -53,6 +53,16 @@ pub enum Durability {
     WriteThrough,
 }
 
+/// Whether what is written is compressed on the disks. What is there already stays as it is until it is written again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Compression {
+    /// It is not.
+    #[default]
+    Off,
+    /// With LZ4, where that saves room.
+    Lz4,
+}
+
 /// Limits of a volume, over reads and writes together; none is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeLimits {
@@ -95,6 +105,8 @@ pub struct Volume {
     pub min_wanted: u8,
     /// When a write counts as complete.
     pub durability: Durability,
+    /// Whether what is written is compressed.
+    pub compression: Compression,
     /// What it may take of the pool's speed.
     pub limits: VolumeLimits,
     /// The layers that its content lies in, and its snapshots.

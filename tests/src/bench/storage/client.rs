@@ -8,7 +8,7 @@ use anyhow::{Result, anyhow, bail, ensure};
 use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
 
 use super::usage;
-use super::workload::{AREA, DURATION, Kind, LARGE, Measured, Offsets, Workload, pattern};
+use super::workload::{AREA, Content, DURATION, Kind, LARGE, Measured, Offsets, Workload};
 
 /// A target that is silent for this long will not answer any more.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -43,8 +43,8 @@ enum Then {
 }
 
 impl Client {
-    /// Connects, with one queue.
-    pub fn connect(socket: &Path) -> Result<Self> {
+    /// Connects, with one queue, to write this.
+    pub fn connect(socket: &Path, content: Content) -> Result<Self> {
         let failed = |error: blkio::Error| anyhow!("{}: {}", socket.display(), error.message());
         let mut blkio = Blkio::new("virtio-blk-vhost-user").map_err(failed)?;
         blkio.set_str("path", &socket.display().to_string()).map_err(failed)?;
@@ -54,7 +54,7 @@ impl Client {
         let region = blkio.alloc_mem_region(BUFFERS).map_err(failed)?;
         blkio.map_mem_region(&region).map_err(failed)?;
         let queue = queue.ok_or_else(|| anyhow!("{}: no queue", socket.display()))?;
-        let bytes = pattern(LARGE, 1);
+        let bytes = content.bytes(LARGE, 1);
         for at in (0..BUFFERS).step_by(bytes.len()) {
             // SAFETY: the region is mapped, BUFFERS long, and not yet known to anybody else; `at + bytes.len()` is within
             // it, as BUFFERS is a multiple of LARGE.

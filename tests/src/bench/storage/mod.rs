@@ -26,10 +26,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use storage::store::disk::Encryption;
 
 use super::Row;
 use crate::native::scratch::Directory;
+use volume::Variant;
 use workload::{AREA, LARGE, WORKLOADS, pattern};
 
 /// Which targets are measured.
@@ -73,7 +73,7 @@ impl Medium {
 /// Measures on both media.
 pub fn measure(hci: &Path, targets: Targets) -> Result<Vec<Row>> {
     if targets == Targets::VolumeInMemory {
-        return volume::measure(hci, Medium::Memory, Encryption::None);
+        return volume::measure(hci, Medium::Memory, Variant::Plain);
     }
     let mut rows = Vec::new();
     for medium in [Medium::Memory, Medium::Disk] {
@@ -84,10 +84,12 @@ pub fn measure(hci: &Path, targets: Targets) -> Result<Vec<Row>> {
             rows.extend(of_peer("qemu-storage-daemon", qsd::measure(medium)));
         }
         eprintln!("storage: a volume with three replicas, {}", medium.name());
-        rows.extend(volume::measure(hci, medium, Encryption::None)?);
+        rows.extend(volume::measure(hci, medium, Variant::Plain)?);
         if medium == Medium::Memory {
             eprintln!("storage: the same on encrypted disks");
-            rows.extend(volume::measure(hci, medium, Encryption::Aes256Xts)?);
+            rows.extend(volume::measure(hci, medium, Variant::Encrypted)?);
+            eprintln!("storage: the same, compressed");
+            rows.extend(volume::measure(hci, medium, Variant::Compressed)?);
         }
         if targets == Targets::WithPeers {
             eprintln!("storage: Ceph with three OSDs, {}", medium.name());

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
 use super::client::Client;
-use super::workload::{AREA, WORKLOADS};
+use super::workload::{AREA, Content, WORKLOADS};
 use super::{Medium, write_all};
 use crate::bench::Row;
 use crate::native::scratch::Directory;
@@ -60,7 +60,7 @@ pub fn measure(medium: Medium) -> Result<Vec<Row>> {
     let socket = directory.path().join("socket");
     let server = start(&file, &socket)?;
     let target = format!("qemu-storage-daemon, {}", medium.name());
-    let mut client = Client::connect(&socket)?;
+    let mut client = Client::connect(&socket, Content::Random)?;
     client.fill()?;
     let mut rows = Vec::new();
     for workload in WORKLOADS {

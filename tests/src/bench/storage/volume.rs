@@ -6,12 +6,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use storage::store::Compression;
 use storage::store::disk::Encryption;
 
 use super::Medium;
 use super::client::Client;
 use super::usage;
-use super::workload::{AREA, UNDER_LOSS, WORKLOADS};
+use super::workload::{AREA, Content, UNDER_LOSS, WORKLOADS};
 use crate::bench::Row;
 use crate::native::cluster::{self, DataCluster, Disks, PATIENCE};
 
@@ -19,6 +20,17 @@ use crate::native::cluster::{self, DataCluster, Disks, PATIENCE};
 const DISK: u64 = 3 * AREA;
 /// How long the load runs while a replica is lost; the loss comes in the middle.
 const LOSS: Duration = Duration::from_secs(8);
+
+/// What is asked of the disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Variant {
+    /// Nothing.
+    Plain,
+    /// To encrypt.
+    Encrypted,
+    /// To compress, and what is written compresses to a little less than half.
+    Compressed,
+}
 
 /// How a replica's process is lost.
 #[derive(Clone, Copy, Debug)]
@@ -32,7 +44,7 @@ const IDLE: Duration = Duration::from_secs(10);
 const REST: Duration = Duration::from_secs(3);
 
 /// Measures one.
-pub fn measure(hci: &Path, medium: Medium, encryption: Encryption) -> Result<Vec<Row>> {
+pub fn measure(hci: &Path, medium: Medium, variant: Variant) -> Result<Vec<Row>> {
     let options = cluster::Options {
         hci: Some(hci.to_owned()),
         mtu: 9000,
@@ -40,22 +52,30 @@ pub fn measure(hci: &Path, medium: Medium, encryption: Encryption) -> Result<Vec
             Medium::Memory => Disks::Memory(vec![DISK; 3]),
             Medium::Disk => Disks::Temporary,
         },
-        encryption,
+        encryption: match variant {
+            Variant::Encrypted => Encryption::Aes256Xts,
+            Variant::Plain | Variant::Compressed => Encryption::None,
+        },
         volume_bytes: AREA,
+        compression: match variant {
+            Variant::Compressed => Compression::Lz4,
+            Variant::Plain | Variant::Encrypted => Compression::Off,
+        },
         ..Default::default()
     };
     let mut cluster = DataCluster::start(&options)?;
     cluster.open(0)?;
-    let target = match encryption {
-        Encryption::None => format!("volume, {}", medium.name()),
-        Encryption::Aes256Xts => format!("volume on encrypted disks, {}", medium.name()),
+    let (target, content) = match variant {
+        Variant::Plain => (format!("volume, {}", medium.name()), Content::Random),
+        Variant::Encrypted => (format!("volume on encrypted disks, {}", medium.name()), Content::Random),
+        Variant::Compressed => (format!("volume, compressed, {}", medium.name()), Content::Halves),
     };
-    let rows = on_cluster(&target, &mut cluster);
+    let rows = on_cluster(&target, content, &mut cluster);
     rows.with_context(|| cluster.logs())
 }
 
-fn on_cluster(target: &str, cluster: &mut DataCluster) -> Result<Vec<Row>> {
-    let mut client = Client::connect(&cluster.socket(0))?;
+fn on_cluster(target: &str, content: Content, cluster: &mut DataCluster) -> Result<Vec<Row>> {
+    let mut client = Client::connect(&cluster.socket(0), content)?;
     client.fill()?;
     let pids = cluster.pids();
     let mut rows = Vec::new();
@@ -72,7 +92,7 @@ fn on_cluster(target: &str, cluster: &mut DataCluster) -> Result<Vec<Row>> {
         (Loss::Killed, "4 KiB random write, depth 8, a replica is killed"),
         (Loss::Stopped, "4 KiB random write, depth 8, a replica is stopped"),
     ] {
-        let gap = longest_gap(cluster, loss)?;
+        let gap = longest_gap(cluster, content, loss)?;
         rows.push(Row::new(target, name, vec![("gap_s", gap.as_secs_f64())]));
     }
     Ok(rows)
@@ -88,9 +108,10 @@ fn idle(pids: &[u32]) -> Result<f64> {
     Ok(busiest.unwrap_or_default().as_secs_f64() / IDLE.as_secs_f64() * 100.0)
 }
 
-fn longest_gap(cluster: &mut DataCluster, loss: Loss) -> Result<Duration> {
+fn longest_gap(cluster: &mut DataCluster, content: Content, loss: Loss) -> Result<Duration> {
     let socket = cluster.socket(0);
-    let load = std::thread::spawn(move || Client::connect(&socket)?.measure_for(UNDER_LOSS, &[], LOSS));
+    let load =
+        std::thread::spawn(move || Client::connect(&socket, content)?.measure_for(UNDER_LOSS, &[], LOSS));
     std::thread::sleep(LOSS / 4);
     let lost = Pid::from_raw(i32::try_from(cluster.pids()[2])?);
     match loss {

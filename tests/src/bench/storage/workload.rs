@@ -123,6 +123,26 @@ impl Offsets {
     }
 }
 
+/// What is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Bytes that do not compress.
+    Random,
+    /// Bytes of which LZ4 makes a little less than half.
+    Halves,
+}
+
+impl Content {
+    /// So many bytes of it.
+    pub fn bytes(self, length: u32, seed: u64) -> Vec<u8> {
+        let mut bytes = pattern(length, seed);
+        if self == Self::Halves {
+            bytes.chunks_mut(128).for_each(|line| line[56..].fill(0));
+        }
+        bytes
+    }
+}
+
 /// Bytes that do not compress.
 pub fn pattern(length: u32, seed: u64) -> Vec<u8> {
     let mut state = seed | 1 << 63;

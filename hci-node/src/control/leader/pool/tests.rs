@@ -92,6 +92,7 @@ impl World {
             health: DiskHealth::Ok,
             scrub: self.scrubs.get(&disk.id).copied().unwrap_or_default(),
             smart: None,
+            volumes: Vec::new(),
         });
         let vms = self.state.vms_on(node).filter_map(|vm| {
             let epoch = vm.assignment?.epoch;

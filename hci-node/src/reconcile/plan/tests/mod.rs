@@ -140,6 +140,7 @@ pub(super) fn cluster() -> ClusterState {
         replicas: 3,
         min_in_sync: None,
         durability: Durability::WriteBack,
+        compression: Compression::Off,
     };
     apply(
         &mut state,
@@ -191,6 +192,7 @@ pub(super) fn fresh_data(number: u128) -> DataView {
         usage: DiskUsage { used: storage::ids::ByteSize(0), total: storage::ids::ByteSize(1 << 30) },
         health: DiskHealth::Ok,
         scrub: ScrubStatus::default(),
+        volumes: Vec::new(),
     }];
     DataView {
         status: DataStatus {
