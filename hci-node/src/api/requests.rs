@@ -524,6 +524,7 @@ impl Context<'_> {
             replicas: self.state_replicas(vm),
             min_in_sync: None,
             durability: Durability::WriteBack,
+            compression: Compression::Off,
         };
         Ok(Op::SuspendVm { vm: vm.id, volume, unreachable: self.silent.clone() })
     }

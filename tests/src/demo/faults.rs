@@ -81,13 +81,13 @@ fn power_loss(
         lab.node(*server).power_cut()?;
     }
     std::thread::sleep(dark);
-    for server in 0..NODES.len() {
+    for (server, name) in NODES.iter().enumerate() {
         if servers.contains(&server) {
             continue;
         }
         let left = lab.node(server).ssh("pgrep -cf '[h]ci vmm run' || true", 20 * SECOND)?;
         let left = left.stdout.trim();
-        ensure!(left == "0", "{} runs {left} VMs although most servers are off", NODES[server]);
+        ensure!(left == "0", "{name} runs {left} VMs although most servers are off");
     }
     for server in servers {
         lab.node(*server).power_on()?;

@@ -421,6 +421,7 @@ fn suspend(state: &mut ClusterState) -> VolumeId {
         replicas: 3,
         min_in_sync: None,
         durability: Durability::WriteBack,
+        compression: crate::state::Compression::Off,
     };
     apply(state, Op::SuspendVm { vm: vm(), volume, unreachable: Vec::new() });
     id

@@ -327,6 +327,7 @@ impl World {
                     replicas: 3,
                     min_in_sync: None,
                     durability: Durability::WriteBack,
+                    compression: crate::state::Compression::Off,
                 };
                 Op::SuspendVm { vm, volume, unreachable: Vec::new() }
             }
