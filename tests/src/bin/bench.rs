@@ -1,6 +1,6 @@
 //! Measures storage and overlay beside what they run on: `bench [--storage | --volume | --vmm] --hci PATH --out DIR`. Prints
 //! tables and writes `storage.json` and `network.json`. Needs root, iproute2, fio and iperf3; with `--storage`, which
-//! sets storage beside its peers, also qemu-storage-daemon and Ceph. `--volume` measures our volume alone, in memory: the quick look
+//! sets storage beside its peers, also qemu-storage-daemon and Ceph. `--volume` measures our volume alone, in memory, without and with compression: the quick look
 //! while the data path is worked on.
 
 use std::path::{Path, PathBuf};

@@ -35,7 +35,7 @@ use workload::{AREA, LARGE, WORKLOADS, pattern};
 /// Which targets are measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Targets {
-    /// Our volume alone, in memory.
+    /// Our volume alone, in memory, also compressed.
     VolumeInMemory,
     /// Ours and the raw medium.
     Ours,
@@ -73,7 +73,9 @@ impl Medium {
 /// Measures on both media.
 pub fn measure(hci: &Path, targets: Targets) -> Result<Vec<Row>> {
     if targets == Targets::VolumeInMemory {
-        return volume::measure(hci, Medium::Memory, Variant::Plain);
+        let mut rows = volume::measure(hci, Medium::Memory, Variant::Plain)?;
+        rows.extend(volume::measure(hci, Medium::Memory, Variant::Compressed)?);
+        return Ok(rows);
     }
     let mut rows = Vec::new();
     for medium in [Medium::Memory, Medium::Disk] {
