@@ -1,7 +1,7 @@
 //! Formatting and opening.
 //!
 //! Opening reads the superblock, the directory and the owners of all slots, takes in what the log has, applies it, and starts with an empty log. What an interrupted
-//! checkpoint left half done is tidied up first: slots whose owner is not in the directory, and entries without slots, become free *on the
+//! checkpoint left half done is tidied up first: extents whose owner is not in the directory or has another, and entries without slots, become free *on the
 //! disk* before they can be given out again.
 
 use super::apply::Applier;
