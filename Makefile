@@ -39,9 +39,14 @@ unit:
 	@echo "== unit and property tests"
 	cargo test --workspace --lib --bins --locked
 
+# The simulated crashes that CI tries, each time the same ones; `make unit` has the first of them. The soak has others.
+SIMULATED := invariants_hold no_crash_loses astray flipped_bit
+
 simulation:
 	@echo "== simulation and component tests"
 	cargo test -p vmm -p storage -p netfabric --locked --test '*'
+	@echo "== thousands of simulated histories"
+	STORAGE_SIM_SEEDS=1000 STORE_SEEDS=2000 cargo test -p storage --lib --release --locked -- $(SIMULATED)
 
 # Of the tests of `make unit`, those that decode what a peer, a disk or a guest may send.
 HOSTILE := garbage any_bytes hostile_ random_descriptors changed_on_its_way malformed damaged_
@@ -50,8 +55,7 @@ fuzz: ## Hostile input for every decoder, much longer than the unit tests do (CA
 	PROPTEST_CASES=$(or $(CASES),200000) cargo test -p storage -p netfabric -p vmm -p hci-node --lib --release --locked -- $(HOSTILE)
 
 soak: ## The storage engine simulated with as many seeds as you like (SEEDS=10000, FROM=0)
-	STORAGE_SIM_FROM=$(or $(FROM),0) STORAGE_SIM_SEEDS=$(or $(SEEDS),10000) STORE_SEEDS=$(or $(SEEDS),10000) cargo test -p storage --lib --release --locked -- --nocapture \
-		invariants_hold no_crash_loses astray flipped_bit
+	STORAGE_SIM_FROM=$(or $(FROM),0) STORAGE_SIM_SEEDS=$(or $(SEEDS),10000) STORE_SEEDS=$(or $(SEEDS),10000) cargo test -p storage --lib --release --locked -- --nocapture $(SIMULATED)
 
 e2e: e2e-native e2e-lab
 
