@@ -46,9 +46,9 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 /// Seeds of a normal run.
-const SEEDS: u64 = 100;
+const SEEDS: u64 = 40;
 /// The same with the real store, which takes longer.
-const SEEDS_ON_STORES: u64 = 30;
+const SEEDS_ON_STORES: u64 = 12;
 /// Runs that found something once, whatever the count. 5686: a commit that took a replica out was not answered, the replica came back,
 /// and stayed out of the set for ever. 13376: the same with a commit that was to put one in, while the volume opened again. 19326: a layer was
 /// merged and given up although what was merged had been lost with the power, unflushed, before the volume opened again; and a read whose

@@ -538,7 +538,7 @@ fn run(seed: u64, flaw: Option<Flaw>) -> Result<(), String> {
 }
 
 fn seeds() -> u64 {
-    std::env::var("STORE_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(300)
+    std::env::var("STORE_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(100)
 }
 
 #[test]
