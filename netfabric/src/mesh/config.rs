@@ -9,8 +9,8 @@ pub const IDLE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A connection whose packets are refused is dead when nothing is heard on it for this long: whoever lives acknowledges within
 /// the 25 ms that QUIC allows, and a round trip.
 pub const CONFIRM_REFUSAL: Duration = Duration::from_millis(60);
-/// How often a link is listened to after one refusal.
-pub(super) const CONFIRMATIONS: usize = 4;
+/// How often a link is listened to after one refusal: for long enough that QUIC asks again what was not answered.
+pub(super) const CONFIRMATIONS: usize = 10;
 /// How long a handshake may take before the dialler tries again.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(2);
 /// First and longest pause between attempts to reach a peer.

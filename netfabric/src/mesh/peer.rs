@@ -383,15 +383,16 @@ async fn watch_link(shared: Arc<Shared>, peer: Arc<Peer>, connection: quinn::Con
 }
 
 /// Waits until the peer refuses packets and nothing is heard from it. What a process that was killed had sent may still arrive after the first
-/// refusal, and the kernel limits how often it refuses: so one refusal is reason to listen several times.
+/// refusals, and kernels limit how often they refuse (Linux: six times, then once a second): so the link is listened to several times. The
+/// packet that was refused is one that a living peer would answer; later silence counts only while another was sent.
 async fn refused(peer: &Peer, connection: &quinn::Connection) {
     loop {
         peer.refused.notified().await;
-        for _ in 0..CONFIRMATIONS {
+        for listened in 0..CONFIRMATIONS {
             let before = connection.stats();
             sleep(CONFIRM_REFUSAL).await;
             let after = connection.stats();
-            let asked = after.udp_tx.datagrams > before.udp_tx.datagrams;
+            let asked = listened == 0 || after.udp_tx.datagrams > before.udp_tx.datagrams;
             if asked && after.udp_rx.datagrams == before.udp_rx.datagrams {
                 return;
             }
