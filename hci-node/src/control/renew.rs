@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    sync::{Arc, LazyLock},
+    sync::{Arc, Once, OnceLock},
     time::Duration,
 };
 
@@ -108,32 +108,69 @@ fn machine(candidates: Vec<CandidateDisk>) -> MachineReport {
         memory_available_bytes: kib("MemAvailable").unwrap_or(0) << 10,
         cpus: std::thread::available_parallelism()
             .map_or(1, |cpus| u16::try_from(cpus.get()).unwrap_or(u16::MAX)),
-        cpu_models: cpu_models().clone(),
-        processor: processor().clone(),
+        cpu_models: cpu_models(),
+        processor: processor(),
         booted: Timestamp(0),
         candidates,
     }
 }
 
-/// What KVM says does not change while the machine runs.
-fn cpu_models() -> &'static BTreeSet<CpuModel> {
-    static MODELS: LazyLock<BTreeSet<CpuModel>> = LazyLock::new(|| {
-        CpuModel::supported().unwrap_or_else(|error| {
-            tracing::error!(%error, "this node can run no VM");
-            BTreeSet::new()
-        })
-    });
-    &MODELS
+/// What KVM says. Nothing as long as it is not there.
+fn cpu_models() -> BTreeSet<CpuModel> {
+    static MODELS: Learned<BTreeSet<CpuModel>> = Learned::new();
+    MODELS.get(CpuModel::supported).unwrap_or_default()
 }
 
 /// The same of what the processor is.
-pub(super) fn processor() -> &'static Option<Processor> {
-    static PROCESSOR: LazyLock<Option<Processor>> = LazyLock::new(|| Processor::of_host().ok());
-    &PROCESSOR
+fn processor() -> Option<Processor> {
+    static PROCESSOR: Learned<Processor> = Learned::new();
+    PROCESSOR.get(Processor::of_host)
+}
+
+/// What does not change while the machine runs, once it can be told. A machine that boots loads KVM when it has found its processors, which may be after the
+/// control process has started: that it is not there says nothing about later.
+struct Learned<T> {
+    known: OnceLock<T>,
+    told: Once,
+}
+
+impl<T: Clone> Learned<T> {
+    const fn new() -> Self {
+        Self { known: OnceLock::new(), told: Once::new() }
+    }
+
+    /// Asks until there is an answer.
+    fn get<E: std::fmt::Display>(&self, ask: impl FnOnce() -> Result<T, E>) -> Option<T> {
+        if let Some(known) = self.known.get() {
+            return Some(known.clone());
+        }
+        match ask() {
+            Ok(answer) => Some(self.known.get_or_init(|| answer).clone()),
+            Err(error) => {
+                self.told.call_once(
+                    || tracing::warn!(%error, "this node can run no VM yet: it goes on asking for KVM"),
+                );
+                None
+            }
+        }
+    }
 }
 
 fn booted() -> Timestamp {
     let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
     let seconds = stat.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse::<i64>().ok());
     Timestamp(seconds.unwrap_or(0).saturating_mul(1000))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_told_yet_is_asked_again_and_what_was_told_is_not() {
+        let learned: Learned<u32> = Learned::new();
+        assert_eq!(learned.get(|| Err("no KVM yet")), None);
+        assert_eq!(learned.get(|| Ok::<_, &str>(7)), Some(7));
+        assert_eq!(learned.get(|| Err("nobody is asked")), Some(7));
+    }
 }
