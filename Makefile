@@ -44,7 +44,7 @@ SIMULATED := invariants_hold no_crash_loses astray flipped_bit
 
 simulation:
 	@echo "== simulation and component tests"
-	cargo test -p vmm -p storage -p netfabric --locked --test '*'
+	cargo test -p vmm -p storage -p netfabric -p hci-node --locked --test '*'
 	@echo "== thousands of simulated histories"
 	STORAGE_SIM_SEEDS=1000 STORE_SEEDS=2000 cargo test -p storage --lib --release --locked -- $(SIMULATED)
 
