@@ -17,60 +17,14 @@ use std::{
 
 #[path = "../../vmm/tests/guest/mod.rs"]
 mod guest;
+#[path = "../../vmm/tests/guest/letters.rs"]
+mod letters;
 
 /// Long enough for a loaded machine; every wait ends as soon as it may.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// Counts in a register and in memory and prints a letter after the other, a few a second, as long as both agree.
-const LETTERS: [u8; 47] = [
-    0x31,
-    0xdb, // xor ebx, ebx
-    0xbf,
-    0x00,
-    0x00,
-    0x20,
-    0x00, // mov edi, 0x200000
-    0xb1,
-    b'a',
-    0x66,
-    0xba,
-    0xf8,
-    0x03, // mov cl, 'a'; mov dx, 0x3f8
-    0x43,
-    0xff,
-    0x07,
-    0x39,
-    0x1f, // inc ebx; inc dword [edi]; cmp [edi], ebx
-    0x75,
-    0x16, // jne: they differ
-    0x88,
-    0xc8,
-    0xee, // mov al, cl; out dx, al
-    0xfe,
-    0xc1,
-    0x80,
-    0xf9,
-    b'z' + 1,
-    0x75,
-    0x02,
-    0xb1,
-    b'a', // inc cl; after 'z' comes 'a'
-    0xbe,
-    0x20,
-    0xa1,
-    0x07,
-    0x00,
-    0x4e,
-    0x75,
-    0xfd, // mov esi, 500000; dec esi; jnz
-    0xeb,
-    0xe3, // again
-    0xb0,
-    b'!',
-    0xee,
-    0xeb,
-    0xfe, // a mark, for ever
-];
+/// Between two letters of the guest: a few come in a second.
+const PAUSE: u32 = 500_000;
 
 /// The processes of three nodes, killed when dropped.
 struct Cluster {
@@ -185,7 +139,7 @@ impl Cluster {
         let mut expected = first;
         for letter in said {
             assert_eq!(letter as char, expected as char);
-            expected = following(letter);
+            expected = letters::following(Some(letter));
         }
         expected
     }
@@ -209,10 +163,6 @@ impl Drop for Cluster {
     }
 }
 
-fn following(letter: u8) -> u8 {
-    if letter == b'z' { b'a' } else { letter + 1 }
-}
-
 fn eventually<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
     let began = Instant::now();
     loop {
@@ -232,7 +182,7 @@ fn a_vm_is_paused_suspended_and_goes_on_on_another_node() {
     }
     let mut cluster = Cluster::start();
     let kernel = cluster.dir.path().join("letters");
-    fs::write(&kernel, guest::pvh_elf(&LETTERS)).unwrap();
+    fs::write(&kernel, guest::pvh_elf(&letters::code(PAUSE))).unwrap();
     cluster.ok(1, &["image", "import", "letters", "--kernel", kernel.to_str().unwrap()]);
     cluster.ok(1, &["network", "create", "lan", "--subnet", "10.9.0.0/24"]);
     let create =

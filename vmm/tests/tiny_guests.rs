@@ -6,6 +6,8 @@
 
 mod guest;
 mod lab;
+#[path = "guest/letters.rs"]
+mod letters;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -232,26 +234,6 @@ fn devices_of_a_paused_guest_move_to_another_one() {
     assert_eq!(new.handle().save_devices(), Err(vmm::StateError::Ended));
 }
 
-/// Counts in a register and in memory, and prints a letter after the other as long as both agree.
-fn counts() -> Vec<u8> {
-    let mut code = vec![0x31, 0xdb]; // xor ebx, ebx
-    code.extend_from_slice(&[0xbf, 0x00, 0x00, 0x20, 0x00]); // mov edi, 0x200000
-    code.extend_from_slice(&[0xb1, b'a', 0x66, 0xba, 0xf8, 0x03]); // mov cl, 'a'; mov dx, 0x3f8
-    let begin = code.len();
-    code.extend_from_slice(&[0x43, 0xff, 0x07, 0x39, 0x1f]); // inc ebx; inc dword [edi]; cmp [edi], ebx
-    code.extend_from_slice(&[0x75, 0x16]); // jne: they differ
-    code.extend_from_slice(&[0x88, 0xc8, 0xee]); // mov al, cl; out dx, al
-    code.extend_from_slice(&NEXT_LETTER);
-    // Not faster than a client of the console reads: mov esi, 300; dec esi; jnz
-    code.extend_from_slice(&[0xbe, 0x2c, 0x01, 0x00, 0x00, 0x4e, 0x75, 0xfd]);
-    code.extend_from_slice(&[0xeb, (begin as u8).wrapping_sub(code.len() as u8 + 2)]); // jmp begin
-    code.extend_from_slice(&[0xb0, b'!', 0xee, 0xeb, 0xfe]); // prints a mark and spins
-    code
-}
-
-/// inc cl; after 'z' comes 'a'
-const NEXT_LETTER: [u8; 9] = [0xfe, 0xc1, 0x80, 0xf9, b'z' + 1, 0x75, 0x02, 0xb1, b'a'];
-
 /// mov dword [address], value
 fn store(address: u32, value: u32) -> Vec<u8> {
     [&[0xc7, 0x05], &address.to_le_bytes()[..], &value.to_le_bytes()].concat()
@@ -273,10 +255,13 @@ fn ticks() -> Vec<u8> {
     code.extend([&[0xa1], &COUNT[..]].concat()); // mov eax, [count]
     code.extend_from_slice(&[0x39, 0xd8, 0x89, 0xc3, 0x76, 0xf5]); // cmp eax, ebx; mov ebx, eax; jbe begin
     code.extend_from_slice(&[0x88, 0xc8, 0xee]); // mov al, cl; out dx, al
-    code.extend_from_slice(&NEXT_LETTER);
+    code.extend_from_slice(&letters::NEXT_LETTER);
     code.extend_from_slice(&[0xeb, (begin as u8).wrapping_sub(code.len() as u8 + 2)]); // jmp begin
     code
 }
+
+/// Between two letters: not faster than a client of the console reads.
+const PAUSE: u32 = 300;
 
 /// Reads the letters that a guest prints: each has to be the one after the last.
 struct Letters {
@@ -292,8 +277,7 @@ impl Letters {
 
     fn follow(&mut self, bytes: &[u8]) {
         for byte in bytes {
-            let expected = self.last.map_or(b'a', |last| if last == b'z' { b'a' } else { last + 1 });
-            assert_eq!(*byte as char, expected as char);
+            assert_eq!(*byte as char, letters::following(self.last) as char);
             self.last = Some(*byte);
         }
     }
@@ -323,7 +307,7 @@ impl Letters {
 fn a_saved_guest_goes_on_where_it_was() {
     let Some(lab) = Lab::new() else { return };
     // Often enough to be paused in the middle of printing.
-    for (code, vcpus, rounds) in [(counts(), 2, 15), (ticks(), 1, 2)] {
+    for (code, vcpus, rounds) in [(letters::code(PAUSE), 2, 15), (ticks(), 1, 2)] {
         let config = lab.config(&code, vcpus);
         let mut vm = Vm::start(config.clone()).unwrap();
         let mut last = None;
@@ -347,7 +331,7 @@ fn a_saved_guest_goes_on_where_it_was() {
 #[test]
 fn a_guest_that_was_saved_can_go_on_itself() {
     let Some(lab) = Lab::new() else { return };
-    let vm = lab.start(&counts());
+    let vm = lab.start(&letters::code(PAUSE));
     let mut letters = Letters::new(&lab, None);
     letters.read_and_pause(&vm);
     vm.handle().save(&mut Vec::new()).unwrap();

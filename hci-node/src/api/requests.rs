@@ -18,8 +18,9 @@ use super::{
 use crate::control::leader::scheduler;
 use crate::state::{
     CloudInit, ClusterState, Compression, DesiredRun, Disk, DiskId, DiskService, DiskState, Durability,
-    FreezeId, ImageId, ImagePart, Make, NetworkId, Node, NodeId, NodeService, Op, PoolPolicy, PortId,
-    Rebalancing, Segment, SnapshotId, StopMode, Subject, Vm, VmId, VolumeId, VolumeLimits, WipePolicy,
+    FreezeId, ImageId, ImagePart, MAX_NAME, Make, NetworkId, Node, NodeId, NodeService, Op, PoolPolicy,
+    PortId, Rebalancing, Segment, SnapshotId, StopMode, Subject, Vm, VmId, VolumeId, VolumeLimits,
+    WipePolicy,
     command::{NewPort, NewVm, NewVolume, VmChange, VolumeChange},
     report::NodeReport,
 };
@@ -31,8 +32,6 @@ const USUAL_MTU: u16 = 1500;
 /// Copies of a volume when nothing was said, as far as there are nodes.
 const USUAL_REPLICAS: usize = 3;
 
-/// Longest name of a volume.
-const MAX_NAME: usize = 63;
 /// What the state of a run takes at most beside its memory: for each vCPU, for its devices, and for the frames around its memory.
 const VCPU_STATE_BYTES: u64 = 64 << 10;
 const DEVICES_STATE_BYTES: u64 = 16 << 20;

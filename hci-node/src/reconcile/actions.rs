@@ -5,8 +5,9 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use netfabric::rpc::{CallError, ErrorCode};
+use parking_lot::Mutex;
 use storage::KeySalt;
-use tokio::sync::Notify;
+use tokio::{sync::Notify, task::JoinSet};
 
 use super::{
     boot_files,
@@ -53,6 +54,8 @@ pub(super) struct Tools {
     pub(super) vm_ended: Arc<Notify>,
     /// The agents in the guests.
     pub(super) agents: Agents,
+    /// What goes on when an action has come to its end. It ends with the reconciler.
+    pub(super) aside: Arc<Mutex<JoinSet<()>>>,
 }
 
 /// What the reconciler has to remember of an action that succeeded.

@@ -148,7 +148,7 @@ impl Executor {
                 Some(ended) => RunPhase::Ended(ended),
                 None => RunPhase::Alive {
                     button_pressed: self.pressed.get(&vm).map(|(_, at)| now.saturating_duration_since(*at)),
-                    vcpus: self.vcpus.get(&vm).map(|(_, vcpus)| *vcpus).unwrap_or_default(),
+                    vcpus: self.vcpus.get(&vm).map(|(_, vcpus)| *vcpus),
                 },
             };
             (vm, Run { epoch: found.epoch, phase })

@@ -112,6 +112,7 @@ impl Reconciler {
             cluster: cluster.clone(),
             data: data.clone(),
             vm_ended: Arc::new(Notify::new()),
+            aside: Default::default(),
         };
         let shown = Arc::new(Mutex::new(Shown::default()));
         let executor = Executor::new(tools, lease, node_lease, link, shown.clone());

@@ -73,19 +73,16 @@ pub enum RunPhase {
     Alive {
         /// How long ago its power button was pressed by us.
         button_pressed: Option<Duration>,
-        /// What was done with its processors by us.
-        vcpus: Vcpus,
+        /// What was done with its processors by us; none when nobody knows: another control process did it, or it was cut off.
+        vcpus: Option<Vcpus>,
     },
     /// Its process has ended.
     Ended(Ended),
 }
 
-/// What was done with a run's processors last.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What was done with a run's processors last, or is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Vcpus {
-    /// Nobody knows: another control process did it, or it was cut off.
-    #[default]
-    Unknown,
     /// They run.
     Running,
     /// They are held.

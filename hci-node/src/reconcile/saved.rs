@@ -200,18 +200,23 @@ impl Tools {
         self.propose(Op::SuspensionUsed { vm, epoch }).await?;
         protocol::call(&socket, &Resume).await.map_err(vmm)?;
         tracing::info!(%vm, epoch = epoch.0, bytes, took_ms = began.elapsed().as_millis(), "a suspended VM goes on");
+        self.set_time_later(vm);
+        Ok(())
+    }
+
+    /// For a guest that was suspended no time has passed; its wall clock is wrong, and its agent sets it when it answers.
+    fn set_time_later(&self, vm: VmId) {
         let agents = self.agents.clone();
-        tokio::spawn(async move {
+        let mut aside = self.aside.lock();
+        while aside.try_join_next().is_some() {}
+        aside.spawn(async move {
             let deadline = Instant::now() + AGENT_PATIENCE;
-            // For the guest no time has passed; its wall clock is wrong by now.
-            while let Err(AgentFailure::Away) = agents.ask(vm, Request::SetTime).await {
-                if Instant::now() >= deadline {
-                    return;
-                }
+            while let Err(AgentFailure::Away) = agents.ask(vm, Request::SetTime).await
+                && Instant::now() < deadline
+            {
                 tokio::time::sleep(ASK_AGAIN).await;
             }
         });
-        Ok(())
     }
 
     async fn bring_state(

@@ -211,7 +211,7 @@ pub async fn press_power_button(paths: &VmPaths) -> Result<(), CallError> {
 pub async fn set_vcpus(paths: &VmPaths, to: Vcpus) -> Result<(), CallError> {
     match to {
         Vcpus::Held => protocol::call(&paths.socket(), &Pause).await,
-        Vcpus::Running | Vcpus::Unknown => protocol::call(&paths.socket(), &Resume).await,
+        Vcpus::Running => protocol::call(&paths.socket(), &Resume).await,
     }
 }
 

@@ -30,7 +30,7 @@ pub mod transfers;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-pub use apply::check_join_token;
+pub use apply::{MAX_NAME, check_join_token};
 pub use command::{Command, CommandResult, Op, Outcome, Refusal, RefusalKind};
 pub use ids::*;
 pub use layers::{DeadLayer, Freeze, FreezeStage, FreezeStep, LayerRef, Layers, PendingFreeze, Snapshot};

@@ -93,7 +93,7 @@ pub struct DiskReport {
     pub scrub: ScrubReport,
     /// What it says of itself, if anything.
     pub smart: Option<Smart>,
-    /// The volumes of which it holds anything.
+    /// The volumes of which it holds anything, by id.
     pub volumes: Vec<HeldVolume>,
 }
 

@@ -112,7 +112,10 @@ impl Views<'_> {
     /// What all disks hold of a volume: what it would take without compression, and what it takes.
     fn held(&self, volume: VolumeId) -> (u64, u64) {
         let disks = self.reports.values().flat_map(|report| &report.local.disks);
-        let held = disks.flat_map(|disk| &disk.volumes).filter(|held| held.volume == volume);
+        let held = disks.filter_map(|disk| {
+            let at = disk.volumes.binary_search_by_key(&volume, |held| held.volume).ok()?;
+            disk.volumes.get(at)
+        });
         held.fold((0, 0), |(data, stored), held| (data + held.data_bytes, stored + held.stored_bytes))
     }
 

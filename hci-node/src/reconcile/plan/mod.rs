@@ -192,7 +192,7 @@ pub enum Action {
         vm: VmId,
         /// Which run.
         epoch: RunEpoch,
-        /// [`Vcpus::Running`] or [`Vcpus::Held`].
+        /// Which of both.
         to: Vcpus,
     },
     /// Write a run to its volume, and tell the cluster when it is there, or that it will not be.

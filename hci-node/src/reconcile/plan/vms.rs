@@ -84,7 +84,7 @@ fn plan_run(view: View<'_>, id: VmId, run: &Run) -> Option<Action> {
             (None, _) => plan_vcpus(view, vm, epoch, *vcpus),
             (Some(StopMode::Force), _) => Some(kill),
             // A guest that is held cannot do anything.
-            (Some(StopMode::Graceful), None) if *vcpus != Vcpus::Running => {
+            (Some(StopMode::Graceful), None) if *vcpus != Some(Vcpus::Running) => {
                 Some(Action::SetVcpus { vm: id, epoch, to: Vcpus::Running })
             }
             (Some(StopMode::Graceful), None) => Some(Action::PressPowerButton { vm: id, epoch }),
@@ -94,11 +94,11 @@ fn plan_run(view: View<'_>, id: VmId, run: &Run) -> Option<Action> {
 }
 
 /// A run that is to go on: held or not, written, or made from what was written.
-fn plan_vcpus(view: View<'_>, vm: &Vm, epoch: RunEpoch, vcpus: Vcpus) -> Option<Action> {
+fn plan_vcpus(view: View<'_>, vm: &Vm, epoch: RunEpoch, vcpus: Option<Vcpus>) -> Option<Action> {
     let id = vm.id;
     let Some(suspension) = &vm.suspension else {
         let to = if vm.paused == Some(epoch) { Vcpus::Held } else { Vcpus::Running };
-        return (vcpus != to).then_some(Action::SetVcpus { vm: id, epoch, to });
+        return (vcpus != Some(to)).then_some(Action::SetVcpus { vm: id, epoch, to });
     };
     let data = view.observed.data.as_ref()?;
     let volume = view.state.volumes.get(&suspension.volume).filter(|volume| data::is_open(volume, data))?;
@@ -248,7 +248,7 @@ pub fn reports(view: View<'_>) -> Vec<VmReport> {
                 RunPhase::Alive { .. } if meant.is_some_and(|vm| vm.restoring().is_some()) => {
                     VmRunState::Waiting("its state is read back".to_owned())
                 }
-                RunPhase::Alive { vcpus: Vcpus::Held, .. } => VmRunState::Paused,
+                RunPhase::Alive { vcpus: Some(Vcpus::Held), .. } => VmRunState::Paused,
                 RunPhase::Alive { .. } => VmRunState::Running,
             };
             VmReport { vm: *vm, epoch: run.epoch, state, agent: None }

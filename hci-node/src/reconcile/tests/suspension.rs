@@ -13,66 +13,12 @@ use crate::{
 
 #[path = "../../../../vmm/tests/guest/mod.rs"]
 mod guest;
+#[path = "../../../../vmm/tests/guest/letters.rs"]
+mod letters;
 
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Counts in a register and in memory and prints a letter after the other, slowly, as long as both agree.
-const LETTERS: [u8; 54] = [
-    0x31,
-    0xdb, // xor ebx, ebx
-    0xbf,
-    0x00,
-    0x00,
-    0x20,
-    0x00, // mov edi, 0x200000
-    0xb1,
-    b'a',
-    0x66,
-    0xba,
-    0xf8,
-    0x03, // mov cl, 'a'; mov dx, 0x3f8
-    0x43,
-    0xff,
-    0x07,
-    0x39,
-    0x1f, // inc ebx; inc dword [edi]; cmp [edi], ebx
-    0x75,
-    0x16, // jne: they differ
-    0x88,
-    0xc8,
-    0xee, // mov al, cl; out dx, al
-    0xfe,
-    0xc1,
-    0x80,
-    0xf9,
-    b'z' + 1,
-    0x75,
-    0x02,
-    0xb1,
-    b'a', // inc cl; after 'z' comes 'a'
-    0xbe,
-    0x50,
-    0xc3,
-    0x00,
-    0x00,
-    0x4e,
-    0x75,
-    0xfd, // mov esi, 50000; dec esi; jnz
-    0xeb,
-    0xe3, // again
-    0x90,
-    0x90,
-    0x90,
-    0x90,
-    0x90,
-    0x90,
-    0x90, // never
-    0xb0,
-    b'!',
-    0xee,
-    0xeb,
-    0xfe, // a mark, for ever
-];
+/// Between two letters.
+const PAUSE: u32 = 50_000;
 
 /// The guest's output: each letter has to be the one after the last.
 struct Console {
@@ -97,8 +43,7 @@ impl Console {
 
     fn follow(&mut self, bytes: &[u8]) {
         for byte in bytes {
-            let expected = self.last.map_or(b'a', |last| if last == b'z' { b'a' } else { last + 1 });
-            assert_eq!(*byte as char, expected as char);
+            assert_eq!(*byte as char, letters::following(self.last) as char);
             self.last = Some(*byte);
         }
     }
@@ -160,7 +105,7 @@ async fn create_vm(node: &Node, root: &Path) -> VmId {
     node.propose(Op::AddDisk { disk, node: node.id, path, wipe: WipePolicy::Refuse, key_salt: None }).await;
     node.state_when("the disk is ready", |state| state.disks[&disk].state == DiskState::Ready).await;
 
-    let kernel = guest::pvh_elf(&LETTERS);
+    let kernel = guest::pvh_elf(&letters::code(PAUSE));
     let hash = ContentHash(*blake3::hash(&kernel).as_bytes());
     fs::create_dir_all(node.paths.boot_files()).unwrap();
     fs::write(node.paths.boot_file(hash), &kernel).unwrap();

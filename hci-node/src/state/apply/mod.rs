@@ -209,7 +209,7 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
 }
 
 /// Longest name of anything.
-const MAX_NAME: usize = 63;
+pub const MAX_NAME: usize = 63;
 
 /// Names are used as host names, file names and path elements of the API: letters, digits and inner hyphens or dots.
 fn check_name(what: &str, name: &str) -> Result<(), Refusal> {

@@ -63,6 +63,7 @@ use self::device::file::{self, Sharing};
 use self::device::sealed::{KeyCheck, SealedDevice};
 use self::engine::Engine;
 use self::format::batch::Operation;
+use self::format::directory::EntryNumber;
 use self::format::layout::SLOT;
 use self::format::superblock::Superblock;
 use self::index::Taken;
@@ -77,6 +78,9 @@ use std::io;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+
+/// Segments that are counted under one hold of the lock.
+const SEGMENTS_AT_ONCE: usize = 1024;
 
 /// A disk store on a device or file. See the module.
 pub struct LogStore {
@@ -234,17 +238,23 @@ impl DiskStore for LogStore {
 
     fn held(&self) -> Vec<VolumeUsage> {
         let mut held: BTreeMap<VolumeId, VolumeUsage> = BTreeMap::new();
-        let core = self.engine.shared.core.lock();
-        for segment in core.index.segments.values() {
-            let taken = segment.taken();
-            if taken == Taken::default() {
-                continue;
+        let mut from = Some(EntryNumber(0));
+        while let Some(first) = from {
+            // Not all at once: writes wait for the lock.
+            let core = self.engine.shared.core.lock();
+            let mut segments = core.index.segments.range(first..);
+            for segment in segments.by_ref().take(SEGMENTS_AT_ONCE).map(|(_, segment)| segment) {
+                let taken = segment.taken();
+                if taken == Taken::default() {
+                    continue;
+                }
+                let volume = segment.key.volume;
+                let none = VolumeUsage { volume, data: ByteSize(0), stored: ByteSize(0) };
+                let usage = held.entry(volume).or_insert(none);
+                usage.data.0 += taken.positions_bytes();
+                usage.stored.0 += taken.bytes();
             }
-            let volume = segment.key.volume;
-            let none = VolumeUsage { volume, data: ByteSize(0), stored: ByteSize(0) };
-            let usage = held.entry(volume).or_insert(none);
-            usage.data.0 += taken.positions_bytes();
-            usage.stored.0 += taken.bytes();
+            from = segments.next().map(|(entry, _)| *entry);
         }
         held.into_values().collect()
     }

@@ -180,7 +180,7 @@ fn stopping_is_a_button_then_patience_then_force() {
     let kill = Action::KillVm { vm: vm(), epoch: RunEpoch(1), why: Ended::Killed };
     assert_eq!(plan_for(&state, &now).actions, std::slice::from_ref(&press));
     let mut pressed = |ago| {
-        let phase = RunPhase::Alive { button_pressed: Some(ago), vcpus: Vcpus::Running };
+        let phase = RunPhase::Alive { button_pressed: Some(ago), vcpus: Some(Vcpus::Running) };
         now.runs.insert(vm(), Run { epoch: RunEpoch(1), phase });
         plan_for(&state, &now).actions
     };
@@ -448,21 +448,21 @@ fn processors_are_held_and_let_go_as_is_wanted_and_once_more_when_nobody_knows()
         now.runs.insert(vm(), with_vcpus(1, vcpus));
         plan_for(state, &now)
     };
-    assert_eq!(plan_with(&state, Vcpus::Running).actions, []);
-    assert_eq!(plan_with(&state, Vcpus::Unknown).actions, [set(Vcpus::Running)]);
+    assert_eq!(plan_with(&state, Some(Vcpus::Running)).actions, []);
+    assert_eq!(plan_with(&state, None).actions, [set(Vcpus::Running)]);
     apply(&mut state, Op::PauseVm(vm()));
-    assert_eq!(plan_with(&state, Vcpus::Running).actions, [set(Vcpus::Held)]);
-    assert_eq!(plan_with(&state, Vcpus::Unknown).actions, [set(Vcpus::Held)]);
-    let held = plan_with(&state, Vcpus::Held);
+    assert_eq!(plan_with(&state, Some(Vcpus::Running)).actions, [set(Vcpus::Held)]);
+    assert_eq!(plan_with(&state, None).actions, [set(Vcpus::Held)]);
+    let held = plan_with(&state, Some(Vcpus::Held));
     assert_eq!((held.actions, &held.vms[0].state), (vec![], &VmRunState::Paused));
     apply(&mut state, Op::SetVmDesired { vm: vm(), desired: DesiredRun::Stopped(StopMode::Graceful) });
     assert_eq!(
-        plan_with(&state, Vcpus::Held).actions,
+        plan_with(&state, Some(Vcpus::Held)).actions,
         [set(Vcpus::Running)],
         "it has to see its power button"
     );
     let press = Action::PressPowerButton { vm: vm(), epoch: RunEpoch(1) };
-    assert_eq!(plan_with(&state, Vcpus::Running).actions, [press]);
+    assert_eq!(plan_with(&state, Some(Vcpus::Running)).actions, [press]);
 }
 
 #[test]
@@ -525,7 +525,7 @@ fn a_resumed_run_is_brought_its_state_before_it_counts_as_running() {
     let [Action::StartVm { epoch: RunEpoch(2), begin: Begin::Saved, .. }] = &started[..] else {
         panic!("{started:?}")
     };
-    now.runs.insert(vm(), with_vcpus(2, Vcpus::Unknown));
+    now.runs.insert(vm(), with_vcpus(2, None));
     let restore = Action::RestoreVm { vm: vm(), epoch: RunEpoch(2), volume: state_volume, bytes: 9 };
     let plan = plan_for(&state, &now);
     assert_eq!(plan.actions, std::slice::from_ref(&restore));

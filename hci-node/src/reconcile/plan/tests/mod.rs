@@ -232,10 +232,10 @@ pub(super) fn plan_for(state: &ClusterState, observed: &Observed) -> Plan {
 }
 
 pub(super) fn alive(epoch: u64) -> Run {
-    with_vcpus(epoch, Vcpus::Running)
+    with_vcpus(epoch, Some(Vcpus::Running))
 }
 
 /// A run whose processors are known to be so.
-pub(super) fn with_vcpus(epoch: u64, vcpus: Vcpus) -> Run {
+pub(super) fn with_vcpus(epoch: u64, vcpus: Option<Vcpus>) -> Run {
     Run { epoch: RunEpoch(epoch), phase: RunPhase::Alive { button_pressed: None, vcpus } }
 }

@@ -143,7 +143,7 @@ impl World {
         }
         if crashes {
             // The next control process does not know what was done.
-            self.know(vm(), Vcpus::Unknown);
+            self.know(vm(), None);
         }
         quiet
     }
@@ -220,14 +220,14 @@ impl World {
         }
     }
 
-    fn know(&mut self, vm: VmId, to: Vcpus) {
+    fn know(&mut self, vm: VmId, to: Option<Vcpus>) {
         if let Some(Run { phase: RunPhase::Alive { vcpus, .. }, .. }) = self.now.runs.get_mut(&vm) {
             *vcpus = to;
         }
     }
 
     fn save(&mut self, vm: VmId, epoch: RunEpoch, volume: VolumeId, generation: Generation, cut: bool) {
-        self.know(vm, Vcpus::Unknown);
+        self.know(vm, None);
         let Some(guest) = &mut self.guest else { return };
         guest.vcpus = Vcpus::Held;
         self.written.insert(volume, guest.memory);
@@ -240,7 +240,7 @@ impl World {
     }
 
     fn restore(&mut self, vm: VmId, epoch: RunEpoch, volume: VolumeId, cut: bool) {
-        self.know(vm, Vcpus::Unknown);
+        self.know(vm, None);
         let memory = self.written[&volume];
         self.guest.get_or_insert(Guest { memory, vcpus: Vcpus::Held });
         if self.propose(Op::SuspensionUsed { vm, epoch }).is_err() || cut {
@@ -252,7 +252,7 @@ impl World {
     fn set_vcpus(&mut self, vm: VmId, to: Vcpus) {
         if let Some(guest) = &mut self.guest {
             guest.vcpus = to;
-            self.know(vm, to);
+            self.know(vm, Some(to));
         }
     }
 
@@ -272,8 +272,10 @@ impl World {
                 assert!(!self.now.runs.contains_key(&vm), "it runs already");
                 assert!(self.started.insert(epoch), "run epoch {epoch:?} was started twice");
                 let (guest, vcpus) = match begin {
-                    Begin::Boot => (Some(Guest { memory: self.disk, vcpus: Vcpus::Running }), Vcpus::Running),
-                    Begin::Saved => (None, Vcpus::Unknown),
+                    Begin::Boot => {
+                        (Some(Guest { memory: self.disk, vcpus: Vcpus::Running }), Some(Vcpus::Running))
+                    }
+                    Begin::Saved => (None, None),
                 };
                 self.guest = guest;
                 self.now.runs.insert(vm, with_vcpus(epoch.0, vcpus));
