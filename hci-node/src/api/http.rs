@@ -36,6 +36,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     guest,
+    linger::Lingering,
     problem::{MEDIA_TYPE, Problem, ProblemKind},
     requests::not_found,
     service::{self, ApiRequest, ApiResponse},
@@ -530,7 +531,7 @@ where
     builder.timer(TokioTimer::new()).header_read_timeout(HEAD_DEADLINE);
     let service = TowerToHyperService::new(tower::ServiceExt::map_request(
         router,
-        |request: hyper::Request<hyper::body::Incoming>| request.map(Body::new),
+        |request: hyper::Request<hyper::body::Incoming>| request.map(|body| Body::new(Lingering::new(body))),
     ));
     let connection = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();
     let mut connection = std::pin::pin!(connection);

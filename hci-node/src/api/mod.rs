@@ -11,6 +11,7 @@
 
 mod guest;
 pub mod http;
+mod linger;
 pub mod problem;
 pub mod requests;
 pub mod service;
