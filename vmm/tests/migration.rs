@@ -230,3 +230,39 @@ fn a_guest_that_ends_does_not_move_on() {
     ender.join().unwrap();
     assert_eq!(wait(vm), ExitReason::Killed);
 }
+
+/// Where the child that is confined finds its guest, and what says that it is that child.
+const CONFINED: &str = "VMM_TEST_CONFINED_GUEST";
+
+#[test]
+fn a_confined_process_moves_a_guest_and_throttles_it() {
+    const NAME: &str = "a_confined_process_moves_a_guest_and_throttles_it";
+    if let Some(guest) = std::env::var_os(CONFINED) {
+        return move_confined(&serde_json::from_slice(&std::fs::read(guest).unwrap()).unwrap());
+    }
+    let Some(lab) = Lab::new() else { return };
+    let config = serde_json::to_vec(&config(&lab, 1000, 1)).unwrap();
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", NAME, "--nocapture"])
+        .env(CONFINED, lab.file("config", &config))
+        .output()
+        .unwrap();
+    assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stderr));
+}
+
+fn move_confined(here: &VmConfig) {
+    vmm::isolation::confine_process().unwrap();
+    let vm = Vm::start(here.clone()).unwrap();
+    let mut letters = console(here, None);
+    letters.read_some();
+    let mut slow = To { rate: Some(16 << 20), ..To::new(io::sink()) };
+    let refused = migrate(&vm, &mut slow, &MigrationOptions::default());
+    assert!(matches!(refused, Err(TransferError::DoesNotConverge { .. })), "{refused:?}");
+    let mut to = To::new(Vec::new());
+    migrate(&vm, &mut to, &MigrationOptions { pause_ms: 5000, ..Default::default() }).unwrap();
+    letters.read_rest();
+    drop(vm);
+    let new = Vm::restore(here.clone(), &mut &to.stream[..]).unwrap();
+    new.handle().resume().unwrap();
+    console(here, letters.last).read_some();
+}

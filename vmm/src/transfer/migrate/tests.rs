@@ -112,6 +112,37 @@ fn drive(vm: &Vm, stop: &AtomicBool) -> u64 {
     returned
 }
 
+/// Where a destination breaks.
+#[derive(PartialEq)]
+enum Breaks {
+    /// When the guest is held.
+    AtHold,
+    /// With the first thing that is written afterwards, when its devices are held, too.
+    Behind,
+    Now,
+}
+
+impl Write for Breaks {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if *self == Self::Now { Err(io::ErrorKind::BrokenPipe.into()) } else { Ok(bytes.len()) }
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Destination for Breaks {
+    fn settle(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn held(&mut self) -> io::Result<()> {
+        match std::mem::replace(self, Self::Now) {
+            Self::Behind => Ok(()),
+            _ => Err(io::ErrorKind::BrokenPipe.into()),
+        }
+    }
+}
+
 /// Takes some megabytes a second.
 struct Slow<W>(W, Option<Arc<AtomicBool>>);
 
@@ -182,6 +213,36 @@ fn a_guest_whose_backend_cannot_mark_does_not_move_and_runs_on() {
     let refused = vm.handle().migrate(&mut written, &options, &MigrationProgress::default());
     assert!(matches!(&refused, Err(TransferError::CannotLog { device, .. }) if device == "n"), "{refused:?}");
     assert!(written.0.is_empty() && vm.handle().status().state == crate::VmState::Running);
+    drop(vm);
+    backend.kill();
+}
+
+#[test]
+fn after_a_move_that_failed_with_the_guest_held_its_devices_work_and_nothing_is_recorded_any_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some((vm, backend)) = started(dir.path(), Marks::Pages) else { return };
+    set_up(&vm);
+    let stop = AtomicBool::new(false);
+    let used = || memory(&vm).read_obj::<u16>(GuestAddress(USED + 2)).unwrap();
+    std::thread::scope(|scope| {
+        let driver = scope.spawn(|| drive(&vm, &stop));
+        for mut destination in [Breaks::AtHold, Breaks::Behind] {
+            let options = MigrationOptions::default();
+            let failed = vm.handle().migrate(&mut destination, &options, &MigrationProgress::default());
+            assert!(matches!(failed, Err(TransferError::Stream(_))), "{failed:?}");
+            assert!(destination == Breaks::Now, "it came to hold the guest");
+            assert_eq!(vm.handle().status().state, crate::VmState::Running);
+            let (before, deadline) = (used(), Instant::now() + Duration::from_secs(20));
+            while used() == before {
+                assert!(Instant::now() < deadline, "the backend does not go on");
+            }
+            while backend.features() & 1 << 26 != 0 {
+                assert!(Instant::now() < deadline, "the backend goes on to mark");
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        driver.join().unwrap();
+    });
     drop(vm);
     backend.kill();
 }
