@@ -100,7 +100,8 @@ fn drive(vm: &Vm, stop: &AtomicBool) -> u64 {
     }
     let mut available: u16 = memory.read_obj(GuestAddress(AVAILABLE + 2)).unwrap();
     let mut returned = 0;
-    while !stop.load(Ordering::Relaxed) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !stop.load(Ordering::Relaxed) && Instant::now() < deadline {
         if memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap() == available {
             returned += 1;
             available = available.wrapping_add(1);
