@@ -10,6 +10,7 @@ use crate::error::VmError;
 use crate::lifecycle::ExitReason;
 use crate::state::{DevicesState, StateError};
 use crate::transfer::TransferError;
+use crate::transfer::migrate::{self, Destination, Migrated, MigrationOptions, MigrationProgress};
 use crate::vcpu::gate::Wanted;
 use crate::vm::Machine;
 
@@ -95,11 +96,9 @@ impl VmHandle {
             return Err(VmError::Ended);
         }
         self.machine.devices.release().map_err(VmError::Device)?;
-        if let Some(core) = &*self.machine.core.lock() {
-            for vcpu in core.vcpus.iter().filter_map(|vcpu| vcpu.fd.try_lock()) {
-                // Fails for guests that have no such clock.
-                let _ = vcpu.kvmclock_ctrl();
-            }
+        if let Some(core) = &mut *self.machine.core.lock() {
+            core.logs.take();
+            core.tell_of_pause();
         }
         self.set_gate(Wanted::Run, "resume")
     }
@@ -110,15 +109,31 @@ impl VmHandle {
     /// As [`VmHandle::save_devices`], not for every thread of a confined process.
     pub fn save(&self, to: &mut dyn Write) -> Result<(), TransferError> {
         self.while_paused(|| {
-            let away = |device: &DeviceStatus| device.backend == BackendState::Waiting;
-            if let Some(device) = self.status().devices.into_iter().find(away) {
-                return Err(TransferError::BackendAway(device.id));
-            }
             let core = self.machine.core.lock();
             let core = core.as_ref().ok_or(StateError::Ended)?;
-            self.machine.devices.hold()?;
+            self.machine.hold_devices()?;
             core.save(&self.machine.devices, to)
         })
+    }
+
+    /// Writes a running guest so that another VMM can go on with it ([`crate::Vm::restore`]): while it runs, then, held, the last of it. On success it
+    /// is held and its devices leave memory alone, as after [`VmHandle::save`], until [`VmHandle::resume`] (if the move is given up after all) or its end.
+    /// After an error it goes on as if nothing had been: running again if it ran before. One that is paused moves, too, and stays paused.
+    ///
+    /// That all of it has been written does not say that it has arrived: the VMM at the other side does. Whoever resumes a guest that was written makes
+    /// sure first that the other one will not go on.
+    ///
+    /// # Errors
+    /// Any error of the destination ends the move at once; that is how it is called off. [`TransferError::CannotLog`] comes before anything is written.
+    ///
+    /// As [`VmHandle::save`], for the main thread only ([`VmHandle::ask`]).
+    pub fn migrate(
+        &self,
+        to: &mut dyn Destination,
+        options: &MigrationOptions,
+        progress: &MigrationProgress,
+    ) -> Result<Migrated, TransferError> {
+        migrate::run(&self.machine, to, options, progress)
     }
 
     /// Has the thread that waits in [`crate::Vm::wait`] do something. It is dropped undone if the guest ends first.

@@ -4,14 +4,15 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::error::{VmError, kvm};
 use crate::layout::{KVM_IDENTITY_MAP_START, KVM_TSS_START};
-use crate::memory::Memory;
+use crate::memory::{Memory, PAGE};
 use crate::vcpu::model::CpuModel;
 
 /// What the VMM cannot do without.
@@ -59,7 +60,7 @@ pub(crate) fn create(memory: &Memory, model: CpuModel) -> Result<KvmGuest, VmErr
     vm.create_irq_chip().map_err(kvm("KVM_CREATE_IRQCHIP"))?;
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(kvm("KVM_CREATE_PIT2"))?;
-    map_memory(&vm, memory)?;
+    map_memory(&vm, memory, DirtyLog::Off)?;
     let tsc_deadline = system.check_extension(Cap::TscDeadlineTimer);
     let msrs = system.get_msr_index_list().map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
     Ok(KvmGuest { vm: Arc::new(vm), cpuid, tsc_deadline, msrs: msrs.as_slice().to_vec() })
@@ -80,7 +81,21 @@ fn check_width(memory: &Memory, bits: u32) -> Result<(), VmError> {
     Ok(())
 }
 
-fn map_memory(vm: &VmFd, memory: &Memory) -> Result<(), VmError> {
+/// Whether KVM keeps a record of the pages that the guest writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DirtyLog {
+    /// It does not.
+    Off,
+    /// It does, from now on.
+    On,
+}
+
+/// Gives the VM its memory, or changes how it has it. One slot for each stretch, from 0.
+pub(crate) fn map_memory(vm: &VmFd, memory: &Memory, log: DirtyLog) -> Result<(), VmError> {
+    let flags = match log {
+        DirtyLog::Off => 0,
+        DirtyLog::On => KVM_MEM_LOG_DIRTY_PAGES,
+    };
     for (slot, region) in memory.iter().enumerate() {
         let start = region.start_addr();
         let host = memory.get_host_address(GuestAddress(start.0)).map_err(|error| VmError::Memory {
@@ -92,11 +107,20 @@ fn map_memory(vm: &VmFd, memory: &Memory) -> Result<(), VmError> {
             guest_phys_addr: start.0,
             memory_size: region.len(),
             userspace_addr: host as u64,
-            flags: 0,
+            flags,
         };
         // SAFETY: the range is a mapping of `memory`. KVM follows its host mappings: if it is unmapped before the last handle of
         // the VM is gone, guest accesses fail; and no vCPU runs any more by then.
         unsafe { vm.set_user_memory_region(slot) }.map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
     }
     Ok(())
+}
+
+/// What the guest, and KVM for it, has written since the last time: for each stretch of RAM its first page and a bit a page.
+pub(crate) fn take_dirty(vm: &VmFd, memory: &Memory) -> Result<Vec<(u64, Vec<u64>)>, kvm_ioctls::Error> {
+    let log = |(slot, region): (usize, &<Memory as GuestMemoryBackend>::R)| {
+        let pages = vm.get_dirty_log(slot as u32, region.len() as usize)?;
+        Ok((region.start_addr().0 / PAGE, pages))
+    };
+    memory.iter().enumerate().map(log).collect()
 }

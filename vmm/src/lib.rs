@@ -3,7 +3,8 @@
 //!
 //! # What it is
 //! [`VmConfig`] says what the guest is made of, [`Vm::start`] makes and runs it, [`VmHandle`] controls it from other threads, and
-//! [`Vm::wait`] returns how it ended ([`ExitReason`]). [`VmHandle::save`] writes a guest down, and [`Vm::restore`] makes one that goes on from there. The machine is a small Q35-like PC: in-kernel interrupt controllers and timer, PCI
+//! [`Vm::wait`] returns how it ended ([`ExitReason`]). [`VmHandle::save`] writes a guest down, [`VmHandle::migrate`] writes one
+//! while it runs, and [`Vm::restore`] makes one that goes on from there. The machine is a small Q35-like PC: in-kernel interrupt controllers and timer, PCI
 //! Express with modern virtio devices, ACPI, a 16550. The VMM moves no data itself: the guest's kicks go from KVM to the
 //! vhost-user backend through an ioeventfd, the backend's interrupts to the guest through an irqfd.
 //!
@@ -12,6 +13,7 @@
 //! - `console`: feeds the console's clients.
 //! - one for each disk and NIC: keeps the connection to the backend (`virtio::vhost_user`), for ever.
 //! - `rng`, `seed`, `agent-port`: serve the random number generator, the seed disk and the guest agent's port.
+//! - `throttle`: while the guest moves and writes faster than can be sent, holds it for a part of the time.
 //! - `watchdog`: sleeps until the guest arms its watchdog and does not feed it.
 //!
 //! There is no async runtime. Whoever calls [`Vm::wait`] drives the end: first vCPUs, then devices, then the console. Until then that thread does
@@ -63,6 +65,7 @@ pub use handle::{BackendState, DeviceStatus, VmHandle, VmState, VmStatus};
 pub use lifecycle::ExitReason;
 pub use state::{DeviceState, DevicesState, StateError};
 pub use transfer::TransferError;
+pub use transfer::migrate::{Destination, Migrated, MigrationOptions, MigrationProgress, MigrationSnapshot};
 pub use vcpu::model::{CpuModel, Missing, ParseModelError, Processor};
 pub use virtio::vhost_user::SessionError;
 pub use vm::Vm;

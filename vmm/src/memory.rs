@@ -6,20 +6,44 @@
 //! The kernel is asked for huge pages: each saves the guest 511 exits when it touches its memory first, and two steps of each walk
 //! through nested page tables later. It gives them when it is set to (`shmem_enabled` of transparent huge pages, which nodes set to
 //! `advise`) and has them; a guest works without, too.
+//!
+//! What this process itself writes there can be asked for ([`begin_marks`], [`take_marks`]): all of it goes through `vm-memory`, never through a
+//! bare address.
 
+mod marks;
+
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
 use vm_memory::mmap::{GuestRegionMmap, MmapRegionBuilder};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionCollection};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollection,
+};
 
 use crate::error::VmError;
 use crate::layout::{HIGH_RAM_START, LOW_RAM_MAX};
+use marks::Marks;
+
+/// Bytes of a page, the unit in which memory is transferred and in which writes are marked.
+pub(crate) const PAGE: u64 = 4096;
 
 /// All of a guest's RAM.
-pub(crate) type Memory = GuestMemoryMmap<()>;
+pub(crate) type Memory = GuestMemoryMmap<Marks>;
+
+/// Marks from now on what this process writes to guest memory.
+pub(crate) fn begin_marks(memory: &Memory) {
+    for region in memory.iter() {
+        (**region).bitmap().begin(region.size());
+    }
+}
+
+/// What this process has written since the last time: for each stretch of RAM its first page and a bit a page.
+pub(crate) fn take_marks(memory: &Memory) -> impl Iterator<Item = (u64, Vec<u64>)> {
+    memory.iter().map(|region| (region.start_addr().0 / PAGE, (**region).bitmap().take()))
+}
 
 /// Where RAM lies: `(guest address, size)`, ascending.
 pub(crate) fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
@@ -44,11 +68,11 @@ pub(crate) fn end(size: u64) -> u64 {
 /// Creates the memory of a guest.
 pub(crate) fn create(size: u64) -> Result<Memory, VmError> {
     let fail = |what| move |source| VmError::Memory { what, source };
-    let file = Arc::new(sealed_memfd(size).map_err(fail("memfd"))?);
+    let file = Arc::new(sealed_memfd(c"guest-memory", size).map_err(fail("memfd"))?);
     let mut offset = 0;
     let mut regions = Vec::new();
     for (start, len) in ram_ranges(size) {
-        let mapping = MmapRegionBuilder::new(len as usize)
+        let mapping = MmapRegionBuilder::new_with_bitmap(len as usize, Marks::default())
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
             .with_file_offset(FileOffset::from_arc(file.clone(), offset))
@@ -74,10 +98,10 @@ fn advise_huge_pages(start: *mut u8, len: usize) {
     }
 }
 
-fn sealed_memfd(size: u64) -> io::Result<File> {
+/// A file in memory whose size never changes again.
+pub(crate) fn sealed_memfd(name: &CStr, size: u64) -> io::Result<File> {
     // SAFETY: the name is a NUL-terminated string that outlives the call; the result is checked.
-    let fd =
-        unsafe { libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -25,7 +25,7 @@ use crate::console::server::{ConsoleServer, Output};
 use crate::error::{VmError, kvm, resource};
 use crate::firmware::store::VariableStore;
 use crate::firmware::{flash, fw_cfg, items};
-use crate::handle::VmHandle;
+use crate::handle::{BackendState, VmHandle};
 use crate::interrupts::{Gsi, Interrupts};
 use crate::kvm::{self as kvm_guest, KvmGuest};
 use crate::layout::{self, GIB};
@@ -65,6 +65,32 @@ pub(crate) struct Machine {
     pub(crate) vcpu_threads: Mutex<Vec<JoinHandle<()>>>,
     /// What there is beside the devices, as long as the guest has not been taken apart.
     pub(crate) core: Mutex<Option<Core>>,
+}
+
+impl Machine {
+    /// Refuses if a backend is away: requests may be under way there.
+    pub(crate) fn check_backends(&self) -> Result<(), TransferError> {
+        match self.backends.iter().find(|backend| backend.status().backend == BackendState::Waiting) {
+            Some(backend) => Err(TransferError::BackendAway(backend.id().to_owned())),
+            None => Ok(()),
+        }
+    }
+
+    /// Has all devices keep away from guest memory. Afterwards nothing is under way, at no backend.
+    pub(crate) fn hold_devices(&self) -> Result<(), TransferError> {
+        let reconnects =
+            || -> Vec<u64> { self.backends.iter().map(|backend| backend.status().reconnects).collect() };
+        let before = reconnects();
+        self.check_backends()?;
+        self.devices.hold()?;
+        // One that was lost meanwhile has not said what became of its requests, even if it is back by now.
+        self.check_backends()?;
+        match reconnects().iter().zip(before).zip(&self.backends).find(|((now, before), _)| **now != *before)
+        {
+            Some((_, backend)) => Err(TransferError::BackendAway(backend.id().to_owned())),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A running guest. Dropping it kills it.
@@ -375,6 +401,7 @@ impl<'a> Builder<'a> {
             memory: self.memory.clone(),
             vcpus,
             msrs: self.kvm.msrs.clone(),
+            logs: None,
         })
     }
 

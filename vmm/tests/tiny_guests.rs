@@ -8,12 +8,15 @@ mod guest;
 mod lab;
 #[path = "guest/letters.rs"]
 mod letters;
+#[path = "lab/reader.rs"]
+mod reader;
 
 use std::fs;
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use lab::{DEADLINE, wait};
+use reader::Letters;
 use vmm::{CpuModel, ExitReason, Vm, VmConfig, VmError, VmState};
 
 /// A [`lab::Lab`] for kernels of a few instructions.
@@ -263,46 +266,6 @@ fn ticks() -> Vec<u8> {
 /// Between two letters: not faster than a client of the console reads.
 const PAUSE: u32 = 300;
 
-/// Reads the letters that a guest prints: each has to be the one after the last.
-struct Letters {
-    console: std::os::unix::net::UnixStream,
-    last: Option<u8>,
-}
-
-impl Letters {
-    /// Those of a guest that has just begun, or goes on behind this letter.
-    fn new(lab: &Lab, last: Option<u8>) -> Self {
-        Self { console: lab.0.console(), last }
-    }
-
-    fn follow(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            assert_eq!(*byte as char, letters::following(self.last) as char);
-            self.last = Some(*byte);
-        }
-    }
-
-    fn read_some(&mut self) {
-        let mut some = [0; 30];
-        self.console.read_exact(&mut some).unwrap();
-        self.follow(&some);
-    }
-
-    /// Pauses the guest after some letters and reads what is still on its way.
-    fn read_and_pause(&mut self, vm: &Vm) {
-        self.read_some();
-        vm.handle().pause().unwrap();
-        self.console.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
-        let silent_by = Instant::now() + DEADLINE;
-        let mut rest = [0; 4096];
-        while let Ok(len @ 1..) = self.console.read(&mut rest) {
-            assert!(Instant::now() < silent_by, "output goes on while paused");
-            self.follow(&rest[..len]);
-        }
-        self.console.set_read_timeout(Some(DEADLINE)).unwrap();
-    }
-}
-
 #[test]
 fn a_saved_guest_goes_on_where_it_was() {
     let Some(lab) = Lab::new() else { return };
@@ -312,7 +275,7 @@ fn a_saved_guest_goes_on_where_it_was() {
         let mut vm = Vm::start(config.clone()).unwrap();
         let mut last = None;
         for _ in 0..rounds {
-            let mut letters = Letters::new(&lab, last);
+            let mut letters = Letters::new(lab.0.console(), last);
             letters.read_and_pause(&vm);
             last = letters.last;
             let mut saved = Vec::new();
@@ -322,7 +285,7 @@ fn a_saved_guest_goes_on_where_it_was() {
             assert_eq!(vm.handle().status().state, VmState::Paused, "it does not run by itself");
             vm.handle().resume().unwrap();
         }
-        Letters::new(&lab, last).read_and_pause(&vm);
+        Letters::new(lab.0.console(), last).read_and_pause(&vm);
         vm.handle().kill();
         assert_eq!(wait(vm), ExitReason::Killed);
     }
@@ -332,7 +295,7 @@ fn a_saved_guest_goes_on_where_it_was() {
 fn a_guest_that_was_saved_can_go_on_itself() {
     let Some(lab) = Lab::new() else { return };
     let vm = lab.start(&letters::code(PAUSE));
-    let mut letters = Letters::new(&lab, None);
+    let mut letters = Letters::new(lab.0.console(), None);
     letters.read_and_pause(&vm);
     vm.handle().save(&mut Vec::new()).unwrap();
     let full = vm.handle().save(&mut Full);

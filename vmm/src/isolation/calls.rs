@@ -64,6 +64,8 @@ const KVM: u64 = 0xae00;
 const KICK: u64 = 34;
 /// The signal by which the C library changes the user of all threads.
 const SETXID: u64 = 33;
+/// Makes a hole in a file, whose size stays.
+const HOLE: u64 = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE).unsigned_abs() as u64;
 const UNIX: u64 = libc::AF_UNIX.unsigned_abs() as u64;
 
 /// Every thread: memory, locks, time, its end.
@@ -179,8 +181,9 @@ const MACHINES: &[Call] = calls! {
     SYS_lseek: "reading kernels; which parts of the guest's memory hold anything, when it is saved";
     SYS_pread64: "reading kernels and variables";
     SYS_readv: "reading kernels";
-    SYS_memfd_create: "the guest's memory";
-    SYS_ftruncate: "the size of the guest's memory, of a new store of variables";
+    SYS_fallocate [Is(1, HOLE)]: "pages of a guest that moves here which have become zeroes";
+    SYS_memfd_create: "the guest's memory; the record of what backends write to it";
+    SYS_ftruncate: "the size of the guest's memory, of that record, of a new store of variables";
     SYS_socketpair: "how the runtime of the orders hears of signals";
     SYS_rt_sigaction [Is(0, KICK)]: "what a kick does: nothing";
     SYS_flock: "the VM's directory is free again";
@@ -199,6 +202,7 @@ pub(super) fn of(kind: ThreadKind) -> Vec<Call> {
         ThreadKind::Backend => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS, DIAL],
         ThreadKind::Console => &[COMMON, EVENTS, STREAMS],
         ThreadKind::Watchdog => &[COMMON],
+        ThreadKind::Throttle => &[COMMON, KICKS],
         ThreadKind::Orders => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS, SERVE, KICKS],
     };
     groups.iter().flat_map(|group| group.iter().copied()).collect()
@@ -208,13 +212,14 @@ pub(super) fn of(kind: ThreadKind) -> Vec<Call> {
 mod tests {
     use super::*;
 
-    const ALL: [ThreadKind; 7] = [
+    const ALL: [ThreadKind; 8] = [
         ThreadKind::Main,
         ThreadKind::Vcpu,
         ThreadKind::Device,
         ThreadKind::Backend,
         ThreadKind::Console,
         ThreadKind::Watchdog,
+        ThreadKind::Throttle,
         ThreadKind::Orders,
     ];
 

@@ -83,6 +83,8 @@ fn invalid(error: seccompiler::BackendError) -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::super::{ThreadKind, calls};
     use super::*;
 
@@ -119,6 +121,20 @@ mod tests {
             (refused(std::net::TcpStream::connect("127.0.0.1:1")), file.err().map(|error| error.kind()))
         });
         assert_eq!((network, file), (true, Some(io::ErrorKind::NotFound)));
+    }
+
+    #[test]
+    fn making_a_machine_may_make_holes_in_a_file_and_not_fill_it() {
+        let file = tempfile::tempfile().unwrap();
+        let (hole, fill) = confined(ThreadKind::Main, move || {
+            let refused = |mode| {
+                // SAFETY: takes plain numbers; the descriptor is that of `file`.
+                let outcome = unsafe { libc::fallocate(file.as_raw_fd(), mode, 0, 4096) };
+                refused(if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(()) })
+            };
+            (refused(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE), refused(0))
+        });
+        assert_eq!((hole, fill), (false, true));
     }
 
     #[test]

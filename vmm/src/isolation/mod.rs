@@ -36,6 +36,8 @@ pub enum ThreadKind {
     Console,
     /// Waits for the guest's watchdog.
     Watchdog,
+    /// Has the guest run a part of the time only.
+    Throttle,
     /// Takes orders from the node.
     Orders,
 }

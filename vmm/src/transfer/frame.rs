@@ -36,11 +36,12 @@ pub(crate) enum Kind {
     Processor = 4,
     Devices = 5,
     End = 6,
+    Zeroes = 7,
 }
 
 impl Kind {
-    const ALL: [Self; 6] =
-        [Self::Start, Self::Memory, Self::Machine, Self::Processor, Self::Devices, Self::End];
+    const ALL: [Self; 7] =
+        [Self::Start, Self::Memory, Self::Machine, Self::Processor, Self::Devices, Self::End, Self::Zeroes];
 
     fn of(code: u8) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| *kind as u8 == code)
@@ -65,13 +66,13 @@ pub(crate) trait Part {
 }
 
 /// Writes frames.
-pub(crate) struct FrameWriter<'a> {
-    to: &'a mut dyn Write,
+pub(crate) struct FrameWriter<W> {
+    to: W,
     next: u32,
 }
 
-impl<'a> FrameWriter<'a> {
-    pub(crate) fn new(to: &'a mut dyn Write) -> Self {
+impl<W: Write> FrameWriter<W> {
+    pub(crate) fn new(to: W) -> Self {
         Self { to, next: 0 }
     }
 
@@ -101,6 +102,11 @@ impl<'a> FrameWriter<'a> {
         let payload = postcard::to_stdvec(body)
             .map_err(|_| TransferError::Damaged("a part of it cannot be written"))?;
         self.frame(P::KIND, P::VERSION, &[&payload])
+    }
+
+    /// Where they go.
+    pub(crate) fn get_mut(&mut self) -> &mut W {
+        &mut self.to
     }
 
     /// Ends the stream.

@@ -1,8 +1,10 @@
-//! A paused guest as a stream of bytes: to be kept and gone on with later, on this machine or on another one.
+//! A guest as a stream of bytes: paused, to be kept and gone on with later, on this machine or on another one; or running, to go on elsewhere
+//! at once ([`migrate`]).
 //!
 //! ```text
 //! Start      whose state it is and how large
-//! Memory*    runs of pages; pages of zeroes are left out
+//! Memory*    runs of pages; pages of zeroes are left out. Of a guest that runs, pages come again as it writes them,
+//! Zeroes*    and those that have become zeroes are told
 //! Machine    interrupt controllers, timer, clock
 //! Processor  one for each vCPU
 //! Devices    all devices by their places
@@ -13,7 +15,7 @@
 //! comes first: what a device has done with its rings is read from there, and a sender that lets the guest run on sends pages again.
 //!
 //! # Invariants
-//! - Nobody touches the guest's memory while it is written or read: vCPUs wait at the gate and devices are held
+//! - Nobody touches the guest's memory while the last of it is written, or while it is read: vCPUs wait at the gate and devices are held
 //!   ([`crate::state::Devices::hold`]). A device that worked on would have a completion in a page that was copied and its data in one that was not.
 //! - A guest that was read does not run, and its devices do not work, before [`crate::VmHandle::resume`]. So whoever resumes it can make sure
 //!   first that no other one will.
@@ -25,13 +27,18 @@
 //! The guest's clocks (TSC, kvmclock, PM timer) go on from where they were: for it no time has passed. Its real-time clock shows the host's
 //! time, so that it can set its wall clock by that.
 
+mod convergence;
+mod dirty;
 pub(crate) mod frame;
+pub(crate) mod logs;
 mod machine;
+pub(crate) mod migrate;
 mod pages;
 mod processor;
 
 use std::io::{self, Read, Write};
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::VmFd;
@@ -40,6 +47,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use self::frame::{FrameReader, FrameWriter, Kind, Part};
+use self::logs::Logs;
 use self::machine::MachineState;
 use self::processor::ProcessorState;
 use crate::memory::Memory;
@@ -85,6 +93,35 @@ pub enum TransferError {
     /// Requests of the guest may be under way there, and nobody can say.
     #[error("the backend of device {0:?} is away")]
     BackendAway(String),
+    /// The device's backend writes to the guest's memory without telling where, so that only a paused guest can be written.
+    #[error("the guest cannot move while it runs: the backend of device {device:?} does not offer {why}")]
+    CannotLog {
+        /// The device.
+        device: String,
+        /// What it lacks.
+        why: &'static str,
+    },
+    /// The guest writes its memory faster than that can be sent.
+    #[error(
+        "the guest writes {dirtied} bytes a second and {sent} can be sent, with it held for {throttle_percent} % of the time"
+    )]
+    DoesNotConverge {
+        /// Bytes that it writes a second.
+        dirtied: u64,
+        /// Bytes that are sent a second.
+        sent: u64,
+        /// How much it was throttled, in percent.
+        throttle_percent: u8,
+    },
+    /// The vCPUs could not be held for the last part.
+    #[error("vCPUs were not held within {waited:?}")]
+    VcpusRun {
+        /// For how long it was waited.
+        waited: Duration,
+    },
+    /// It ended while it moved.
+    #[error("the guest has ended")]
+    Ended,
 }
 
 /// Adds what was asked of KVM to its answer.
@@ -101,6 +138,8 @@ pub(crate) struct Core {
     pub(crate) vcpus: Vec<Vcpu>,
     /// The model-specific registers that KVM keeps for a guest.
     pub(crate) msrs: Vec<u32>,
+    /// What is still recorded of a guest that was moved: ending it takes a walk over all of its memory, which must not lengthen the pause.
+    pub(crate) logs: Option<Logs>,
 }
 
 /// A vCPU, and what it shows its guest of itself.
@@ -140,14 +179,31 @@ impl Core {
     /// Writes the guest. Its vCPUs wait at the gate and its devices are held.
     pub(crate) fn save(&self, devices: &Devices, to: &mut dyn Write) -> Result<(), TransferError> {
         let mut to = FrameWriter::new(to);
-        to.part::<Start>(&self.start())?;
+        self.write_start(&mut to)?;
         pages::save(&self.memory, &mut to)?;
+        self.write_state(devices, &mut to)?;
+        to.end()
+    }
+
+    fn write_start(&self, to: &mut FrameWriter<impl Write>) -> Result<(), TransferError> {
+        to.part::<Start>(&self.start())
+    }
+
+    /// Writes what is not memory.
+    fn write_state(&self, devices: &Devices, to: &mut FrameWriter<impl Write>) -> Result<(), TransferError> {
         to.part::<MachineState>(&MachineState::capture(&self.vm)?)?;
         for vcpu in &self.vcpus {
             to.part::<ProcessorState>(&ProcessorState::capture(vcpu, &self.msrs)?)?;
         }
-        to.part::<DevicesPart>(&devices.save()?)?;
-        to.end()
+        to.part::<DevicesPart>(&devices.save()?)
+    }
+
+    /// Tells the guest's watchdog for hung processors that they were not: it is about to go on after a pause.
+    pub(crate) fn tell_of_pause(&self) {
+        for vcpu in self.vcpus.iter().filter_map(|vcpu| vcpu.fd.try_lock()) {
+            // Fails for guests that have no such clock.
+            let _ = vcpu.kvmclock_ctrl();
+        }
     }
 
     /// Reads a guest into one that was just made, as [`Core::save`] finds it.

@@ -1,20 +1,22 @@
-//! The guest's memory: runs of pages, each behind its guest address. Pages of zeroes are left out, as they are what new memory holds.
+//! The guest's memory: runs of pages, each behind its guest address. Pages of zeroes are left out, as they are what new memory holds, unless
+//! something else may have been sent for them before: then a frame says how many there are where.
 //!
 //! What the guest never touched is not even looked at: reading a hole of the memfd through its mapping would fill it.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::TransferError;
+use super::dirty::DirtyPages;
 use super::frame::{FrameReader, FrameWriter, Kind};
-use crate::memory::Memory;
+use crate::memory::{self, Memory};
 
 const VERSION: u16 = 1;
-const PAGE: usize = 4096;
+const PAGE: usize = memory::PAGE as usize;
 /// Most memory in one frame.
 const PIECE: usize = 1 << 20;
 const ADDRESS: usize = size_of::<u64>();
@@ -24,24 +26,57 @@ pub(super) fn ranges(memory: &Memory) -> Vec<(u64, u64)> {
     memory.iter().map(|region| (region.start_addr().0, region.len())).collect()
 }
 
+/// What becomes of pages of zeroes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ZeroPages {
+    /// The other side has zeroes there: nothing was sent yet.
+    LeftOut,
+    /// The other side is told.
+    Told,
+}
+
 /// Writes all pages that hold anything.
-pub(super) fn save(memory: &Memory, to: &mut FrameWriter<'_>) -> Result<(), TransferError> {
-    let mut buffer = vec![0; PIECE];
+pub(super) fn save(memory: &Memory, to: &mut FrameWriter<impl Write>) -> Result<(), TransferError> {
+    let mut pages = DirtyPages::none(&ranges(memory));
+    add_present(memory, &mut pages)?;
+    write(memory, &pages, ZeroPages::LeftOut, to, |_| Ok(()))
+}
+
+/// Adds all pages that may hold anything.
+pub(super) fn add_present(memory: &Memory, pages: &mut DirtyPages) -> Result<(), TransferError> {
     for region in memory.iter() {
-        let (file, offset) = region
-            .file_offset()
-            .map(|place| (place.file(), place.start()))
-            .ok_or(TransferError::Damaged("its memory is no file"))?;
+        let (file, offset) = place(region)?;
         let mut at = offset;
         while let Some(extent) = next_extent(file, at..offset + region.len())? {
             at = extent.end;
-            for start in extent.clone().step_by(PIECE) {
-                let length = (extent.end - start).min(PIECE as u64) as usize;
-                let address = GuestAddress(region.start_addr().0 + (start - offset));
-                memory.read_slice(&mut buffer[..length], address).map_err(io::Error::other)?;
-                save_piece(address.0, &buffer[..length], to)?;
-            }
+            let start = region.start_addr().0;
+            pages.add_addresses(start + (extent.start - offset)..start + (extent.end - offset));
         }
+    }
+    Ok(())
+}
+
+/// Where in which file a stretch of memory is.
+fn place(region: &<Memory as GuestMemoryBackend>::R) -> Result<(&File, u64), TransferError> {
+    let place = region.file_offset().ok_or(TransferError::Damaged("its memory is no file"))?;
+    Ok((place.file(), place.start()))
+}
+
+/// Writes these pages. `after` hears of each piece how many bytes of memory it was.
+pub(super) fn write(
+    memory: &Memory,
+    pages: &DirtyPages,
+    zeroes: ZeroPages,
+    to: &mut FrameWriter<impl Write>,
+    mut after: impl FnMut(u64) -> Result<(), TransferError>,
+) -> Result<(), TransferError> {
+    let mut buffer = vec![0; PIECE];
+    for stretch in pages.stretches(PIECE as u64) {
+        let length = stretch.end - stretch.start;
+        let piece = &mut buffer[..length as usize];
+        memory.read_slice(piece, GuestAddress(stretch.start)).map_err(io::Error::other)?;
+        write_piece(stretch.start, piece, zeroes, to)?;
+        after(length)?;
     }
     Ok(())
 }
@@ -72,8 +107,13 @@ fn next_extent(file: &File, within: Range<u64>) -> io::Result<Option<Range<u64>>
     Ok(Some(start.max(within.start)..end.min(within.end)))
 }
 
-/// Writes the runs of pages of one piece that hold anything.
-fn save_piece(address: u64, piece: &[u8], to: &mut FrameWriter<'_>) -> Result<(), TransferError> {
+/// Writes the runs of pages of one piece: those that hold anything, and those of zeroes if the other side is told.
+fn write_piece(
+    address: u64,
+    piece: &[u8],
+    zeroes: ZeroPages,
+    to: &mut FrameWriter<impl Write>,
+) -> Result<(), TransferError> {
     let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
     let mut pages = piece.chunks(PAGE).peekable();
     let mut at = 0;
@@ -83,29 +123,64 @@ fn save_piece(address: u64, piece: &[u8], to: &mut FrameWriter<'_>) -> Result<()
         while let Some(next) = pages.next_if(|next| is_zero(next) == zero) {
             at += next.len();
         }
-        if !zero {
-            let place = (address + start as u64).to_le_bytes();
-            to.frame(Kind::Memory, VERSION, &[&place, &piece[start..at]])?;
+        let place = (address + start as u64).to_le_bytes();
+        match (zero, zeroes) {
+            (false, _) => to.frame(Kind::Memory, VERSION, &[&place, &piece[start..at]])?,
+            (true, ZeroPages::Told) => {
+                to.frame(Kind::Zeroes, VERSION, &[&place, &((at - start) as u64).to_le_bytes()])?;
+            }
+            (true, ZeroPages::LeftOut) => {}
         }
     }
     Ok(())
 }
 
-/// Reads pages into memory that holds zeroes, as long as there are any.
+/// Reads pages into memory that holds zeroes, as long as there are any. Of several with the same address the last one counts.
 pub(super) fn restore(memory: &Memory, from: &mut FrameReader<'_>) -> Result<(), TransferError> {
-    while from.peek()? == Kind::Memory {
-        let (found, payload) = from.frame(Kind::Memory)?;
+    const DAMAGED: TransferError = TransferError::Damaged("a part of its memory makes no sense");
+    loop {
+        let kind = from.peek()?;
+        if !matches!(kind, Kind::Memory | Kind::Zeroes) {
+            return Ok(());
+        }
+        let (found, payload) = from.frame(kind)?;
         if found > VERSION {
             return Err(TransferError::Version { part: "memory", found, known: VERSION });
         }
-        let damaged = TransferError::Damaged("a part of its memory makes no sense");
-        let Some((place, pages)) = payload.split_first_chunk::<ADDRESS>() else { return Err(damaged) };
+        let (place, pages) = payload.split_first_chunk::<ADDRESS>().ok_or(DAMAGED)?;
         let place = GuestAddress(u64::from_le_bytes(*place));
-        let whole = pages.len().is_multiple_of(PAGE) && place.0.is_multiple_of(PAGE as u64);
-        if pages.is_empty() || pages.len() > PIECE || !whole || !memory.check_range(place, pages.len()) {
-            return Err(damaged);
+        let length = match kind {
+            Kind::Zeroes => u64::from_le_bytes(pages.try_into().map_err(|_| DAMAGED)?),
+            _ => pages.len() as u64,
+        };
+        let whole = length.is_multiple_of(PAGE as u64) && place.0.is_multiple_of(PAGE as u64);
+        if length == 0 || length > PIECE as u64 || !whole || !memory.check_range(place, length as usize) {
+            return Err(DAMAGED);
         }
-        memory.write_slice(pages, place).map_err(io::Error::other)?;
+        match kind {
+            Kind::Zeroes => clear(memory, place, length)?,
+            _ => memory.write_slice(pages, place).map_err(io::Error::other)?,
+        }
+    }
+}
+
+/// Makes pages holes again, which read as zeroes: writing zeroes would allocate those that were never sent.
+fn clear(memory: &Memory, place: GuestAddress, length: u64) -> Result<(), TransferError> {
+    let (mut at, end) = (place.0, place.0 + length);
+    while at < end {
+        let region = memory
+            .find_region(GuestAddress(at))
+            .ok_or(TransferError::Damaged("a part of its memory makes no sense"))?;
+        let (file, offset) = self::place(region)?;
+        let within = at - region.start_addr().0;
+        let length = (end - at).min(region.len() - within);
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let from = (offset + within) as libc::off_t;
+        // SAFETY: takes plain numbers; the descriptor is that of `file`. The guest's memory is shared bytes, to which zeroes may come at any time.
+        if unsafe { libc::fallocate(file.as_raw_fd(), mode, from, length as libc::off_t) } < 0 {
+            return Err(io::Error::last_os_error().into());
+        }
+        at += length;
     }
     Ok(())
 }
@@ -118,7 +193,6 @@ mod tests {
 
     use super::*;
     use crate::layout::{GIB, MIB};
-    use crate::memory;
 
     fn saved(memory: &Memory) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -168,6 +242,54 @@ mod tests {
             let fits = at.is_multiple_of(PAGE as u64) && length > 0 && length.is_multiple_of(PAGE)
                 && at.checked_add(length as u64).is_some_and(|end| end <= 8 * MIB);
             prop_assert_eq!(restored(8 * MIB, &bytes).is_ok(), fits);
+        }
+
+        #[test]
+        fn hostile_zeroes_stay_in_memory(
+            at in prop_oneof![any::<u64>(), (0u64..2100).prop_map(|page| page * PAGE as u64)],
+            length in prop_oneof![any::<u64>(), (0u64..300).prop_map(|pages| pages * PAGE as u64)],
+            more in prop::collection::vec(any::<u8>(), 0..2),
+        ) {
+            let mut bytes = Vec::new();
+            let mut writer = FrameWriter::new(&mut bytes);
+            writer.frame(Kind::Zeroes, VERSION, &[&at.to_le_bytes(), &length.to_le_bytes(), &more]).unwrap();
+            writer.end().unwrap();
+            let page = PAGE as u64;
+            let fits = more.is_empty() && at.is_multiple_of(page) && length > 0 && length.is_multiple_of(page)
+                && length <= PIECE as u64 && at.checked_add(length).is_some_and(|end| end <= 8 * MIB);
+            prop_assert_eq!(restored(8 * MIB, &bytes).is_ok(), fits);
+        }
+
+        #[test]
+        fn pages_that_come_again_are_what_they_were_last(
+            rounds in prop::collection::vec(prop::collection::vec((0u64..64, 0u8..3), 1..40), 1..5),
+        ) {
+            let memory = memory::create(8 * MIB).unwrap();
+            let mut bytes = Vec::new();
+            let mut writer = FrameWriter::new(&mut bytes);
+            let mut zeroes = ZeroPages::LeftOut;
+            for round in &rounds {
+                let mut pages = DirtyPages::none(&ranges(&memory));
+                for (page, value) in round {
+                    let at = page * PAGE as u64;
+                    memory.write_slice(&[*value; PAGE], GuestAddress(at)).unwrap();
+                    pages.add_addresses(at..at + 1);
+                }
+                write(&memory, &pages, zeroes, &mut writer, |_| Ok(())).unwrap();
+                zeroes = ZeroPages::Told;
+            }
+            writer.end().unwrap();
+            let copy = restored(8 * MIB, &bytes).unwrap();
+            // Before anybody looks at it, which fills holes.
+            let blocks = taken(&copy);
+            let content = |memory: &Memory| {
+                let mut bytes = vec![0; 64 * PAGE];
+                memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+                bytes
+            };
+            prop_assert!(content(&copy) == content(&memory));
+            let full = content(&memory).chunks(PAGE).filter(|page| page[0] != 0).count() as u64;
+            prop_assert!(blocks <= full * PAGE as u64 / 512, "zeroes take memory");
         }
     }
 

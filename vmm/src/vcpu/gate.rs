@@ -1,7 +1,10 @@
 //! The gate that all vCPUs of a guest pass between two runs: open, closed for a pause, or closed for good.
+//!
+//! Beside that, an open gate can be held shut for moments, so that its guest runs a part of the time only ([`super::throttle`]). That changes nothing
+//! of what is wanted: a pause, the end of a pause and the end of the guest go their way meanwhile.
 
 use std::os::unix::thread::JoinHandleExt;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -10,11 +13,19 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 /// What the vCPUs are to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
 pub(crate) enum Wanted {
     Run,
     Pause,
     Stop,
+}
+
+/// What an open gate does now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Moment {
+    /// It lets vCPUs pass.
+    Free,
+    /// It holds them back.
+    HeldBack,
 }
 
 /// What a vCPU thread that came to the gate does next.
@@ -30,6 +41,7 @@ const KICK_INTERVAL: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 struct State {
     wanted: Wanted,
+    moment: Moment,
     /// Threads that wait at the gate.
     waiting: usize,
     /// Threads that have entered and not left for good.
@@ -41,8 +53,8 @@ struct State {
 pub(crate) struct Gate {
     state: Mutex<State>,
     changed: Condvar,
-    /// Copy of `State::wanted` that is read without the lock before each run.
-    fast: AtomicU8,
+    /// Whether `State` lets threads pass: read without the lock before each run.
+    open: AtomicBool,
 }
 
 impl Gate {
@@ -58,15 +70,15 @@ impl Gate {
 
     fn at(wanted: Wanted) -> Self {
         Self {
-            state: Mutex::new(State { wanted, waiting: 0, present: 0 }),
+            state: Mutex::new(State { wanted, moment: Moment::Free, waiting: 0, present: 0 }),
             changed: Condvar::new(),
-            fast: AtomicU8::new(wanted as u8),
+            open: AtomicBool::new(wanted == Wanted::Run),
         }
     }
 
     /// Whether the threads may run on. Read without a lock, between any two runs.
     pub(crate) fn is_open(&self) -> bool {
-        self.fast.load(Ordering::Acquire) == Wanted::Run as u8
+        self.open.load(Ordering::Acquire)
     }
 
     /// Called by a vCPU thread before each run. Waits while the gate is closed.
@@ -76,10 +88,10 @@ impl Gate {
         }
         let mut state = self.state.lock();
         loop {
-            match state.wanted {
-                Wanted::Run => return Passage::Run,
-                Wanted::Stop => return Passage::Stop,
-                Wanted::Pause => self.wait(&mut state),
+            match (state.wanted, state.moment) {
+                (Wanted::Run, Moment::Free) => return Passage::Run,
+                (Wanted::Stop, _) => return Passage::Stop,
+                (Wanted::Pause, _) | (_, Moment::HeldBack) => self.wait(&mut state),
             }
         }
     }
@@ -121,8 +133,7 @@ impl Gate {
         let mut state = self.state.lock();
         if state.wanted != Wanted::Stop {
             state.wanted = wanted;
-            self.fast.store(wanted as u8, Ordering::Release);
-            self.changed.notify_all();
+            self.tell(&state);
         }
         loop {
             let followed = match wanted {
@@ -138,6 +149,22 @@ impl Gate {
             }
             kick(threads);
             self.changed.wait_for(&mut state, KICK_INTERVAL);
+        }
+    }
+
+    fn tell(&self, state: &State) {
+        self.open.store(state.wanted == Wanted::Run && state.moment == Moment::Free, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Holds vCPUs back from now on, or lets them pass again if that is what is wanted. Kicks those that run once: one that does not come at
+    /// once comes a little later.
+    pub(crate) fn set_moment(&self, moment: Moment, threads: &[JoinHandle<()>]) {
+        let mut state = self.state.lock();
+        state.moment = moment;
+        self.tell(&state);
+        if moment == Moment::HeldBack && state.wanted == Wanted::Run && state.waiting < state.present {
+            kick(threads);
         }
     }
 }
@@ -192,6 +219,17 @@ mod tests {
         while rounds.load(Ordering::Relaxed) == paused_at {
             std::thread::yield_now();
         }
+        assert!(gate.set(Wanted::Pause, &threads, deadline()));
+        gate.set_moment(Moment::HeldBack, &threads);
+        assert!(gate.set(Wanted::Run, &threads, deadline()), "nobody waits for those that are held back");
+        let held_at = rounds.load(Ordering::Relaxed);
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(rounds.load(Ordering::Relaxed), held_at, "they are held back");
+        gate.set_moment(Moment::Free, &threads);
+        while rounds.load(Ordering::Relaxed) == held_at {
+            std::thread::yield_now();
+        }
+        gate.set_moment(Moment::HeldBack, &threads);
         assert!(gate.set(Wanted::Stop, &threads, deadline()));
         assert!(gate.set(Wanted::Run, &[], deadline()));
         assert_eq!(gate.wanted(), Wanted::Stop, "stopping is final");

@@ -11,6 +11,7 @@ pub(crate) mod cpuid;
 pub(crate) mod gate;
 pub(crate) mod model;
 pub(crate) mod registers;
+pub(crate) mod throttle;
 
 use std::any::Any;
 use std::io;

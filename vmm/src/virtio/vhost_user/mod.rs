@@ -11,14 +11,20 @@
 //!   used ring. A backend that completes out of order keeps a record of requests in flight and resubmits what is in it.
 //! - Every queue is then kicked once and its interrupt raised once, as either may have been lost with the old process.
 //! - `GET_VRING_BASE` also when the driver resets the device; the answer means that the rings are not touched any more.
+//! - While the guest moves, the backend marks each page in a shared record ([`log`]) after it has written to it, and before it answers
+//!   `GET_VRING_BASE`. It gets the record while its queues run (`SET_LOG_BASE`, then `SET_FEATURES` with `VHOST_F_LOG_ALL`) or, after a lost
+//!   connection, before they are set up; without that feature the record is not used any more.
 //! - A changed device configuration (a grown disk) is seen at the next connection and passed on to the guest.
 
 pub(crate) mod blk;
 pub(crate) mod device;
+pub(crate) mod log;
 pub(crate) mod net;
 pub(crate) mod session;
 pub(crate) mod worker;
 
+#[cfg(test)]
+pub(crate) mod test_backend;
 #[cfg(test)]
 mod tests;
 

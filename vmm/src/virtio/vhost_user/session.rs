@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    VhostUserVringAddrFlags,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -15,6 +16,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::device::Kind;
+use super::log::DirtyLog;
 use crate::memory::Memory;
 use crate::virtio::device::{Activation, ActiveQueue, Start, used_index};
 
@@ -68,6 +70,7 @@ pub(crate) struct Capabilities {
 pub(crate) struct Session {
     frontend: Frontend,
     offered: u64,
+    protocol: VhostUserProtocolFeatures,
     capabilities: Capabilities,
 }
 
@@ -85,7 +88,8 @@ impl Session {
         }
         let wanted = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::CONFIG;
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::LOG_SHMFD;
         let protocol = wanted & frontend.get_protocol_features().map_err(request("GET_PROTOCOL_FEATURES"))?;
         frontend.set_protocol_features(protocol).map_err(request("SET_PROTOCOL_FEATURES"))?;
         if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
@@ -99,15 +103,42 @@ impl Session {
         };
         let config = read_config(&mut frontend, protocol, kind.config_size())?;
         let features = offered & (kind.features_passed_on() | RING_FEATURES);
-        Ok(Self { frontend, offered, capabilities: Capabilities { features, config, max_queues } })
+        let capabilities = Capabilities { features, config, max_queues };
+        Ok(Self { frontend, offered, protocol, capabilities })
     }
 
     pub(crate) fn capabilities(&self) -> &Capabilities {
         &self.capabilities
     }
 
+    /// Whether the backend can mark what it writes.
+    pub(crate) fn check_log(&self) -> Result<(), SessionError> {
+        if !self.protocol.contains(VhostUserProtocolFeatures::LOG_SHMFD) {
+            return Err(SessionError::Lacks("VHOST_USER_PROTOCOL_F_LOG_SHMFD"));
+        }
+        if self.offered & VhostUserVirtioFeatures::LOG_ALL.bits() == 0 {
+            return Err(SessionError::Lacks("VHOST_F_LOG_ALL"));
+        }
+        Ok(())
+    }
+
+    /// Has the backend mark what it writes from now on, or no more. It knows the guest's memory.
+    pub(crate) fn set_log(&mut self, features: u64, log: Option<&DirtyLog>) -> Result<(), SessionError> {
+        let mut features = features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        if let Some(log) = log {
+            self.frontend.set_log_base(0, Some(log.region())).map_err(request("SET_LOG_BASE"))?;
+            features |= VhostUserVirtioFeatures::LOG_ALL.bits();
+        }
+        self.frontend.set_features(features).map_err(request("SET_FEATURES"))
+    }
+
     /// Sets all queues up and lets the backend work on them.
-    pub(crate) fn start(&mut self, activation: &Activation, start: Start) -> Result<(), SessionError> {
+    pub(crate) fn start(
+        &mut self,
+        activation: &Activation,
+        start: Start,
+        log: Option<&DirtyLog>,
+    ) -> Result<(), SessionError> {
         let lost = activation.features & !self.offered;
         let queues = activation.queues.len();
         if lost != 0 || queues > usize::from(self.capabilities.max_queues) {
@@ -119,6 +150,9 @@ impl Session {
             activation.memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region).collect();
         let regions = regions.map_err(request("memory regions"))?;
         self.frontend.set_mem_table(&regions).map_err(request("SET_MEM_TABLE"))?;
+        if log.is_some() {
+            self.set_log(activation.features, log)?;
+        }
         if start == Start::Fresh {
             self.stop(activation)?;
         }
@@ -140,14 +174,19 @@ impl Session {
             Start::Resumed => used_index(memory, queue.used)?,
         };
         let host = |address: GuestAddress| memory.get_host_address(address).map(|pointer| pointer as u64);
+        // Where writes to the used ring are to be marked, should it come to that: some backends take this address and no other.
+        let (flags, log_addr) = match self.check_log() {
+            Ok(()) => (VhostUserVringAddrFlags::VHOST_VRING_F_LOG.bits(), Some(queue.used.0)),
+            Err(_) => (0, None),
+        };
         let rings = VringConfigData {
             queue_max_size: queue.size,
             queue_size: queue.size,
-            flags: 0,
+            flags,
             desc_table_addr: host(queue.descriptors)?,
             used_ring_addr: host(queue.used)?,
             avail_ring_addr: host(queue.available)?,
-            log_addr: None,
+            log_addr,
         };
         let frontend = &mut self.frontend;
         frontend.set_vring_num(index, queue.size).map_err(request("SET_VRING_NUM"))?;

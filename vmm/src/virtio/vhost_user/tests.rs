@@ -1,166 +1,30 @@
 //! The front end against a real back end (`vhost-user-backend`, in this process) that comes, goes and misbehaves. The driver's side of the
 //! ring is played by the test.
 
-use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
-use vhost::vhost_user::Listener;
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringRwLock, VringT};
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_CSUM;
-use virtio_queue::QueueOwnedT;
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
-use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::blk::Disk;
+use super::log::{DirtyLog, Marked};
 use super::net::Nic;
 use super::session::SessionError;
+use super::test_backend::{Backend, DEADLINE, ECHO_AT, Marks, Seen, VERSION_1};
 use super::worker::WorkerHandle;
 use crate::config::{DiskConfig, MacAddr, NicConfig};
 use crate::error::VmError;
 use crate::handle::BackendState;
 use crate::layout::MIB;
-use crate::memory::{self, Memory};
+use crate::memory::{self, Memory, PAGE};
 use crate::virtio::device::{Activation, ActiveQueue, ConfigChange, Start};
 
-const DEADLINE: Duration = Duration::from_secs(20);
-const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const CSUM: u64 = 1 << VIRTIO_NET_F_CSUM;
-
-/// What the back end saw, in order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Seen {
-    Stop,
-    /// The first buffer that it would take when it looked at the ring, if there was any.
-    Work(u16),
-}
-
-type Log = Arc<Mutex<Vec<Seen>>>;
-type BackendMemory = GuestMemoryAtomic<GuestMemoryMmap>;
-
-/// Returns every buffer at once.
-struct Echo {
-    features: u64,
-    /// The beginning of its configuration; a device without any when empty.
-    config: Vec<u8>,
-    log: Log,
-    memory: Mutex<BackendMemory>,
-}
-
-impl VhostUserBackend for Echo {
-    type Bitmap = ();
-    type Vring = VringRwLock;
-
-    fn num_queues(&self) -> usize {
-        2
-    }
-
-    fn max_queue_size(&self) -> usize {
-        256
-    }
-
-    fn features(&self) -> u64 {
-        self.features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
-    }
-
-    fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        let config = match self.config.is_empty() {
-            true => VhostUserProtocolFeatures::empty(),
-            false => VhostUserProtocolFeatures::CONFIG,
-        };
-        VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK | config
-    }
-
-    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let mut config = self.config.clone();
-        config.resize((offset + size) as usize, 0);
-        config.split_off(offset as usize)
-    }
-
-    fn set_event_idx(&self, _enabled: bool) {}
-
-    fn update_memory(&self, memory: BackendMemory) -> io::Result<()> {
-        *self.memory.lock() = memory;
-        Ok(())
-    }
-
-    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
-        new_event_consumer_and_notifier(EventFlag::NONBLOCK).ok()
-    }
-
-    fn stop_vring(&self, _index: u32) -> io::Result<()> {
-        self.log.lock().push(Seen::Stop);
-        Ok(())
-    }
-
-    fn handle_event(
-        &self,
-        queue: u16,
-        _events: EventSet,
-        vrings: &[VringRwLock],
-        _thread: usize,
-    ) -> io::Result<()> {
-        let vring = &vrings[usize::from(queue)];
-        let memory = self.memory.lock().memory();
-        let from = vring.queue_next_avail();
-        let heads: Vec<u16> =
-            vring.get_mut().get_queue_mut().iter(memory).unwrap().map(|chain| chain.head_index()).collect();
-        if !heads.is_empty() {
-            self.log.lock().push(Seen::Work(from));
-        }
-        for head in heads {
-            vring.add_used(head, 0).unwrap();
-            vring.signal_used_queue()?;
-        }
-        Ok(())
-    }
-}
-
-/// A back end on a socket, until it is killed.
-struct Backend {
-    stop: ShutdownHandle,
-    thread: JoinHandle<()>,
-    log: Log,
-}
-
-impl Backend {
-    fn start(socket: &Path, features: u64) -> Self {
-        Self::start_with_config(socket, features, Vec::new())
-    }
-
-    fn start_with_config(socket: &Path, features: u64, config: Vec<u8>) -> Self {
-        let log = Log::default();
-        let memory = || GuestMemoryAtomic::new(GuestMemoryMmap::<()>::new());
-        let echo = Arc::new(Echo { features, config, log: log.clone(), memory: Mutex::new(memory()) });
-        let mut listener = Listener::new(socket, true).unwrap();
-        let (started, ready) = std::sync::mpsc::channel();
-        let thread = std::thread::spawn(move || {
-            let mut daemon = VhostUserDaemon::new("echo".into(), echo, memory()).unwrap();
-            daemon.start(&mut listener).unwrap();
-            started.send(daemon.shutdown_handle().unwrap()).unwrap();
-            let _ = daemon.wait();
-        });
-        Self { stop: ready.recv_timeout(DEADLINE).unwrap(), thread, log }
-    }
-
-    fn kill(self) {
-        self.stop.shutdown();
-        self.thread.join().unwrap();
-    }
-
-    fn seen(&self) -> Vec<Seen> {
-        self.log.lock().clone()
-    }
-}
 
 /// The driver's side of queue 0.
 struct Driver {
@@ -315,7 +179,7 @@ fn a_backend_that_offers_less_than_promised_is_not_used() {
     let lesser = Backend::start(&bench.socket, VERSION_1);
     driver.offer();
     // It is hung up on, so it ends by itself.
-    lesser.thread.join().unwrap();
+    lesser.wait();
     assert_ne!(driver.used(), driver.available);
     assert_eq!(bench.state(), BackendState::Waiting);
     let backend = Backend::start(&bench.socket, VERSION_1 | CSUM);
@@ -332,7 +196,7 @@ fn a_disk_that_has_grown_tells_the_driver_by_a_configuration_interrupt() {
     let disk = DiskConfig { id: "d".into(), socket: socket.clone(), queues: 1, readonly: false };
     let worker = WorkerHandle::spawn("d", socket.clone(), Box::new(Disk(disk))).unwrap();
     let sectors = |count: u64| count.to_le_bytes().to_vec();
-    let small = Backend::start_with_config(&socket, VERSION_1, sectors(2048));
+    let small = Backend::start_with(&socket, VERSION_1, sectors(2048), Marks::Pages);
     worker.wait_ready(DEADLINE).unwrap();
     let interrupt = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap();
     let change = Arc::new(ConfigChange::new(Arc::new(vec![interrupt.try_clone().unwrap()])));
@@ -345,18 +209,110 @@ fn a_disk_that_has_grown_tells_the_driver_by_a_configuration_interrupt() {
 
     // Another connection alone is no change.
     small.kill();
-    let same = Backend::start_with_config(&socket, VERSION_1, sectors(2048));
+    let same = Backend::start_with(&socket, VERSION_1, sectors(2048), Marks::Pages);
     driver.offer();
     driver.wait_all_used();
     assert_eq!((change.generation(), interrupt.read().is_ok()), (0, false));
     same.kill();
-    let large = Backend::start_with_config(&socket, VERSION_1, sectors(4096));
+    let large = Backend::start_with(&socket, VERSION_1, sectors(4096), Marks::Pages);
     wait_for("the interrupt", || interrupt.read().is_ok());
     assert_eq!((change.generation(), capacity()), (1, sectors(4096)));
     driver.offer();
     driver.wait_all_used();
     drop(worker);
     large.kill();
+}
+
+/// Pages that were marked.
+fn taken(log: &DirtyLog) -> Vec<u64> {
+    let Marked::Pages(words) = log.take() else { panic!("not only marks") };
+    (0..words.len() as u64 * 64).filter(|page| words[(page / 64) as usize] >> (page % 64) & 1 == 1).collect()
+}
+
+/// What [`Backend`] writes for the buffer with this number: to a page of its own, and to the used ring.
+fn written_for(head: u64) -> Vec<u64> {
+    vec![USED / PAGE, ECHO_AT / PAGE + head]
+}
+
+#[test]
+fn a_backend_marks_what_it_writes_from_when_it_is_asked_to_until_it_is_told_to_stop() {
+    let bench = Bench::new();
+    let (backend, mut driver) = bench.running(VERSION_1);
+    let log = Arc::new(DirtyLog::new(16 * MIB).unwrap());
+    bench.worker.shared().start_log(log.clone()).unwrap();
+    assert_eq!(taken(&log), [0; 0], "what was written before is none of its business");
+    driver.offer();
+    driver.wait_all_used();
+    bench.worker.deactivate();
+    assert_eq!(taken(&log), written_for(1));
+    // A driver that comes meanwhile is served with the record, too.
+    driver.reset();
+    bench.worker.activate(driver.activation(VERSION_1));
+    driver.offer();
+    driver.wait_all_used();
+    bench.worker.deactivate();
+    assert_eq!(taken(&log), written_for(0));
+    let logging = |backend: &Backend| backend.features() & 1 << 26 != 0;
+    assert!(logging(&backend));
+    bench.worker.activate(driver.activation(VERSION_1));
+    bench.worker.shared().stop_log();
+    wait_for("the end of the record", || !logging(&backend));
+    drop(bench);
+    backend.kill();
+}
+
+#[test]
+fn a_backend_that_comes_back_marks_and_what_the_one_before_left_out_counts() {
+    let bench = Bench::new();
+    let (backend, mut driver) = bench.running(VERSION_1);
+    let log = Arc::new(DirtyLog::new(16 * MIB).unwrap());
+    bench.worker.shared().start_log(log.clone()).unwrap();
+    backend.kill();
+    wait_for("the loss to be seen", || bench.state() == BackendState::Waiting);
+    let backend = Backend::start(&bench.socket, VERSION_1);
+    wait_for("its return", || bench.state() == BackendState::Connected);
+    assert_eq!(log.take(), Marked::Any);
+    assert_eq!(taken(&log), [0; 0], "once is enough");
+    driver.offer();
+    driver.wait_all_used();
+    bench.worker.deactivate();
+    assert_eq!(taken(&log), written_for(1));
+    drop(bench);
+    backend.kill();
+}
+
+#[test]
+fn a_backend_that_cannot_mark_is_told_from_one_that_is_away() {
+    let bench = Bench::new();
+    let log = || Arc::new(DirtyLog::new(16 * MIB).unwrap());
+    let away = bench.worker.shared().start_log(log());
+    assert!(matches!(away, Err(SessionError::NoAnswer)), "{away:?}");
+    let backend = Backend::start_with(&bench.socket, VERSION_1, Vec::new(), Marks::Nothing);
+    bench.worker.wait_ready(DEADLINE).unwrap();
+    let lacks = bench.worker.shared().start_log(log());
+    assert!(matches!(lacks, Err(SessionError::Lacks("VHOST_USER_PROTOCOL_F_LOG_SHMFD"))), "{lacks:?}");
+    // Its guest is served on.
+    let mut driver = Driver::new();
+    bench.worker.activate(driver.activation(VERSION_1));
+    driver.offer();
+    driver.wait_all_used();
+    drop(bench);
+    backend.kill();
+}
+
+#[test]
+fn a_backend_that_comes_back_and_cannot_mark_any_more_serves_on_and_ends_the_record() {
+    let bench = Bench::new();
+    let (backend, mut driver) = bench.running(VERSION_1);
+    let log = Arc::new(DirtyLog::new(16 * MIB).unwrap());
+    bench.worker.shared().start_log(log.clone()).unwrap();
+    backend.kill();
+    let backend = Backend::start_with(&bench.socket, VERSION_1, Vec::new(), Marks::Nothing);
+    driver.offer();
+    driver.wait_all_used();
+    assert_eq!(log.take(), Marked::Unknown("n".into()));
+    drop(bench);
+    backend.kill();
 }
 
 #[test]

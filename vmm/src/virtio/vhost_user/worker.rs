@@ -22,6 +22,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::Kind;
+use super::log::DirtyLog;
 use super::session::{Capabilities, Session, SessionError};
 use crate::error::{VmError, resource};
 use crate::handle::{BackendState, DeviceStatus};
@@ -34,9 +35,14 @@ const BACKOFF_MAX: Duration = Duration::from_millis(250);
 /// How long a driver's reset waits for the backend to let go of the queues.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
 
+/// How long a backend may take until it marks what it writes.
+const LOG_DEADLINE: Duration = Duration::from_secs(5);
+
 enum Command {
     Activate(Activation),
     Deactivate(SyncSender<()>),
+    /// Have the backend mark what it writes, or no more.
+    Log(Option<Arc<DirtyLog>>, SyncSender<Result<(), SessionError>>),
 }
 
 /// What the thread shares with the device and with [`crate::VmHandle`].
@@ -55,6 +61,8 @@ pub(crate) struct Shared {
     /// A second handle of the current connection, for breaking it.
     breaker: Mutex<Option<UnixStream>>,
     last_error: Mutex<Option<SessionError>>,
+    commands: SyncSender<Command>,
+    wake: EventFd,
 }
 
 impl Shared {
@@ -86,6 +94,27 @@ impl Shared {
         let _ = self.change.set(change);
     }
 
+    /// Has the backend mark what it writes to guest memory. When this returns, it does; a backend that comes back later does, too, or says in the
+    /// record that it cannot.
+    pub(crate) fn start_log(&self, log: Arc<DirtyLog>) -> Result<(), SessionError> {
+        let (done, answer) = sync_channel(1);
+        self.send(Command::Log(Some(log), done));
+        answer.recv_timeout(LOG_DEADLINE).unwrap_or(Err(SessionError::NoAnswer))
+    }
+
+    /// Has it mark no more. Does not wait for it.
+    pub(crate) fn stop_log(&self) {
+        self.send(Command::Log(None, sync_channel(1).0));
+    }
+
+    fn send(&self, command: Command) {
+        // The driver cannot get ahead: each of its resets waits, and activations come in between only. Neither can who moves the guest.
+        if self.commands.try_send(command).is_err() {
+            tracing::error!(device = self.id, "connection thread does not take commands");
+        }
+        let _ = self.wake.write(1);
+    }
+
     fn break_connection(&self) {
         if let Some(stream) = self.breaker.lock().take() {
             let _ = stream.shutdown(Shutdown::Both);
@@ -96,8 +125,6 @@ impl Shared {
 /// The running thread. Dropping it ends the connection and the thread.
 pub(crate) struct WorkerHandle {
     shared: Arc<Shared>,
-    commands: SyncSender<Command>,
-    wake: EventFd,
     ready: Receiver<Capabilities>,
     thread: Option<JoinHandle<()>>,
 }
@@ -105,6 +132,9 @@ pub(crate) struct WorkerHandle {
 impl WorkerHandle {
     /// Starts to connect.
     pub(crate) fn spawn(id: &str, socket: PathBuf, kind: Box<dyn Kind>) -> Result<Self, VmError> {
+        let (commands, receiver) = sync_channel(4);
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(resource("eventfd"))?;
+        let woken = wake.try_clone().map_err(resource("eventfd"))?;
         let shared = Arc::new(Shared {
             id: id.to_owned(),
             socket,
@@ -116,22 +146,23 @@ impl WorkerHandle {
             change: OnceLock::new(),
             breaker: Mutex::default(),
             last_error: Mutex::default(),
+            commands,
+            wake,
         });
-        let (commands, receiver) = sync_channel(4);
         let (announce, ready) = sync_channel(1);
-        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(resource("eventfd"))?;
         let epoll = Epoll::new().map_err(resource("epoll"))?;
         epoll
-            .ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))
+            .ctl(ControlOperation::Add, woken.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))
             .map_err(resource("epoll"))?;
         let worker = Worker {
             shared: shared.clone(),
             commands: receiver,
-            wake: wake.try_clone().map_err(resource("eventfd"))?,
+            wake: woken,
             epoll,
             announce: Some(announce),
             session: None,
             activation: None,
+            log: None,
             backoff: BACKOFF_MIN,
         };
         let thread = std::thread::Builder::new()
@@ -141,7 +172,7 @@ impl WorkerHandle {
                 worker.run();
             })
             .map_err(resource("thread"))?;
-        Ok(Self { shared, commands, wake, ready, thread: Some(thread) })
+        Ok(Self { shared, ready, thread: Some(thread) })
     }
 
     pub(crate) fn shared(&self) -> Arc<Shared> {
@@ -162,26 +193,18 @@ impl WorkerHandle {
 
     /// The driver has set its queues up.
     pub(crate) fn activate(&self, activation: Activation) {
-        self.send(Command::Activate(activation));
+        self.shared.send(Command::Activate(activation));
     }
 
     /// The driver has reset the device: returns when the backend does not touch the queues any more, or has been cut off.
     pub(crate) fn deactivate(&self) {
         let (done, stopped) = sync_channel(1);
-        self.send(Command::Deactivate(done));
+        self.shared.send(Command::Deactivate(done));
         if let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(STOP_DEADLINE) {
             tracing::warn!(device = self.shared.id, "backend does not let go of the queues; cutting it off");
             self.shared.break_connection();
             let _ = stopped.recv_timeout(STOP_DEADLINE);
         }
-    }
-
-    fn send(&self, command: Command) {
-        // The driver cannot get ahead: each of its resets waits, and activations come in between only.
-        if self.commands.try_send(command).is_err() {
-            tracing::error!(device = self.shared.id, "connection thread does not take commands");
-        }
-        let _ = self.wake.write(1);
     }
 }
 
@@ -190,7 +213,7 @@ impl Drop for WorkerHandle {
         // In this order: a connection that comes up later sees the flag and goes down by itself.
         self.shared.quitting.store(true, Ordering::SeqCst);
         self.shared.break_connection();
-        let _ = self.wake.write(1);
+        let _ = self.shared.wake.write(1);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -215,6 +238,8 @@ struct Worker {
     announce: Option<SyncSender<Capabilities>>,
     session: Option<Session>,
     activation: Option<Queues>,
+    /// While the guest moves.
+    log: Option<Arc<DirtyLog>>,
     backoff: Duration,
 }
 
@@ -233,6 +258,7 @@ impl Worker {
                     self.stop_queues();
                     let _ = done.try_send(());
                 }
+                Ok(Command::Log(log, done)) => drop(done.try_send(self.set_log(log))),
                 Err(TryRecvError::Disconnected) => return,
                 Err(TryRecvError::Empty) => {
                     if self.session.is_none() {
@@ -275,6 +301,10 @@ impl Worker {
     fn connect(&mut self) {
         let connected = self.dial().and_then(|session| {
             self.session = Some(session);
+            if let Some(log) = &self.log {
+                // The one before may have ended between a write and its mark.
+                log.lose();
+            }
             self.start_queues()
         });
         match (connected, &self.session) {
@@ -327,9 +357,39 @@ impl Worker {
     /// Hands the queues to the backend, if there are queues and a backend.
     fn start_queues(&mut self) -> Result<(), SessionError> {
         let (Some(session), Some(queues)) = (&mut self.session, &mut self.activation) else { return Ok(()) };
-        session.start(&queues.activation, queues.start)?;
+        // The guest goes on with a backend that cannot mark. Its move does not.
+        let log = self.log.as_deref().filter(|log| {
+            let able = session.check_log().is_ok();
+            if !able {
+                log.give_up(&self.shared.id);
+            }
+            able
+        });
+        session.start(&queues.activation, queues.start, log)?;
         tracing::debug!(device = self.shared.id, start = ?queues.start, "queues are with the backend");
         queues.start = Start::Resumed;
+        Ok(())
+    }
+
+    /// After an error the backend does not mark.
+    fn set_log(&mut self, log: Option<Arc<DirtyLog>>) -> Result<(), SessionError> {
+        let Some(session) = &mut self.session else {
+            self.log = None;
+            return if log.is_some() { Err(SessionError::NoAnswer) } else { Ok(()) };
+        };
+        if log.is_some() {
+            session.check_log()?;
+        }
+        let running = self.activation.as_ref().map(|queues| queues.activation.features);
+        let set = running.map_or(Ok(()), |features| session.set_log(features, log.as_deref()));
+        match set {
+            Ok(()) => self.log = log,
+            Err(error) => {
+                self.log = None;
+                self.drop_session(&error);
+                return Err(error);
+            }
+        }
         Ok(())
     }
 
