@@ -18,7 +18,7 @@ use storage::config::{
 use storage::control::{CommitError, ControlPlane, FreezeStep};
 use storage::device::BlockOp;
 use storage::ids::{ByteSize, DiskId, FreezeId, Generation, LayerId, LayerRef, SegmentIndex, VolumeId};
-use storage::status::{MemberState, VolumeState};
+use storage::status::{Handover, MemberState, VolumeState};
 use storage::store::Compression;
 use storage::store::disk::LogStore;
 use storage::{
@@ -168,7 +168,7 @@ async fn start(
         LogStore::format(&path, disk, None).unwrap();
     }
     let disks = vec![DiskConfig { id: disk, path, key_salt: None, scrubs: 0 }];
-    storage.apply(StorageConfig { disks: disks.clone(), volumes: vec![] }).await.unwrap();
+    storage.apply(StorageConfig { disks: disks.clone(), volumes: vec![], standby: vec![] }).await.unwrap();
     storage.renew_lease(Duration::from_secs(3600));
     Node { storage, mesh, disks, forward }
 }
@@ -224,7 +224,10 @@ async fn a_volume_lives_on_three_nodes() {
     // Open, write, read back.
     let first = nodes[0].storage.clone();
     let disks = nodes[0].disks.clone();
-    first.apply(StorageConfig { disks: disks.clone(), volumes: vec![volume.clone()] }).await.unwrap();
+    first
+        .apply(StorageConfig { disks: disks.clone(), volumes: vec![volume.clone()], standby: vec![] })
+        .await
+        .unwrap();
     let data: bytes::Bytes = (0..9 << 20).map(|i: u32| (i % 251) as u8).collect::<Vec<u8>>().into();
     let write = tokio::time::timeout(LONG, first.write(volume.id, 512, data.clone()));
     write.await.expect("written in time").unwrap();
@@ -250,14 +253,15 @@ async fn a_volume_lives_on_three_nodes() {
     moved.generation = Generation(2);
     *control.0.lock() = moved.clone();
     let second = nodes[1].storage.clone();
-    let config = StorageConfig { disks: nodes[1].disks.clone(), volumes: vec![moved.clone()] };
+    let config =
+        StorageConfig { disks: nodes[1].disks.clone(), volumes: vec![moved.clone()], standby: vec![] };
     second.apply(config).await.unwrap();
     let head = tokio::time::timeout(LONG, second.read(volume.id, 0, 4096)).await.expect("read in time");
     assert_eq!(head.unwrap(), data.slice(..4096));
     let late = tokio::time::timeout(Duration::from_secs(1), first.write(volume.id, 0, data.slice(..4096)));
     assert!(late.await.is_err(), "a fenced coordinator answers nothing");
     until("fenced", || first.status().volumes[0].state == VolumeState::Fenced).await;
-    first.apply(StorageConfig { disks, volumes: vec![] }).await.unwrap();
+    first.apply(StorageConfig { disks, volumes: vec![], standby: vec![] }).await.unwrap();
 
     // Clean close, and removal.
     second.shutdown().await;
@@ -270,6 +274,86 @@ async fn a_volume_lives_on_three_nodes() {
         text.push_str(family.name());
     }
     assert!(text.contains("hci_volume_op_seconds"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_is_handed_over_under_load() {
+    const ROUNDS: u64 = 5;
+    const WRITERS: u64 = 8;
+    const BLOCK: u64 = 4096;
+    let dir = tempfile::tempdir().unwrap();
+    let (control, nodes, mut volume) = three(dir.path()).await;
+    let config = |node: usize, volumes: &[&VolumeConfig]| StorageConfig {
+        disks: nodes[node].disks.clone(),
+        volumes: volumes.iter().map(|volume| (*volume).clone()).collect(),
+        standby: vec![],
+    };
+    let mut expected = vec![0u64; WRITERS as usize];
+    let (mut closing, mut opening) = (Vec::new(), Vec::new());
+    for round in 0..ROUNDS {
+        // Each time at another node.
+        let at = (round % 3) as usize;
+        let here = nodes[at].storage.clone();
+        volume.generation = Generation(round + 1);
+        volume.clean = control.0.lock().clean;
+        *control.0.lock() = volume.clone();
+        let started = std::time::Instant::now();
+        here.apply(config(at, &[&volume])).await.unwrap();
+        for (writer, expected) in expected.iter().enumerate() {
+            let read = here.read(volume.id, writer as u64 * BLOCK, 8).await;
+            // Whole sectors only.
+            assert!(matches!(read, Err(StorageError::Block(_))), "{read:?}");
+            let read = here.read(volume.id, writer as u64 * BLOCK, 512).await.unwrap();
+            assert_eq!(u64::from_le_bytes(read[..8].try_into().unwrap()), *expected, "round {round}");
+            if writer == 0 {
+                opening.push(started.elapsed());
+            }
+        }
+        // Each writer counts up in a block of its own until it is refused.
+        let writers: Vec<_> = (0..WRITERS)
+            .zip(&expected)
+            .map(|(writer, from)| {
+                let (here, id, mut done) = (here.clone(), volume.id, *from);
+                tokio::spawn(async move {
+                    loop {
+                        let mut data = vec![0; BLOCK as usize];
+                        data[..8].copy_from_slice(&(done + 1).to_le_bytes());
+                        match here.write(id, writer * BLOCK, data.into()).await {
+                            Ok(()) => done += 1,
+                            Err(_) => return done,
+                        }
+                    }
+                })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let started = std::time::Instant::now();
+        let other = here.hand_over(volume.id, Generation(round)).await;
+        assert!(matches!(other, Err(StorageError::OtherGeneration { .. })), "{other:?}");
+        let both = tokio::join!(
+            here.hand_over(volume.id, volume.generation),
+            here.hand_over(volume.id, volume.generation),
+        );
+        closing.push(started.elapsed());
+        assert_eq!((both.0.unwrap(), both.1.unwrap()), (Handover::Clean, Handover::Clean));
+        assert_eq!(control.0.lock().clean, CleanState::Clean);
+        for (writer, expected) in writers.into_iter().zip(&mut expected) {
+            let done = writer.await.unwrap();
+            assert!(done > *expected, "no load in round {round}");
+            *expected = done;
+        }
+        // It stays closed, whatever is applied of the same generation.
+        here.apply(config(at, &[&volume])).await.unwrap();
+        let status = here.status().volumes.remove(0);
+        assert_eq!((status.state, status.generation), (VolumeState::Closed, volume.generation));
+        assert!(here.read(volume.id, 0, 512).await.is_err());
+        here.apply(config(at, &[])).await.unwrap();
+        assert!(matches!(here.hand_over(volume.id, volume.generation).await, Err(StorageError::NotOpen(_))));
+    }
+    println!("handed over in {closing:?}; opened and read in {opening:?}");
+    // Neither waits for a retry or a deadline. The first opening is that of a cluster whose connections are new.
+    let longest = closing.iter().chain(&opening[1..]).max().unwrap();
+    assert!(*longest < Timing::default().retry, "{longest:?}");
 }
 
 fn pattern(seed: u32, len: u32) -> bytes::Bytes {
@@ -291,7 +375,10 @@ async fn a_frozen_layer_stays_as_it_was_for_a_clone_and_is_merged_later() {
     let storage = nodes[0].storage.clone();
     let apply = async |volumes: &[&VolumeConfig]| {
         let volumes = volumes.iter().map(|volume| (*volume).clone()).collect();
-        storage.apply(StorageConfig { disks: nodes[0].disks.clone(), volumes }).await.unwrap();
+        storage
+            .apply(StorageConfig { disks: nodes[0].disks.clone(), volumes, standby: vec![] })
+            .await
+            .unwrap();
     };
     apply(&[&volume]).await;
     let old = pattern(77, 4 << 20);
