@@ -7,6 +7,7 @@
 //! | [`rpc`] | one framing for calls, over QUIC streams between nodes and unix sockets inside one |
 //! | [`mesh`] | the full mesh of QUIC connections: calls, datagrams, peers that come and go |
 //! | [`overlay`] | the switch that carries guests' Ethernet frames over the mesh |
+//! | [`dirty_log`] | which pages of guest memory a vhost-user back end writes, while a VM moves (the `storage` crate uses it too) |
 //!
 //! # How it fits together
 //!
@@ -28,6 +29,7 @@
 //!   never the process, and never holds more memory than the limits in [`rpc`] and the windows in [`mesh`] allow.
 //! - Every call has a deadline; every queue is bounded.
 
+pub mod dirty_log;
 pub mod id;
 pub mod mesh;
 pub mod overlay;

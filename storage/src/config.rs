@@ -14,6 +14,19 @@ pub struct StorageConfig {
     pub disks: Vec<DiskConfig>,
     /// Volumes that this node coordinates now (has open).
     pub volumes: Vec<VolumeConfig>,
+    /// Volumes that another node has open and that this one may get: their sockets are served.
+    pub standby: Vec<StandbyConfig>,
+}
+
+/// A volume whose target is ready on this node while another has it open: a VMM can connect, requests wait.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct StandbyConfig {
+    /// The volume.
+    pub id: VolumeId,
+    /// Its size; a multiple of the block size.
+    pub size: ByteSize,
+    /// The socket that the target listens on; that of [`Access::VhostUser`] once the volume is open here.
+    pub socket: PathBuf,
 }
 
 /// One local disk.

@@ -70,4 +70,8 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// Starts a request; `done` is called when it is complete, in any order, on any thread, possibly before this returns.
     /// May be called from any thread, inside of a tokio runtime or not, and never blocks.
     fn submit(&self, op: BlockOp, done: Completion);
+
+    /// Gives back, as [`BlockError::Closed`], requests that were not begun and wait for something that may never come: whoever
+    /// submitted them is gone. A device that begins each request at once has none.
+    fn recall(&self) {}
 }

@@ -29,6 +29,7 @@
 //! | [`replica`] | the other end: messages, fencing, sessions |
 //! | [`store`] | contents of one disk |
 //! | `target` | vhost-user-blk for VMs |
+//! | `standby` | what is between a target and its volume, so that the volume can move while the target stays |
 //! | `scrub` | verification of the disks in the background |
 //! | `poll` | busy polling while there is I/O |
 //! | [`device`], [`control`], [`transport`] | the boundaries: block device, control plane, network |
@@ -68,6 +69,7 @@ pub mod replica;
 mod scrub;
 mod service;
 mod signal;
+mod standby;
 pub mod status;
 pub mod store;
 pub mod target;
@@ -76,7 +78,7 @@ pub mod transport;
 #[cfg(test)]
 mod sim;
 
-pub use config::{StorageConfig, VolumeConfig};
+pub use config::{StandbyConfig, StorageConfig, VolumeConfig};
 pub use coordinator::Timing;
 pub use key::{DISK_KEY_BYTES, DiskKey, KeySalt, Keyring};
 pub use mesh::MeshTransport;

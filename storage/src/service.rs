@@ -1,10 +1,10 @@
 //! The storage of one node: converges disks, coordinators and targets to the configuration given by the control plane.
 
-use crate::config::{Access, DiskConfig, StorageConfig, VolumeConfig};
+use crate::config::{Access, DiskConfig, StandbyConfig, StorageConfig, VolumeConfig};
 use crate::control::ControlPlane;
 use crate::coordinator::{Coordinator, Rim, Timing, VolumeDevice};
 use crate::device::{BlockDevice, BlockError, BlockOp};
-use crate::ids::{BLOCK_SIZE, DiskId, MAX_DEPTH, SegmentKey, VolumeId};
+use crate::ids::{BLOCK_SIZE, ByteSize, DiskId, Generation, MAX_DEPTH, SegmentKey, VolumeId};
 use crate::key::Keyring;
 use crate::lease::Lease;
 use crate::mesh::ReplicaHandler;
@@ -12,7 +12,8 @@ use crate::metrics::Metrics;
 use crate::poll::BusyPoll;
 use crate::replica::server::ReplicaServer;
 use crate::scrub::Scrubber;
-use crate::status::{DiskHealth, DiskStatus, DiskUsage, ScrubStatus, StorageStatus};
+use crate::standby::Relay;
+use crate::status::{DiskHealth, DiskStatus, DiskUsage, Handover, ScrubStatus, StorageStatus};
 use crate::store::disk::{LogStore, OpenError};
 use crate::store::{DiskStore, StoreError};
 use crate::transport::Transport;
@@ -22,9 +23,9 @@ use netfabric::NodeId;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 use tokio::sync::oneshot;
 
@@ -91,6 +92,19 @@ pub enum StorageError {
     /// The volume is not open here.
     #[error("volume {0} is not open on this node")]
     NotOpen(VolumeId),
+    /// The volume is open here in another generation than the one meant.
+    #[error("volume {volume} is open in generation {}, not in {}", .open.0, .wanted.0)]
+    OtherGeneration {
+        /// The volume.
+        volume: VolumeId,
+        /// The generation that it is open in.
+        open: Generation,
+        /// The one that was meant.
+        wanted: Generation,
+    },
+    /// The volume's tasks ended in disorder.
+    #[error("closing volume {0} was cut short")]
+    CutShort(VolumeId),
     /// A request to a volume failed.
     #[error(transparent)]
     Block(#[from] BlockError),
@@ -102,7 +116,14 @@ pub enum StorageError {
 struct OpenVolume {
     coordinator: Arc<Coordinator>,
     access: Access,
-    target: Option<RunningTarget>,
+    offer: Option<Offer>,
+}
+
+/// A target on its socket, with what is between it and the volume.
+struct Offer {
+    socket: PathBuf,
+    relay: Relay,
+    _target: RunningTarget,
 }
 
 struct Shared {
@@ -111,6 +132,8 @@ struct Shared {
     metrics: Metrics,
     disks: Mutex<BTreeMap<DiskId, OpenDisk>>,
     volumes: Mutex<BTreeMap<VolumeId, OpenVolume>>,
+    /// Targets of volumes that are not open here.
+    standby: Mutex<BTreeMap<VolumeId, Offer>>,
     /// One configuration at a time.
     applying: tokio::sync::Mutex<()>,
 }
@@ -165,6 +188,7 @@ impl Storage {
             metrics,
             disks: Mutex::default(),
             volumes: Mutex::default(),
+            standby: Mutex::default(),
             applying: tokio::sync::Mutex::default(),
         };
         Ok(Self { shared: Arc::new(shared) })
@@ -195,20 +219,68 @@ impl Storage {
             ids.into_iter().filter_map(|id| volumes.remove(&id)).collect()
         };
         join_all(gone.into_iter().map(|volume| async move {
-            // The target first: its guest must not see requests fail that are only cut short. Its threads are waited for.
-            let target = volume.target;
-            if tokio::task::spawn_blocking(move || drop(target)).await.is_err() {
-                tracing::error!("a target did not end in order");
+            if volume.coordinator.closed() == Some(Handover::Clean)
+                && let Some(offer) = volume.offer
+            {
+                // Nothing of it was cut short: it can go on with whatever comes, if anything does on its socket.
+                self.shared.standby.lock().insert(volume.coordinator.id(), offer);
+            } else {
+                // The target first: its guest must not see requests fail that are only cut short.
+                end(volume.offer).await;
             }
             volume.coordinator.close().await;
         }))
         .await;
+        self.end_standby(&config).await;
         for volume in &config.volumes {
             if let Err(error) = self.apply_volume(volume) {
                 failures.push(format!("volume {}: {error}", volume.id));
             }
         }
+        for standby in &config.standby {
+            if let Err(error) = self.apply_standby(standby) {
+                failures.push(format!("volume {}, in standby: {error}", standby.id));
+            }
+        }
         if failures.is_empty() { Ok(()) } else { Err(StorageError::Apply(failures)) }
+    }
+
+    /// Ends targets in standby of which the configuration knows nothing any more.
+    async fn end_standby(&self, config: &StorageConfig) {
+        let gone: Vec<Offer> = {
+            let mut standby = self.shared.standby.lock();
+            let stays = |id: VolumeId, offer: &Offer| {
+                let opens = config.volumes.iter().any(|v| {
+                    v.id == id && matches!(&v.access, Access::VhostUser { socket } if *socket == offer.socket)
+                });
+                opens || config.standby.iter().any(|s| s.id == id && s.socket == offer.socket)
+            };
+            standby.extract_if(.., |id, offer| !stays(*id, offer)).map(|(_, offer)| offer).collect()
+        };
+        join_all(gone.into_iter().map(|offer| end(Some(offer)))).await;
+    }
+
+    fn apply_standby(&self, config: &StandbyConfig) -> Result<(), String> {
+        if self.shared.volumes.lock().contains_key(&config.id) {
+            return Err("it is open here".to_owned());
+        }
+        check_size(config.size)?;
+        let mut standby = self.shared.standby.lock();
+        match standby.get(&config.id) {
+            Some(offer) => offer.relay.resize(config.size.0),
+            None => {
+                standby.insert(config.id, self.offer(config.id, config.size, &config.socket)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a target whose requests wait.
+    fn offer(&self, volume: VolumeId, size: ByteSize, socket: &Path) -> Result<Offer, String> {
+        let relay = Relay::new(size.0);
+        let device = Arc::new(relay.clone());
+        let target = (self.shared.options.start_target)(volume, socket.to_owned(), device)?;
+        Ok(Offer { socket: socket.to_owned(), relay, _target: target })
     }
 
     async fn apply_disks(&self, wanted: &[DiskConfig]) -> Vec<String> {
@@ -265,15 +337,55 @@ impl Storage {
             None => {
                 let metrics = self.shared.metrics.volume(config.id);
                 let coordinator = Coordinator::start(config, self.shared.rim.clone(), metrics);
-                let open = OpenVolume { coordinator, access: config.access.clone(), target: None };
+                let open = OpenVolume { coordinator, access: config.access.clone(), offer: None };
                 volumes.entry(config.id).or_insert(open)
             }
         };
-        if let (Access::VhostUser { socket }, None) = (&config.access, &open.target) {
-            let device = Arc::new(VolumeDevice(open.coordinator.clone()));
-            open.target = Some((self.shared.options.start_target)(config.id, socket.clone(), device)?);
+        if let (Access::VhostUser { socket }, None, None) =
+            (&config.access, &open.offer, open.coordinator.closed())
+        {
+            let ready = self.shared.standby.lock().remove(&config.id);
+            let offer = match ready {
+                Some(offer) => offer,
+                None => self.offer(config.id, config.size, socket)?,
+            };
+            offer.relay.serve(Arc::new(VolumeDevice(open.coordinator.clone())));
+            open.offer = Some(offer);
         }
         Ok(())
+    }
+
+    /// Closes an open volume, clean where possible, so that another node can open it, while its target and the connection to it stay: requests
+    /// that come wait. It waits for the requests before, flushes the replicas, and has the clean close recorded. Doing it again tells
+    /// the same again. It stays closed until [`Self::apply`] names it in a higher generation, in standby, or not at all; after a clean
+    /// handover the target then goes on, if it is wanted on the same socket.
+    ///
+    /// # Errors
+    /// When the volume is not open, or in another generation.
+    pub async fn hand_over(
+        &self,
+        volume: VolumeId,
+        generation: Generation,
+    ) -> Result<Handover, StorageError> {
+        let started = Instant::now();
+        let coordinator = {
+            let volumes = self.shared.volumes.lock();
+            let open = volumes.get(&volume).ok_or(StorageError::NotOpen(volume))?;
+            let is = open.coordinator.generation();
+            if is != generation {
+                return Err(StorageError::OtherGeneration { volume, open: is, wanted: generation });
+            }
+            if let Some(offer) = &open.offer {
+                offer.relay.hold();
+            }
+            open.coordinator.clone()
+        };
+        // To its end, even if the caller gives up.
+        let closing = tokio::spawn(async move { coordinator.close().await });
+        let handover = closing.await.map_err(|_| StorageError::CutShort(volume))?;
+        let seconds = started.elapsed().as_secs_f64();
+        tracing::info!(%volume, generation = generation.0, ?handover, seconds, "volume handed over");
+        Ok(handover)
     }
 
     /// Lets volumes serve for this long from now on. Zero ends it at once: requests wait, they do not fail.
@@ -358,6 +470,7 @@ impl Storage {
         for (_, open) in std::mem::take(&mut *self.shared.volumes.lock()) {
             open.coordinator.kill();
         }
+        drop(std::mem::take(&mut *self.shared.standby.lock()));
         for (id, disk) in std::mem::take(&mut *self.shared.disks.lock()) {
             self.shared.rim.replicas.remove_disk(id);
             if let Ok(running) = disk.running {
@@ -371,18 +484,32 @@ impl Storage {
         let disks = self.shared.disks.lock().iter().map(|(id, d)| (*id, d.path.clone())).collect::<Vec<_>>();
         let disks =
             disks.into_iter().map(|(id, path)| DiskConfig { id, path, key_salt: None, scrubs: 0 }).collect();
-        if let Err(error) = self.apply(StorageConfig { disks, volumes: Vec::new() }).await {
+        if let Err(error) =
+            self.apply(StorageConfig { disks, volumes: Vec::new(), standby: Vec::new() }).await
+        {
             tracing::warn!(%error, "while closing volumes");
         }
     }
 }
 
-/// What comes from outside is checked before arithmetic is done with it.
-fn check(config: &VolumeConfig) -> Result<(), String> {
-    let size = config.size.0;
+/// Ends a target; its threads are waited for.
+async fn end(offer: Option<Offer>) {
+    if tokio::task::spawn_blocking(move || drop(offer)).await.is_err() {
+        tracing::error!("a target did not end in order");
+    }
+}
+
+fn check_size(ByteSize(size): ByteSize) -> Result<(), String> {
     if size == 0 || !size.is_multiple_of(BLOCK_SIZE) {
         return Err(format!("the size {size} is not a positive multiple of {BLOCK_SIZE}"));
     }
+    Ok(())
+}
+
+/// What comes from outside is checked before arithmetic is done with it.
+fn check(config: &VolumeConfig) -> Result<(), String> {
+    check_size(config.size)?;
+    let size = config.size.0;
     let segments = size.div_ceil(crate::ids::SEGMENT_SIZE);
     let complete = config.segments.len() as u64 == segments
         && config

@@ -26,6 +26,15 @@ pub struct VolumeStatus {
     pub replicas: Vec<ReplicaStatus>,
 }
 
+/// How a volume was handed over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Handover {
+    /// Every request was carried out, and all replicas are equal and flushed, which is recorded.
+    Clean,
+    /// Requests may have been cut short, or it could not be recorded: the next opening compares the replicas.
+    Unclean,
+}
+
 /// What an open volume is doing.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum VolumeState {

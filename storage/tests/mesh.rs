@@ -1,220 +1,18 @@
-//! Three nodes' storage in one process: disk stores in files, real meshes on loopback.
+//! A volume on three nodes: written, lost in part, moved, layered.
 
 // A test may panic.
 #![allow(clippy::unwrap_used)]
 
-use futures_util::future::BoxFuture;
-use netfabric::mesh::{Class, Mesh, MeshConfig};
-use netfabric::pki::{ClusterCa, Identity, NodeKey};
+mod support;
+
 use netfabric::rpc::{CallError, Request};
-use parking_lot::Mutex;
-use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
-use storage::config::{
-    Access, CleanState, DiskConfig, Durability, LayersConfig, Limits, ReplicaConfig, ReplicaState,
-    SegmentConfig, Tenure, VolumeConfig,
-};
-use storage::control::{CommitError, ControlPlane, FreezeStep};
+use storage::config::{CleanState, LayersConfig, ReplicaState, VolumeConfig};
 use storage::device::BlockOp;
-use storage::ids::{ByteSize, DiskId, FreezeId, Generation, LayerId, LayerRef, SegmentIndex, VolumeId};
+use storage::ids::{Generation, LayerId, LayerRef, SegmentIndex, VolumeId};
 use storage::status::{MemberState, VolumeState};
-use storage::store::Compression;
-use storage::store::disk::LogStore;
-use storage::{
-    BusyPoll, MeshTransport, NodeId, Storage, StorageConfig, StorageError, StorageOptions, Timing,
-    disk_stores,
-};
-
-const LONG: Duration = Duration::from_secs(30);
-
-/// A control plane that commits at once.
-struct Control(Mutex<VolumeConfig>);
-
-impl Control {
-    fn commit<T: Send + 'static>(
-        self: &Arc<Self>,
-        generation: Generation,
-        change: impl FnOnce(&mut VolumeConfig) -> T,
-    ) -> BoxFuture<'static, Result<T, CommitError>> {
-        let mut volume = self.0.lock();
-        let result =
-            if volume.generation == generation { Ok(change(&mut volume)) } else { Err(CommitError::Fenced) };
-        Box::pin(async move { result })
-    }
-}
-
-/// One handle for each node.
-struct Handle(Arc<Control>);
-
-impl ControlPlane for Handle {
-    fn replicas_out(
-        &self,
-        _: VolumeId,
-        generation: Generation,
-        disk: DiskId,
-        _: String,
-    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
-        self.0.commit(generation, |volume| {
-            let replicas = volume.segments.iter_mut().flat_map(|s| &mut s.replicas);
-            replicas.filter(|r| r.disk == disk).for_each(|r| r.state = ReplicaState::OutOfSync);
-            volume.clone()
-        })
-    }
-
-    fn replica_in(
-        &self,
-        _: VolumeId,
-        generation: Generation,
-        _: SegmentIndex,
-        disk: DiskId,
-    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
-        self.0.commit(generation, |volume| {
-            let replicas = volume.segments.iter_mut().flat_map(|s| &mut s.replicas);
-            replicas.filter(|r| r.disk == disk).for_each(|r| r.state = ReplicaState::InSync);
-            volume.clone()
-        })
-    }
-
-    fn replica_left(
-        &self,
-        _: VolumeId,
-        generation: Generation,
-        segment: SegmentIndex,
-        disk: DiskId,
-    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
-        self.0.commit(generation, |volume| {
-            let segments = volume.segments.iter_mut().filter(|s| s.index == segment);
-            segments.for_each(|s| s.replicas.retain(|r| r.disk != disk));
-            volume.clone()
-        })
-    }
-
-    fn opened(&self, _: VolumeId, generation: Generation) -> BoxFuture<'static, Result<(), CommitError>> {
-        self.0.commit(generation, |volume| volume.clean = CleanState::Unclean)
-    }
-
-    fn closed_clean(
-        &self,
-        _: VolumeId,
-        generation: Generation,
-    ) -> BoxFuture<'static, Result<(), CommitError>> {
-        self.0.commit(generation, |volume| volume.clean = CleanState::Clean)
-    }
-
-    fn freeze_step(
-        &self,
-        _: VolumeId,
-        _: Generation,
-        _: FreezeId,
-        _: FreezeStep,
-    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
-        Box::pin(async { Err(CommitError::Refused("no snapshots here".into())) })
-    }
-
-    fn merged(
-        &self,
-        _: VolumeId,
-        generation: Generation,
-        layer: LayerRef,
-    ) -> BoxFuture<'static, Result<VolumeConfig, CommitError>> {
-        self.0.commit(generation, |volume| {
-            volume.layers.chain.retain(|there| *there != layer);
-            volume.layers.merge = None;
-            volume.layers.revision += 1;
-            volume.clone()
-        })
-    }
-}
-
-struct Node {
-    storage: Storage,
-    mesh: Mesh,
-    disks: Vec<DiskConfig>,
-    forward: tokio::task::JoinHandle<()>,
-}
-
-async fn start(
-    dir: &std::path::Path,
-    ca: &ClusterCa,
-    id: NodeId,
-    disk: DiskId,
-    control: &Arc<Control>,
-) -> Node {
-    let options = StorageOptions {
-        node: id,
-        state_dir: dir.join("state"),
-        timing: Timing::default(),
-        open_store: disk_stores(Arc::new(|_, _| Err(std::io::Error::other("no disk is encrypted here")))),
-        start_target: Arc::new(|_, _, _| Err("no targets here".into())),
-        poll: BusyPoll::new(),
-    };
-    let transport = MeshTransport::new();
-    let storage =
-        Storage::start(options, transport.clone(), Arc::new(Handle(control.clone()))).await.unwrap();
-    let key = NodeKey::generate().unwrap();
-    let cert = ca.issue_node(id, &key.csr("n").unwrap(), &[]).unwrap();
-    let identity = Identity::new(&key, &cert, ca.cert_pem()).unwrap();
-    let config = MeshConfig {
-        link_mtu: Some(1500),
-        ..MeshConfig::new(Class::Storage, "127.0.0.1:0".parse().unwrap())
-    };
-    let mesh = Mesh::start(identity, config, storage.rpc_handler()).await.unwrap();
-    let forward = tokio::spawn(transport.bind(mesh.clone()));
-    let path = dir.join("disk");
-    if !path.exists() {
-        std::fs::create_dir_all(dir).unwrap();
-        std::fs::File::create(&path).unwrap().set_len(256 << 20).unwrap();
-        LogStore::format(&path, disk, None).unwrap();
-    }
-    let disks = vec![DiskConfig { id: disk, path, key_salt: None, scrubs: 0 }];
-    storage.apply(StorageConfig { disks: disks.clone(), volumes: vec![] }).await.unwrap();
-    storage.renew_lease(Duration::from_secs(3600));
-    Node { storage, mesh, disks, forward }
-}
-
-async fn until(what: &str, condition: impl Fn() -> bool) {
-    let met = async {
-        while !condition() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    assert!(tokio::time::timeout(LONG, met).await.is_ok(), "waited too long for: {what}");
-}
-
-/// Three connected nodes, and a volume with a replica on each.
-async fn three(dir: &std::path::Path) -> (Arc<Control>, Vec<Node>, VolumeConfig) {
-    let ca = ClusterCa::create("test").unwrap();
-    let ids: Vec<(NodeId, DiskId)> = (0..3).map(|_| (NodeId::random(), DiskId::random())).collect();
-    let replicas = ids.iter().map(|(node, disk)| ReplicaConfig {
-        disk: *disk,
-        node: *node,
-        state: ReplicaState::InSync,
-        tenure: Tenure::Stays,
-    });
-    let id = VolumeId::random();
-    let volume = VolumeConfig {
-        id,
-        size: ByteSize(64 << 20),
-        generation: Generation(1),
-        min_in_sync: 2,
-        durability: Durability::WriteBack,
-        compression: Compression::Off,
-        clean: CleanState::Clean,
-        segments: vec![SegmentConfig { index: SegmentIndex(0), replicas: replicas.collect() }],
-        access: Access::Internal,
-        limits: Limits::default(),
-        layers: LayersConfig::single(id),
-    };
-    let control = Arc::new(Control(Mutex::new(volume.clone())));
-    let mut nodes = Vec::new();
-    for (i, (id, disk)) in ids.iter().enumerate() {
-        nodes.push(start(&dir.join(i.to_string()), &ca, *id, *disk, &control).await);
-    }
-    let peers: BTreeMap<_, _> = nodes.iter().map(|n| (n.mesh.node(), n.mesh.local_addr())).collect();
-    nodes.iter().for_each(|n| n.mesh.set_peers(peers.clone()));
-    (control, nodes, volume)
-}
+use storage::{Storage, StorageConfig, StorageError};
+use support::{LONG, three, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_volume_lives_on_three_nodes() {
@@ -224,7 +22,10 @@ async fn a_volume_lives_on_three_nodes() {
     // Open, write, read back.
     let first = nodes[0].storage.clone();
     let disks = nodes[0].disks.clone();
-    first.apply(StorageConfig { disks: disks.clone(), volumes: vec![volume.clone()] }).await.unwrap();
+    first
+        .apply(StorageConfig { disks: disks.clone(), volumes: vec![volume.clone()], standby: vec![] })
+        .await
+        .unwrap();
     let data: bytes::Bytes = (0..9 << 20).map(|i: u32| (i % 251) as u8).collect::<Vec<u8>>().into();
     let write = tokio::time::timeout(LONG, first.write(volume.id, 512, data.clone()));
     write.await.expect("written in time").unwrap();
@@ -240,7 +41,7 @@ async fn a_volume_lives_on_three_nodes() {
     // A node goes: writes go on without it.
     let gone = nodes.remove(2);
     gone.mesh.close().await;
-    gone.forward.abort();
+    drop(gone);
     let write = tokio::time::timeout(LONG, first.write(volume.id, 0, data.slice(..4096)));
     write.await.expect("written in time").unwrap();
     assert_eq!(control.0.lock().segments[0].replicas[2].state, ReplicaState::OutOfSync);
@@ -250,14 +51,15 @@ async fn a_volume_lives_on_three_nodes() {
     moved.generation = Generation(2);
     *control.0.lock() = moved.clone();
     let second = nodes[1].storage.clone();
-    let config = StorageConfig { disks: nodes[1].disks.clone(), volumes: vec![moved.clone()] };
+    let config =
+        StorageConfig { disks: nodes[1].disks.clone(), volumes: vec![moved.clone()], standby: vec![] };
     second.apply(config).await.unwrap();
     let head = tokio::time::timeout(LONG, second.read(volume.id, 0, 4096)).await.expect("read in time");
     assert_eq!(head.unwrap(), data.slice(..4096));
     let late = tokio::time::timeout(Duration::from_secs(1), first.write(volume.id, 0, data.slice(..4096)));
     assert!(late.await.is_err(), "a fenced coordinator answers nothing");
     until("fenced", || first.status().volumes[0].state == VolumeState::Fenced).await;
-    first.apply(StorageConfig { disks, volumes: vec![] }).await.unwrap();
+    first.apply(StorageConfig { disks, volumes: vec![], standby: vec![] }).await.unwrap();
 
     // Clean close, and removal.
     second.shutdown().await;
@@ -291,7 +93,10 @@ async fn a_frozen_layer_stays_as_it_was_for_a_clone_and_is_merged_later() {
     let storage = nodes[0].storage.clone();
     let apply = async |volumes: &[&VolumeConfig]| {
         let volumes = volumes.iter().map(|volume| (*volume).clone()).collect();
-        storage.apply(StorageConfig { disks: nodes[0].disks.clone(), volumes }).await.unwrap();
+        storage
+            .apply(StorageConfig { disks: nodes[0].disks.clone(), volumes, standby: vec![] })
+            .await
+            .unwrap();
     };
     apply(&[&volume]).await;
     let old = pattern(77, 4 << 20);

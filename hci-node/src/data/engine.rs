@@ -274,7 +274,7 @@ impl Engine {
         let paths = self.paths.clone();
         let (present, missing) = blocking(move || look_for(&wanted, known, &paths)).await?;
         let disks = config.disks.iter().filter(|disk| present.contains(&disk.id)).cloned().collect();
-        let here = StorageConfig { disks, volumes: config.volumes.clone() };
+        let here = StorageConfig { disks, volumes: config.volumes.clone(), standby: config.standby.clone() };
         {
             let mut applied = self.applied.lock();
             applied.present = present;

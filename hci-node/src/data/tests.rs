@@ -90,7 +90,7 @@ proptest! {
                 storage: "10.0.0.1:7401".parse().unwrap(),
                 frames: "[fe80::1]:7402".parse().unwrap(),
             }],
-            storage: StorageConfig { disks: Vec::new(), volumes: vec![volume] },
+            storage: StorageConfig { disks: Vec::new(), volumes: vec![volume], standby: Vec::new() },
             overlay: OverlayConfig::default(),
         };
         prop_assert_eq!(round_trip(&config), config.clone());
@@ -255,6 +255,7 @@ async fn a_volume_is_opened_written_closed_and_reopened_by_a_new_instance() {
         storage: StorageConfig {
             disks: vec![DiskConfig { id: disk, path: prepared.store.clone(), key_salt, scrubs: 0 }],
             volumes: if volumes { vec![volume(id, disk, Generation(generation), clean)] } else { Vec::new() },
+            standby: Vec::new(),
         },
         ..DataConfig::default()
     };

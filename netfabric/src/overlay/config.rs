@@ -56,6 +56,19 @@ pub struct PortConfig {
     pub hostname: String,
     /// Where to listen for the VMM (vhost-user-net).
     pub socket: PathBuf,
+    /// Whether its addresses are here.
+    pub standing: PortStanding,
+}
+
+/// Whether a port is where its VM runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PortStanding {
+    /// It is.
+    #[default]
+    Active,
+    /// The VM runs on another node and may come here: a VMM can connect and start its rings, but nothing passes, and the
+    /// addresses are where a forwarding entry says.
+    Standby,
 }
 
 /// Where an address of a network is.
@@ -159,13 +172,17 @@ impl OverlayConfig {
             unique(&mut addresses, port.vni, port.mac, port.ip)?;
         }
         // An entry may repeat a port of this node; beyond that, each address is in one place.
-        let here: HashSet<_> = self.ports.iter().map(|port| (port.vni, port.mac, port.ip)).collect();
+        let here: HashMap<_, _> =
+            self.ports.iter().map(|port| ((port.vni, port.mac, port.ip), port.standing)).collect();
+        let mut elsewhere = HashSet::new();
         for entry in &self.forwarding {
             let what = format!("the forwarding entry of {}", entry.mac);
             let network = resolve(&networks, &what, entry.vni)?;
             network.check(&what, entry.mac, entry.ip)?;
-            if !here.contains(&(entry.vni, entry.mac, entry.ip)) {
-                unique(&mut addresses, entry.vni, entry.mac, entry.ip)?;
+            match here.get(&(entry.vni, entry.mac, entry.ip)) {
+                None => unique(&mut addresses, entry.vni, entry.mac, entry.ip)?,
+                Some(PortStanding::Standby) => unique(&mut elsewhere, entry.vni, entry.mac, entry.ip)?,
+                Some(PortStanding::Active) => {}
             }
         }
         Ok(())
@@ -269,6 +286,7 @@ mod tests {
             ip: Ipv4Addr::new(10, 1, 0, last),
             hostname: "a".to_owned(),
             socket: format!("/run/{number}-{last}.sock").into(),
+            standing: PortStanding::Active,
         }
     }
 
@@ -285,6 +303,22 @@ mod tests {
             ports: vec![a, b],
         };
         config.validate().unwrap();
+    }
+
+    #[test]
+    fn a_port_in_standby_is_at_one_other_node() {
+        let standby = PortConfig { standing: PortStanding::Standby, ..port(1, 10) };
+        let mut config = OverlayConfig {
+            networks: vec![network(1)],
+            forwarding: vec![entry(&standby)],
+            ports: vec![standby.clone(), port(1, 11)],
+        };
+        config.validate().unwrap();
+        config.forwarding.push(entry(&standby));
+        assert!(matches!(config.validate(), Err(OverlayError::DuplicateAddress { .. })));
+        config.forwarding.pop();
+        config.ports[1].ip = standby.ip;
+        assert!(matches!(config.validate(), Err(OverlayError::DuplicateAddress { .. })));
     }
 
     #[test]

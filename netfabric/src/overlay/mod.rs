@@ -53,7 +53,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 
-pub use config::{ForwardEntry, NetworkConfig, OverlayConfig, OverlayError, PortConfig};
+pub use config::{ForwardEntry, NetworkConfig, OverlayConfig, OverlayError, PortConfig, PortStanding};
 pub use id::{MacAddr, PortId, Vni};
 pub use stats::{DropReason, MeshFrameStats, OverlayStats, PortStats};
 pub use tunnel::transport::FrameTransport;
@@ -100,6 +100,7 @@ struct Port {
     device: Arc<Device>,
     /// What cannot be changed without a new device.
     made_for: (MacAddr, PathBuf),
+    standing: PortStanding,
     task: AbortHandle,
     /// Closes the socket when dropped.
     _listener: PortListener,
@@ -123,7 +124,7 @@ impl Overlay {
     }
 
     /// Makes the overlay what the configuration says: ports open and close, addresses appear and go. Ports that stay
-    /// as they are do not notice. A configuration that contradicts itself changes nothing; if a port's socket cannot
+    /// as they are do not notice, and one that leaves standby keeps its VMM. A configuration that contradicts itself changes nothing; if a port's socket cannot
     /// be made, the others are served, and applying again tries again.
     pub fn apply(&self, config: &OverlayConfig) -> Result<(), OverlayError> {
         config.validate()?;
@@ -142,11 +143,16 @@ impl Overlay {
         }
 
         let mut usable = config.clone();
+        let mut activated = Vec::new();
         let mut failed = None;
         usable.ports.retain(|port| {
             let mtu = mtus.get(&port.vni).copied().unwrap_or_default();
-            if let Some(port) = applied.ports.get(&port.id) {
-                port.device.set_mtu(mtu);
+            if let Some(there) = applied.ports.get_mut(&port.id) {
+                there.device.set_mtu(mtu);
+                let before = std::mem::replace(&mut there.standing, port.standing);
+                if (before, port.standing) == (PortStanding::Standby, PortStanding::Active) {
+                    activated.push(there.device.clone());
+                }
                 return true;
             }
             match self.open(port, mtu) {
@@ -167,6 +173,7 @@ impl Overlay {
             .map(|port| port.device.clone())
             .collect();
         self.forwarder.snapshot.store(Arc::new(Snapshot { table: Table::new(&usable), ports }));
+        activated.iter().for_each(|device| device.wake());
         failed.map_or(Ok(()), Err)
     }
 
@@ -176,7 +183,13 @@ impl Overlay {
         let listener = PortListener::start(device.clone(), &config.socket, self.options.socket_group)
             .map_err(|source| OverlayError::Listen { path: config.socket.clone(), source })?;
         let task = self.runtime.spawn(self.forwarder.clone().run_port(device.clone())).abort_handle();
-        Ok(Port { device, made_for: (config.mac, config.socket.clone()), task, _listener: listener })
+        Ok(Port {
+            device,
+            made_for: (config.mac, config.socket.clone()),
+            standing: config.standing,
+            task,
+            _listener: listener,
+        })
     }
 
     /// Stops all frames, or lets them pass again. From the return on, no frame is begun.

@@ -49,11 +49,13 @@ pub enum DropReason {
     NodeUnreachable,
     /// The connection to the other node takes no more.
     NodeCongested,
+    /// The port is in standby: its VM runs on another node.
+    Standby,
 }
 
 impl DropReason {
     /// All reasons, in the order of their declaration.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Fenced,
         Self::Malformed,
         Self::TooLarge,
@@ -73,6 +75,7 @@ impl DropReason {
         Self::PortDown,
         Self::NodeUnreachable,
         Self::NodeCongested,
+        Self::Standby,
     ];
 
     /// The name used in metrics.
@@ -97,6 +100,7 @@ impl DropReason {
             Self::PortDown => "port_down",
             Self::NodeUnreachable => "node_unreachable",
             Self::NodeCongested => "node_congested",
+            Self::Standby => "standby",
         }
     }
 }

@@ -39,7 +39,12 @@ impl Coordinator {
         self.serving().await;
         let early = self.limiter.lock().admit(&op, Instant::now());
         if !early.is_zero() {
-            tokio::time::sleep(early).await;
+            // A close waits for this request, and its user for the close.
+            tokio::select! {
+                biased;
+                () = tokio::time::sleep(early) => {}
+                () = self.phase.wait_for(|phase| phase == Phase::Closing) => {}
+            }
         }
         self.metrics.queue.observe(started.elapsed());
         let result = loop {

@@ -57,7 +57,7 @@ use crate::replica::protocol::{AckWhen, BootEpoch, Session};
 use crate::replica::server::ReplicaServer;
 use crate::scrub::ScrubPolicy;
 use crate::signal::Signal;
-use crate::status::{VolumeState, VolumeStatus};
+use crate::status::{Handover, VolumeState, VolumeStatus};
 use crate::store::Compression;
 use crate::transport::Transport;
 use bytes::Bytes;
@@ -188,6 +188,8 @@ pub(crate) struct Coordinator {
     /// Held while a change of the in-sync set is on its way: there is never more than one.
     commits: tokio::sync::Mutex<()>,
     runtime: tokio::runtime::Handle,
+    /// How it was closed.
+    closed: tokio::sync::OnceCell<Handover>,
     /// Ends everything.
     stop: CancellationToken,
     fenced: CancellationToken,
@@ -222,6 +224,7 @@ impl Coordinator {
             waiting: AtomicUsize::new(0),
             commits: tokio::sync::Mutex::default(),
             runtime: tokio::runtime::Handle::current(),
+            closed: tokio::sync::OnceCell::new(),
             stop: CancellationToken::new(),
             fenced: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -238,6 +241,11 @@ impl Coordinator {
         this.spawn(this.clone().run_repairs());
         this.spawn(this.clone().run_releases());
         this
+    }
+
+    /// The volume.
+    pub(crate) fn id(&self) -> VolumeId {
+        self.id
     }
 
     /// The generation of this opening.
@@ -288,20 +296,34 @@ impl Coordinator {
     }
 
     /// Waits for requests to end, makes everything durable, tells the control plane, stops. When that cannot be done in time
-    /// the close is unclean, which costs the next opening a comparison and nothing else.
-    pub(crate) async fn close(&self) {
-        let serving = self.phase.get() == Phase::Open;
-        if serving {
+    /// the close is unclean, which costs the next opening a comparison and nothing else. Done once, however often it is called.
+    pub(crate) async fn close(&self) -> Handover {
+        *self.closed.get_or_init(|| self.close_once()).await
+    }
+
+    /// How it was closed; none while it was not.
+    pub(crate) fn closed(&self) -> Option<Handover> {
+        self.closed.get().copied()
+    }
+
+    async fn close_once(&self) -> Handover {
+        let mut handover = Handover::Unclean;
+        // Closing already: whoever began it gave up waiting.
+        if matches!(self.phase.get(), Phase::Open | Phase::Closing) {
             self.phase.set(Phase::Closing);
             self.requests.close();
             let clean = tokio::time::timeout(self.rim.timing.close_deadline, self.close_clean()).await;
             match clean {
-                Ok(Ok(())) => tracing::info!(volume = %self.id, "volume closed clean"),
+                Ok(Ok(())) => {
+                    handover = Handover::Clean;
+                    tracing::info!(volume = %self.id, "volume closed clean");
+                }
                 Ok(Err(error)) => tracing::warn!(volume = %self.id, %error, "volume closed unclean"),
                 Err(_) => tracing::warn!(volume = %self.id, "volume closed unclean: took too long"),
             }
         }
         self.stop().await;
+        handover
     }
 
     async fn close_clean(&self) -> Result<(), CommitError> {

@@ -6,11 +6,12 @@
 //! end a worker).
 
 use super::inflight::InflightRecord;
-use super::queue::Queue;
+use super::queue::{Queue, Ring};
 use super::request::SERIAL_LEN;
 use super::{Access, geometry};
 use crate::device::BlockDevice;
 use crate::poll::BusyPoll;
+use netfabric::dirty_log::{self, DirtyLog, LoggedMemory};
 use parking_lot::{Condvar, Mutex};
 use std::cell::RefCell;
 use std::io;
@@ -22,11 +23,9 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
-use vhost_user_backend::{
-    ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringEpollHandler, VringMutex, VringT,
-};
+use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringEpollHandler, VringT};
 use vm_memory::{
-    Address, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryLoadGuard, GuestMemoryMmap,
+    Address, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryLoadGuard,
     GuestMemoryRegion,
 };
 use vmm_sys_util::epoll::EventSet;
@@ -73,7 +72,7 @@ pub(super) struct Shared {
     pub(super) poll: Arc<BusyPoll>,
     pub(super) outstanding: Outstanding,
     pub(super) inflight_bytes: AtomicU64,
-    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    memory: GuestMemoryAtomic<LoggedMemory>,
     /// The record belongs to this memory (checked at the first start of a ring).
     identity_checked: Mutex<bool>,
     closed: AtomicBool,
@@ -95,13 +94,13 @@ impl Shared {
             poll,
             outstanding: Outstanding::default(),
             inflight_bytes: AtomicU64::new(0),
-            memory: GuestMemoryAtomic::new(GuestMemoryMmap::new()),
+            memory: GuestMemoryAtomic::new(LoggedMemory::new()),
             identity_checked: Mutex::new(false),
             closed: AtomicBool::new(false),
         }
     }
 
-    pub(super) fn memory(&self) -> GuestMemoryLoadGuard<GuestMemoryMmap> {
+    pub(super) fn memory(&self) -> GuestMemoryLoadGuard<LoggedMemory> {
         self.memory.memory()
     }
 
@@ -128,7 +127,7 @@ impl Shared {
 
 /// A number for the memory of one guest: its regions and the files behind them (a new VM has new files). FNV-1a: it must not change
 /// between builds, and only guards against mistakes.
-fn memory_identity(memory: &GuestMemoryMmap) -> u64 {
+fn memory_identity(memory: &LoggedMemory) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
     let mut add = |n: u64| {
         for byte in n.to_le_bytes() {
@@ -207,7 +206,7 @@ impl Connection {
     }
 
     /// A ring was started: its kicks go to the queue's task from now on.
-    fn take_over(&self, queue: &Queue, ring: &VringMutex) {
+    fn take_over(&self, queue: &Queue, ring: &Ring) {
         if let Err(error) = queue.adopt(ring) {
             tracing::error!(%error, "a ring's kicks cannot be taken over");
             return;
@@ -271,8 +270,8 @@ impl Drop for WorkerGuard {
 }
 
 impl VhostUserBackend for Connection {
-    type Bitmap = ();
-    type Vring = VringMutex;
+    type Bitmap = DirtyLog;
+    type Vring = Ring;
 
     fn num_queues(&self) -> usize {
         self.queues.len()
@@ -290,6 +289,10 @@ impl VhostUserBackend for Connection {
         geometry::protocol_features()
     }
 
+    fn acked_features(&self, features: u64) {
+        dirty_log::follow(features, &self.shared.memory());
+    }
+
     fn set_event_idx(&self, _enabled: bool) {
         // The rings have been told by the crate.
     }
@@ -303,7 +306,7 @@ impl VhostUserBackend for Connection {
         out
     }
 
-    fn update_memory(&self, _memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+    fn update_memory(&self, _memory: GuestMemoryAtomic<LoggedMemory>) -> io::Result<()> {
         self.shared.memory_changed();
         Ok(())
     }
@@ -325,7 +328,7 @@ impl VhostUserBackend for Connection {
         &self,
         device_event: u16,
         _events: EventSet,
-        vrings: &[VringMutex],
+        vrings: &[Ring],
         _thread: usize,
     ) -> io::Result<()> {
         if u64::from(device_event) == self.wake_token() {

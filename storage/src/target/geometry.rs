@@ -2,6 +2,7 @@
 
 use super::Access;
 use crate::ids::{BLOCK_SIZE, MAX_TRANSFER, SECTOR_SIZE};
+use netfabric::dirty_log::LOG_ALL;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
@@ -37,11 +38,12 @@ pub(super) fn features(access: Access) -> u64 {
         VIRTIO_BLK_F_FLUSH,
         VIRTIO_BLK_F_MQ,
     ];
+    let vhost_user = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() | LOG_ALL;
     let more: &[u32] = match access {
         Access::ReadOnly => &[VIRTIO_BLK_F_RO],
         Access::ReadWrite => &[VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES],
     };
-    bits.iter().chain(more).fold(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(), |all, bit| all | 1 << bit)
+    bits.iter().chain(more).fold(vhost_user, |all, bit| all | 1 << bit)
 }
 
 /// The vhost-user protocol features that are offered.
@@ -50,6 +52,7 @@ pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::LOG_SHMFD
 }
 
 /// The configuration space.

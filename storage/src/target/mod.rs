@@ -306,6 +306,7 @@ impl Server {
         connection.close();
         connection.set_shutdown(None);
         self.control.state.lock().1 = None;
+        self.device.recall();
         self.wait_for_device(&connection);
         started
     }

@@ -13,6 +13,7 @@ use super::inflight::RingState;
 use super::request::{self, Action, DescriptorTable, Limits, Malformed, Reply, Status};
 use crate::device::{BlockError, BlockOp};
 use bytes::Bytes;
+use netfabric::dirty_log::LoggedMemory;
 use parking_lot::{Condvar, Mutex};
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use vhost_user_backend::{VringMutex, VringState, VringT};
 use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryAtomic};
 use vmm_sys_util::event::EventConsumer;
 
 /// Requests taken before answers are published.
@@ -31,6 +32,9 @@ const BATCH: usize = 32;
 const MAX_INFLIGHT_BYTES: u64 = 64 << 20;
 /// How long a guest's queue is looked at in each turn after its last request.
 const BUSY: Duration = Duration::from_micros(500);
+
+/// A ring, as the crate has it.
+pub(super) type Ring = VringMutex<GuestMemoryAtomic<LoggedMemory>>;
 
 /// An answer that waits for its place in the ring.
 struct Answer {
@@ -42,7 +46,7 @@ struct Answer {
 
 /// A ring that the front end has started, and the event by which the guest kicks it.
 struct Started {
-    ring: VringMutex,
+    ring: Ring,
     kick: OwnedFd,
 }
 
@@ -102,7 +106,7 @@ impl Queue {
     }
 
     /// The front end has started the ring: the task takes over its kicks.
-    pub(super) fn adopt(&self, ring: &VringMutex) -> std::io::Result<()> {
+    pub(super) fn adopt(&self, ring: &Ring) -> std::io::Result<()> {
         let kick = ring.get_ref().get_kick().as_ref().map(EventConsumer::try_clone).transpose()?;
         if let Some(kick) = kick {
             // SAFETY: the descriptor is open, and the event gives up its ownership here.
@@ -115,7 +119,7 @@ impl Queue {
 
     /// Works the queue until the connection is closed.
     pub(super) async fn work(self: Arc<Self>) {
-        let mut current: Option<(VringMutex, AsyncFd<OwnedFd>)> = None;
+        let mut current: Option<(Ring, AsyncFd<OwnedFd>)> = None;
         let mut last_taken = Instant::now();
         while !self.shared.is_closed() {
             let started = self.started.lock().take();
@@ -152,7 +156,7 @@ impl Queue {
     }
 
     /// Takes what the guest made available and publishes what was answered. Tells whether there was anything.
-    fn process(self: &Arc<Self>, ring: &VringMutex) -> bool {
+    fn process(self: &Arc<Self>, ring: &Ring) -> bool {
         let mut any = self.publish(ring);
         self.shared.outstanding.enter();
         while self.take_batch(ring) {
@@ -165,7 +169,7 @@ impl Queue {
     }
 
     /// Asks the guest to kick for its next request. True if there is one already.
-    fn ask_for_kick(&self, ring: &VringMutex) -> bool {
+    fn ask_for_kick(&self, ring: &Ring) -> bool {
         let mut state = ring.get_mut();
         if !state.get_queue().ready() || !state.is_enabled() || *self.stage.lock() != Stage::Running {
             return false;
@@ -183,7 +187,7 @@ impl Queue {
     }
 
     /// Takes some requests and gives them to the device; false when there was none.
-    fn take_batch(self: &Arc<Self>, ring: &VringMutex) -> bool {
+    fn take_batch(self: &Arc<Self>, ring: &Ring) -> bool {
         let memory = self.shared.memory();
         let mut heads = Vec::new();
         let table;
@@ -263,7 +267,11 @@ impl Queue {
     }
 
     /// Finds out where the ring stands; returns what is to be submitted again.
-    fn start(&self, state: &mut VringState, memory: &GuestMemoryMmap) -> Result<Vec<u16>, String> {
+    fn start(
+        &self,
+        state: &mut VringState<GuestMemoryAtomic<LoggedMemory>>,
+        memory: &LoggedMemory,
+    ) -> Result<Vec<u16>, String> {
         use std::sync::atomic::Ordering::Acquire;
         if !state.get_queue().is_valid(memory) {
             return Err("the rings lie outside of memory".to_owned());
@@ -296,7 +304,7 @@ impl Queue {
         }
     }
 
-    fn submit(self: &Arc<Self>, memory: &GuestMemoryMmap, table: DescriptorTable, head: u16) {
+    fn submit(self: &Arc<Self>, memory: &LoggedMemory, table: DescriptorTable, head: u16) {
         let limits = Limits { size: self.shared.device.size(), access: self.shared.access };
         let (action, reply) = match request::parse(memory, table, head, limits) {
             Ok(parsed) => parsed,
@@ -337,7 +345,7 @@ impl Queue {
     }
 
     /// Puts answers into the ring. Tells whether there were any.
-    fn publish(&self, ring: &VringMutex) -> bool {
+    fn publish(&self, ring: &Ring) -> bool {
         let batch = std::mem::take(&mut *self.answers.lock());
         let count = batch.len();
         if count == 0 {
@@ -354,7 +362,7 @@ impl Queue {
         true
     }
 
-    fn publish_batch(&self, ring: &VringMutex, batch: Vec<Answer>) -> Result<(), virtio_queue::Error> {
+    fn publish_batch(&self, ring: &Ring, batch: Vec<Answer>) -> Result<(), virtio_queue::Error> {
         if self.shared.is_closed() {
             // The rings may belong to another connection by now; the record still has these requests.
             return Ok(());

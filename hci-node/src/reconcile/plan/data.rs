@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use netfabric::overlay::{ForwardEntry, NetworkConfig, OverlayConfig, PortConfig, Vni};
+use netfabric::overlay::{ForwardEntry, NetworkConfig, OverlayConfig, PortConfig, PortStanding, Vni};
 use storage::{
     config::{Access, DiskConfig, StorageConfig, VolumeConfig},
     status::{DiskHealth, VolumeState},
@@ -52,7 +52,7 @@ pub fn plan(view: View<'_>, actions: &mut Vec<Action>) -> Option<DataConfig> {
     Some(DataConfig {
         revision: view.state.revision,
         peers: peers(view),
-        storage: StorageConfig { disks: disks(view), volumes },
+        storage: StorageConfig { disks: disks(view), volumes, standby: Vec::new() },
         overlay: overlay(view),
     })
 }
@@ -344,6 +344,7 @@ fn port_config(view: View<'_>, vm: &Vm, port: &Port) -> Option<PortConfig> {
         ip: port.ip,
         hostname: vm.name.clone(),
         socket: view.paths.port_socket(port.id),
+        standing: PortStanding::Active,
     })
 }
 

@@ -8,12 +8,14 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use vhost::vhost_user::VhostUserVirtioFeatures;
 use vhost_user_backend::VhostUserBackend;
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use super::device::{Device, Session};
 use super::features::Features;
 use super::vring::{Memory, PortVring};
+use crate::dirty_log::{self, DirtyLog, LOG_ALL};
 
 /// Receive queue and transmit queue, as the guest sees them.
 pub(crate) const QUEUES: usize = 2;
@@ -26,14 +28,15 @@ const NO_FD: RawFd = -1;
 /// One connection of a VMM to a port.
 pub(crate) struct Backend {
     device: Arc<Device>,
+    memory: Memory,
     acked: AtomicU64,
     /// The end of the exit event that the crate's thread waits on. The crate forgets it instead of closing it.
     exit: AtomicI32,
 }
 
 impl Backend {
-    pub(crate) fn new(device: Arc<Device>) -> Self {
-        Self { device, acked: AtomicU64::new(0), exit: AtomicI32::new(NO_FD) }
+    pub(crate) fn new(device: Arc<Device>, memory: Memory) -> Self {
+        Self { device, memory, acked: AtomicU64::new(0), exit: AtomicI32::new(NO_FD) }
     }
 }
 
@@ -49,7 +52,7 @@ impl Drop for Backend {
 }
 
 impl VhostUserBackend for Backend {
-    type Bitmap = ();
+    type Bitmap = DirtyLog;
     type Vring = PortVring;
 
     fn num_queues(&self) -> usize {
@@ -61,11 +64,12 @@ impl VhostUserBackend for Backend {
     }
 
     fn features(&self) -> u64 {
-        Features::offered().0 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        Features::offered().0 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() | LOG_ALL
     }
 
     fn acked_features(&self, features: u64) {
         self.acked.store(features, Ordering::Release);
+        dirty_log::follow(features, &self.memory.memory());
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -73,6 +77,7 @@ impl VhostUserBackend for Backend {
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::LOG_SHMFD
     }
 
     fn reset_device(&self) {

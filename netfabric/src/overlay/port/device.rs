@@ -45,14 +45,18 @@ impl Session {
     pub(crate) fn new(rx: PortVring, tx: PortVring, features: Features) -> Self {
         let session =
             Self { rx, tx, features, rx_signalled: AtomicU16::new(0), tx_signalled: AtomicU16::new(0) };
-        for (ring, signalled) in [(&session.rx, &session.rx_signalled), (&session.tx, &session.tx_signalled)]
-        {
-            if let Some(mut ring) = Ring::lock(ring, features) {
-                // One interrupt in case the last process died between publishing and interrupting.
+        // In case the last process died between publishing and interrupting.
+        session.interrupt();
+        session
+    }
+
+    /// Interrupts the guest for each ring about the last that was published, if it wants that.
+    fn interrupt(&self) {
+        for (ring, signalled) in [(&self.rx, &self.rx_signalled), (&self.tx, &self.tx_signalled)] {
+            if let Some(mut ring) = Ring::lock(ring, self.features) {
                 signalled.store(ring.signal(ring.published().wrapping_sub(1)), Ordering::Relaxed);
             }
         }
-        session
     }
 
     /// Handles of their own to the kicks.
@@ -167,6 +171,16 @@ impl Device {
             tracing::debug!(port = %self.id, "rings stopped");
         }
         *self.backlog.lock() = Backlog::default();
+        self.changed.notify_one();
+    }
+
+    /// Has the rings looked at, and the guest at them: the port was in standby, and a kick or an interrupt may have been lost
+    /// between the nodes.
+    pub(crate) fn wake(&self) {
+        if let Some(session) = self.session() {
+            session.interrupt();
+        }
+        // Whoever waits for the guest's kicks begins anew, which is with a look.
         self.changed.notify_one();
     }
 

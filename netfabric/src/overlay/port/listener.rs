@@ -19,10 +19,11 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
 use vhost::vhost_user::Listener;
 use vhost_user_backend::{ShutdownHandle, VhostUserDaemon};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::GuestMemoryAtomic;
 
 use super::backend::Backend;
 use super::device::Device;
+use crate::dirty_log::LoggedMemory;
 
 /// Read and write for the owner (this process) and the group (VMMs).
 const SOCKET_MODE: u32 = 0o660;
@@ -122,8 +123,8 @@ fn wait_for_connection(listener: &UnixListener, shared: &Shared) -> bool {
 
 /// The crate's errors are neither `Sync` nor `std::error::Error`, so they become text here.
 fn serve_connection(listener: &UnixListener, shared: &Shared, device: &Arc<Device>) -> Result<(), String> {
-    let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-    let backend = Arc::new(Backend::new(device.clone()));
+    let memory = GuestMemoryAtomic::new(LoggedMemory::new());
+    let backend = Arc::new(Backend::new(device.clone(), memory.clone()));
     let mut daemon =
         VhostUserDaemon::new("vhost-net-conn".to_owned(), backend, memory).map_err(|e| e.to_string())?;
     let listener = listener.try_clone().map_err(|e| e.to_string())?;

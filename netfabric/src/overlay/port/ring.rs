@@ -7,10 +7,11 @@ use std::sync::atomic::{Ordering, fence};
 
 use vhost_user_backend::{VringStateMutGuard, VringT};
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::features::Features;
 use super::vring::{Memory, PortVring};
+use crate::dirty_log::LoggedMemory;
 use crate::overlay::frame::vnet::{MAX_FRAME, NUM_BUFFERS_AT, VNET_HEADER, VnetHeader};
 use crate::overlay::stats::DropReason;
 
@@ -66,7 +67,7 @@ impl<'a> Ring<'a> {
 
     /// Takes the next frame that the guest sends. The chain goes back at once, since the frame is copied.
     pub(crate) fn take(&mut self, buffer: &mut FrameBuffer) -> Option<Result<Taken, DropReason>> {
-        let memory: &GuestMemoryMmap = &self.memory;
+        let memory: &LoggedMemory = &self.memory;
         let chain = match self.state.get_queue_mut().iter(memory) {
             Ok(mut chains) => chains.next()?,
             Err(_) => return Some(Err(DropReason::Malformed)),
@@ -101,7 +102,7 @@ impl<'a> Ring<'a> {
         length: usize,
     ) -> Result<(), PutError> {
         let total = VNET_HEADER + length;
-        let memory: &GuestMemoryMmap = &self.memory;
+        let memory: &LoggedMemory = &self.memory;
         let mut used: Vec<Used> = Vec::with_capacity(2);
         let mut areas: Vec<(GuestAddress, usize)> = Vec::with_capacity(2);
         let mut room = 0;
@@ -194,7 +195,7 @@ impl<'a> Ring<'a> {
 
     /// Asks for a kick when the guest offers more buffers than it has by now; true if it has just done so.
     pub(crate) fn arm_beyond_available(&mut self) -> bool {
-        let memory: &GuestMemoryMmap = &self.memory;
+        let memory: &LoggedMemory = &self.memory;
         let queue = self.state.get_queue_mut();
         let next = queue.next_avail();
         let Ok(available) = queue.avail_idx(memory, Ordering::Acquire) else { return false };
@@ -217,8 +218,8 @@ fn at(base: GuestAddress, offset: u64) -> Result<GuestAddress, vm_memory::GuestM
 
 /// Copies a chain into the buffer and checks the header.
 fn gather(
-    chain: DescriptorChain<&GuestMemoryMmap>,
-    memory: &GuestMemoryMmap,
+    chain: DescriptorChain<&LoggedMemory>,
+    memory: &LoggedMemory,
     buffer: &mut FrameBuffer,
 ) -> Result<Taken, DropReason> {
     let mut filled = 0;
@@ -238,7 +239,7 @@ fn gather(
 
 /// Copies a header and the parts of a frame into areas that are exactly large enough.
 fn scatter<B: AsRef<[u8]>>(
-    memory: &GuestMemoryMmap,
+    memory: &LoggedMemory,
     areas: &[(GuestAddress, usize)],
     header: &[u8],
     parts: &[B],

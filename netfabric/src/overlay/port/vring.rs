@@ -13,10 +13,12 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
 use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::Error;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::GuestMemoryAtomic;
+
+use crate::dirty_log::LoggedMemory;
 
 /// The guest's memory, as it is shared now.
-pub(crate) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+pub(crate) type Memory = GuestMemoryAtomic<LoggedMemory>;
 
 /// One ring. All clones are the same ring.
 #[derive(Clone)]

@@ -8,6 +8,7 @@
 //! - A frame never leaves its network: it goes only to an address of the network that the sending port is in, and a
 //!   frame from another node only to a local port of the network that it names, from an address which that node has.
 //! - A frame from another node is never sent on to a third.
+//! - A port in standby sends nothing, gets nothing and is answered nothing.
 
 mod dhcp;
 mod services;
@@ -16,6 +17,7 @@ pub(crate) mod table;
 use std::net::Ipv4Addr;
 
 use self::table::{Destination, LocalPort, Network, PortIndex, Table};
+use super::config::PortStanding;
 use super::frame::packet::{Arp, Ethernet, Ipv4, Udp, ether_type, protocol};
 use super::id::{MacAddr, Vni};
 use super::stats::DropReason;
@@ -68,6 +70,9 @@ fn from_node(table: &Table, node: NodeId, vni: Vni, frame: &[u8]) -> Result<Verd
 
 fn from_port(table: &Table, index: PortIndex, frame: &[u8]) -> Result<Verdict, DropReason> {
     let (port, network) = table.port(index).ok_or(DropReason::PortDown)?;
+    if port.standing == PortStanding::Standby {
+        return Err(DropReason::Standby);
+    }
     let ethernet = Ethernet::parse(frame).ok_or(DropReason::Malformed)?;
     if ethernet.src != port.mac {
         return Err(DropReason::SpoofedMac);

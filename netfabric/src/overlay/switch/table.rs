@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::net::Ipv4Addr;
 
 use crate::NodeId;
-use crate::overlay::config::{NetworkConfig, OverlayConfig};
+use crate::overlay::config::{NetworkConfig, OverlayConfig, PortStanding};
 use crate::overlay::id::{MacAddr, Vni};
 
 /// A port on this node: its place in [`OverlayConfig::ports`].
@@ -25,6 +25,7 @@ pub(crate) struct LocalPort {
     pub(crate) mac: MacAddr,
     pub(crate) ip: Ipv4Addr,
     pub(crate) hostname: String,
+    pub(crate) standing: PortStanding,
     vni: Vni,
 }
 
@@ -78,9 +79,11 @@ impl Table {
                 network.addresses.insert(entry.ip, entry.mac);
             }
         }
-        // After the entries, so that a port that is here is found here.
+        // After the entries, so that a port that is here is found here, unless its VM is not.
         for (index, port) in config.ports.iter().enumerate() {
-            if let Some(network) = networks.get_mut(&port.vni) {
+            if port.standing == PortStanding::Active
+                && let Some(network) = networks.get_mut(&port.vni)
+            {
                 network.places.insert(port.mac, Destination::Port(PortIndex(index)));
                 network.addresses.insert(port.ip, port.mac);
             }
@@ -92,6 +95,7 @@ impl Table {
                 mac: port.mac,
                 ip: port.ip,
                 hostname: port.hostname.clone(),
+                standing: port.standing,
                 vni: port.vni,
             })
             .collect();

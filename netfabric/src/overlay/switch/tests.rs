@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::table::PortIndex;
 use super::*;
-use crate::overlay::config::{ForwardEntry, NetworkConfig, OverlayConfig, PortConfig};
+use crate::overlay::config::{ForwardEntry, NetworkConfig, OverlayConfig, PortConfig, PortStanding};
 use crate::overlay::frame::checksum::checksum;
 use crate::overlay::frame::packet::{ArpOperation, ipv4};
 use crate::overlay::id::PortId;
@@ -51,6 +51,7 @@ fn config() -> OverlayConfig {
         ip: ip(last),
         hostname: name.to_owned(),
         socket: format!("/run/{network}-{last}").into(),
+        standing: PortStanding::Active,
     };
     let remote = |network: u8, last, node| ForwardEntry {
         vni: vni(network.into()),
@@ -104,6 +105,39 @@ fn frames_go_where_the_address_is_and_nowhere_else() {
     assert_eq!(from_alice((mac(1, 99), ip(99))), drops(DropReason::UnknownDestination));
     assert_eq!(from_alice((MacAddr::BROADCAST, ip(255))), drops(DropReason::Broadcast));
     assert_eq!(from_alice((MacAddr::new([1, 0, 0x5e, 0, 0, 1]), ip(1))), drops(DropReason::Multicast));
+}
+
+#[test]
+fn a_port_in_standby_is_elsewhere() {
+    let mut config = config();
+    config.ports[1].standing = PortStanding::Standby;
+    config.forwarding.push(ForwardEntry { vni: vni(1), mac: mac(1, 11), ip: ip(11), node: node(7) });
+    config.validate().unwrap();
+    let frames = [
+        ip_frame((mac(1, 11), ip(11)), (mac(1, 10), ip(10))),
+        arp_frame(&Arp { sender_mac: mac(1, 11), sender_ip: ip(11), ..who_has(GATEWAY) }),
+    ];
+    let to_bob = ip_frame((mac(1, 10), ip(10)), (mac(1, 11), ip(11)));
+    let from_bob = ip_frame((mac(1, 11), ip(11)), (mac(1, 10), ip(10)));
+    let table = Table::new(&config);
+    for frame in &frames {
+        assert_eq!(handle_frame(&table, Source::Port(BOB), frame), drops(DropReason::Standby));
+    }
+    assert_eq!(handle_frame(&table, Source::Port(ALICE), &to_bob), Verdict::Send(node(7), vni(1)));
+    assert_eq!(handle_frame(&table, Source::Node(node(7), vni(1)), &from_bob), Verdict::Deliver(ALICE));
+    assert_eq!(
+        handle_frame(
+            &table,
+            Source::Node(node(7), vni(1)),
+            &ip_frame((mac(1, 20), ip(20)), (mac(1, 11), ip(11)))
+        ),
+        drops(DropReason::UnknownDestination)
+    );
+    // It comes here.
+    config.ports[1].standing = PortStanding::Active;
+    let table = Table::new(&config);
+    assert_eq!(handle_frame(&table, Source::Port(ALICE), &to_bob), Verdict::Deliver(BOB));
+    assert_eq!(handle_frame(&table, Source::Port(BOB), &from_bob), Verdict::Deliver(ALICE));
 }
 
 #[test]

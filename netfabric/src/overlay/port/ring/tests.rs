@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::GuestMemoryAtomic;
 
 use super::*;
 use crate::overlay::frame::vnet::{Checksum, Gso};
@@ -19,13 +19,13 @@ const WRITE: u16 = 2;
 
 struct Guest {
     vring: PortVring,
-    memory: GuestMemoryMmap,
+    memory: LoggedMemory,
     features: Features,
 }
 
 impl Guest {
     fn new(mergeable: bool) -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+        let memory = LoggedMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
         let vring = PortVring::new(GuestMemoryAtomic::new(memory.clone()), SIZE).unwrap();
         vring.set_queue_size(SIZE);
         vring.set_queue_info(DESCRIPTORS, AVAIL, USED).unwrap();
