@@ -510,6 +510,34 @@ impl Context<'_> {
         })
     }
 
+    /// `POST /v1/vms/NAME/migrate`: refused at once when the VM cannot be there.
+    pub fn migrate_vm(&self, name: &str, request: api::MigrateVm) -> Result<Op, Problem> {
+        let vm = self.vm(name)?;
+        let only = request.node.as_deref().map(|node| self.node(node).map(|node| node.id)).transpose()?;
+        let run = vm.assignment.ok_or_else(|| {
+            Problem::new(
+                ProblemKind::Conflict,
+                format!("VM {} does not run", vm.name),
+                format!(
+                    "a VM that is off needs no migration, it starts on any node: hci vm start {}",
+                    vm.name
+                ),
+            )
+        })?;
+        let to = match only {
+            // Said by the rules, in their words.
+            Some(node) if node == run.node || self.reports.is_empty() => node,
+            _ => scheduler::choose_other(self.state, self.reports, vm, run, only).map_err(|why| {
+                Problem::new(
+                    ProblemKind::Capacity,
+                    format!("VM {} cannot be moved: {why}", vm.name),
+                    "choose another node, free memory there, or bring a node back: hci node list",
+                )
+            })?,
+        };
+        Ok(Op::MigrateVm { vm: vm.id, to, bytes_per_second: request.bytes_per_second })
+    }
+
     /// `POST /v1/vms/NAME/suspend`: the volume is thin, and as large as the state can become.
     pub fn suspend_vm(&self, name: &str) -> Result<Op, Problem> {
         let vm = self.vm(name)?;

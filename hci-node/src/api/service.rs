@@ -318,6 +318,9 @@ async fn write(member: &Arc<Member>, request: &ApiRequest, path: &[&str]) -> Res
         ("DELETE", ["vms", name]) => {
             Op::DeleteVm(state.find_vm(name).ok_or_else(|| not_found("vm", name))?.id)
         }
+        ("DELETE", ["vms", name, "migration"]) => {
+            Op::CancelMigration(state.find_vm(name).ok_or_else(|| not_found("vm", name))?.id)
+        }
         ("POST", ["vms", name, action]) => {
             let vm = state.find_vm(name).ok_or_else(|| not_found("vm", name))?.id;
             match *action {
@@ -334,6 +337,7 @@ async fn write(member: &Arc<Member>, request: &ApiRequest, path: &[&str]) -> Res
                 "pause" => Op::PauseVm(vm),
                 "resume" => context.resume_vm(name)?,
                 "suspend" => context.suspend_vm(name)?,
+                "migrate" => context.migrate_vm(name, parse(body)?)?,
                 "restart" if parse::<api::RestartVm>(body)?.force => Op::ResetVm(vm),
                 "restart" => Op::RestartVm(vm),
                 _ => return Err(unknown_path(&request.path)),

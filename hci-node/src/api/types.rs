@@ -485,6 +485,8 @@ pub enum VmState {
     Starting,
     /// It runs.
     Running,
+    /// It runs, and is being moved to another node meanwhile.
+    Migrating,
     /// Its processors are held.
     Paused,
     /// It is being written to a volume.
@@ -599,6 +601,18 @@ pub struct StopVm {
     /// Whether a suspended VM is off from now on: what it would go on with is lost.
     #[serde(default)]
     pub discard_state: bool,
+}
+
+/// `POST /v1/vms/NAME/migrate`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateVm {
+    /// The node that it goes to, by name or id; one that has room when none.
+    #[serde(default)]
+    pub node: Option<String>,
+    /// Bytes that may be sent in a second; no limit when none.
+    #[serde(default)]
+    pub bytes_per_second: Option<u64>,
 }
 
 /// `POST /v1/vms/NAME/restart`.

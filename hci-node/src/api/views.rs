@@ -292,6 +292,10 @@ impl Views<'_> {
         }
         match self.vm_report(vm).map(|seen| &seen.state) {
             _ if !wanted => (api::VmState::Stopping, None),
+            Some(VmRunState::Running | VmRunState::Paused) if vm.migration.is_some() => {
+                let to = vm.migration.map(|migration| format!("to {}", self.node_name(migration.to)));
+                (api::VmState::Migrating, to)
+            }
             Some(VmRunState::Running) => (api::VmState::Running, None),
             Some(VmRunState::Paused) => (api::VmState::Paused, None),
             Some(VmRunState::Waiting(why)) => (api::VmState::Starting, Some(why.clone())),

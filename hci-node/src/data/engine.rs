@@ -24,7 +24,7 @@ use storage::{
     MeshTransport, Storage, StorageError, StorageOptions, Timing,
     config::{DiskConfig, StorageConfig},
     ids::{ByteSize, DiskId, VolumeId},
-    status::{DiskHealth, DiskStatus, DiskUsage, ScrubStatus},
+    status::{DiskHealth, DiskStatus, DiskUsage, Handover, ScrubStatus},
 };
 use tokio::sync::watch;
 
@@ -34,7 +34,8 @@ use super::{
     frames::Frames,
     metrics,
     protocol::{
-        CopyVolume, DataConfig, DataInstance, DeleteParts, LeaseState, MonotonicTime, Observed, Readiness,
+        CopyVolume, DataConfig, DataInstance, DeleteParts, HandOver, LeaseState, MonotonicTime, Observed,
+        Readiness,
     },
     server::{blocking, chain},
     shard::Shard,
@@ -333,6 +334,14 @@ impl Engine {
     pub(crate) async fn delete_parts(&self, call: &DeleteParts) -> Result<(), RpcError> {
         let deleted = self.storage.delete_parts(call.disk, &call.parts).await;
         deleted.map_err(|error| storage_error(&error))
+    }
+
+    pub(crate) async fn hand_over(&self, call: HandOver) -> Result<Handover, RpcError> {
+        let storage = self.storage.clone();
+        let closed =
+            self.shard.run(async move { storage.hand_over(call.volume, call.generation).await }).await;
+        let ended = |error| RpcError::new(ErrorCode::Unavailable, format!("storage has ended: {error}"));
+        closed.map_err(ended)?.map_err(|error| storage_error(&error))
     }
 
     pub(crate) async fn copy(&self, range: CopyVolume) -> Result<u64, RpcError> {

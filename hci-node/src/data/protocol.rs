@@ -18,7 +18,7 @@ use storage::{
     config::{StorageConfig, VolumeConfig},
     control::FreezeStep,
     ids::{DiskId, FreezeId, Generation, LayerRef, SegmentIndex, SegmentKey, VolumeId},
-    status::StorageStatus,
+    status::{Handover, StorageStatus},
 };
 use uuid::Uuid;
 
@@ -62,6 +62,7 @@ calls! { DataCall:
     0x010a ListDisks => Vec<LocalDisk>;
     0x010b DeleteVolume => ();
     0x010c DeleteParts => ();
+    0x010d HandOver => Handover;
 }
 
 calls! { ControlCall:
@@ -294,6 +295,15 @@ pub struct DeleteParts {
     pub disk: DiskId,
     /// The segments, each in one layer.
     pub parts: Vec<SegmentKey>,
+}
+
+/// Closes a volume whose VM moves to another node, and answers whether it is clean. Its socket stays, and what is asked for there waits. Idempotent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandOver {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The generation that is open.
+    pub generation: Generation,
 }
 
 /// What a data process does now.

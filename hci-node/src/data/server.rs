@@ -17,8 +17,8 @@ use super::{
     engine::Engine,
     protocol::{
         Apply, CopyVolume, DataCall, DataConfig, DataInstance, DeleteParts, DeleteVolume, FormatDisk,
-        FormattedDisk, LeaseState, ListDisks, LocalDisk, Metrics, Observed, Readiness, RenewLease, Status,
-        VolumeFlush, VolumeRead, VolumeWrite,
+        FormattedDisk, HandOver, LeaseState, ListDisks, LocalDisk, Metrics, Observed, Readiness, RenewLease,
+        Status, VolumeFlush, VolumeRead, VolumeWrite,
     },
 };
 use crate::{paths::NodePaths, state};
@@ -107,6 +107,9 @@ impl Server {
             }
             DeleteParts::METHOD => {
                 answer(&request, async |call: DeleteParts| self.engine()?.delete_parts(&call).await).await
+            }
+            HandOver::METHOD => {
+                answer(&request, async |call: HandOver| self.engine()?.hand_over(call).await).await
             }
             other => Err(RpcError::unknown_method(other)),
         }

@@ -205,6 +205,7 @@ impl Tools {
                 self.restore_vm(vm, epoch, volume, bytes).await?;
                 return Ok(Remember::Vcpus(vm, epoch, Vcpus::Running));
             }
+            Action::MigrateVm { vm, migration } => self.migrate_vm(vm, migration).await?,
             Action::PressPowerButton { vm, epoch } => {
                 self.shut_down(vm).await?;
                 return Ok(Remember::Pressed(vm, epoch));

@@ -250,8 +250,10 @@ impl Executor {
             return;
         }
         tracing::debug!(?action, "begins");
-        if let Action::SetVcpus { vm, .. } | Action::SaveVm { vm, .. } | Action::RestoreVm { vm, .. } =
-            &action
+        if let Action::SetVcpus { vm, .. }
+        | Action::SaveVm { vm, .. }
+        | Action::RestoreVm { vm, .. }
+        | Action::MigrateVm { vm, .. } = &action
         {
             // Until it has come to its end, wherever that is.
             self.vcpus.remove(vm);

@@ -14,6 +14,7 @@
 //! | [`commits`] | serves `control.sock`: storage's commits |
 //! | [`vm_process`] | VMM processes: started, found again, ended |
 //! | `saved` | runs of VMs that are written to volumes, and made from them |
+//! | `moving`, `arrivals` | runs that move to another node while their guests run |
 //! | `variables` | what the firmware of VMs keeps |
 //! | [`boot_files`] | kernels and initramfs on this node |
 //! | [`console`] | guests' consoles on any node |
@@ -26,12 +27,14 @@
 //! as the lease.
 
 mod actions;
+mod arrivals;
 pub mod boot_files;
 pub mod cluster;
 pub mod commits;
 pub mod console;
 mod executor;
 pub mod link;
+mod moving;
 pub mod observed;
 pub mod peers;
 pub mod plan;
@@ -52,6 +55,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{
     actions::Tools,
+    arrivals::Arrivals,
     cluster::{Cluster, Lease},
     commits::{CommitHandler, CommitServer},
     console::{Console, ConsoleError},
@@ -131,7 +135,8 @@ impl Reconciler {
             }
         });
         tasks.close();
-        let peers = PeerHandler::new(paths.clone(), agents.clone());
+        let arrivals = Arrivals::new(me, paths.clone(), cluster.clone());
+        let peers = PeerHandler::new(paths.clone(), agents.clone(), arrivals);
         Self { me, paths, cluster, data, shown, peers, agents, tasks }
     }
 

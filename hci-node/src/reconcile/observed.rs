@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, collections::BTreeSet, sync::Arc, time::Duration};
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     data::protocol::{DataConfig, DataInstance, Observed as DataStatus},
     reconcile::plan::data::Leftover,
@@ -81,7 +83,7 @@ pub enum RunPhase {
 }
 
 /// What was done with a run's processors last, or is to be done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Vcpus {
     /// They run.
     Running,

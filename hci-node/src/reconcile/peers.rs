@@ -1,4 +1,4 @@
-//! What reconcilers of different nodes ask each other over the control mesh: boot files, guests' consoles and agents.
+//! What reconcilers of different nodes ask each other over the control mesh: boot files, guests' consoles and agents, VMs on their way.
 //!
 //! A call is one request and one answer, so a console that is attached from another node is a session: its reads wait
 //! for output, up to [`CONSOLE_WAIT`], and a session that nobody reads from ends by itself.
@@ -11,7 +11,12 @@ use netfabric::rpc::{CallError, Caller, ErrorCode, Handler, Request, Response, R
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use uuid::Uuid;
 
-use super::{boot_files, cluster::Cluster, console::Sessions};
+use super::{
+    arrivals::{Arrival, ArrivalStatus, Arrivals, BringPiece, TakeOver},
+    boot_files,
+    cluster::Cluster,
+    console::Sessions,
+};
 use crate::{
     agent::{self, AgentFailure, Agents},
     paths::NodePaths,
@@ -127,6 +132,9 @@ peer_calls! {
     0x0413 WriteConsole => ();
     0x0414 CloseConsole => ();
     0x0421 AskAgent => Result<agent::Answer, AgentFailure>;
+    0x0431 ArrivalStatus => Arrival;
+    0x0432 BringPiece => ();
+    0x0433 TakeOver => ();
 }
 
 /// Calls the reconciler of another node.
@@ -147,15 +155,16 @@ pub struct PeerHandler {
     paths: NodePaths,
     consoles: Arc<Sessions>,
     agents: Agents,
+    arrivals: Arrivals,
 }
 
 impl PeerHandler {
-    /// A handler for the node with these paths.
-    pub fn new(paths: NodePaths, agents: Agents) -> Self {
-        Self { consoles: Arc::new(Sessions::new(paths.clone())), paths, agents }
+    /// A handler for this node.
+    pub(super) fn new(paths: NodePaths, agents: Agents, arrivals: Arrivals) -> Self {
+        Self { consoles: Arc::new(Sessions::new(paths.clone())), paths, agents, arrivals }
     }
 
-    async fn dispatch(self, request: Request) -> Result<Response, RpcError> {
+    async fn dispatch(self, from: Caller, request: Request) -> Result<Response, RpcError> {
         match request.method {
             ReadBootFile::METHOD => {
                 let ReadBootFile { file, offset, length } = request.decode()?;
@@ -192,6 +201,15 @@ impl PeerHandler {
                 let AskAgent { vm, request } = request.decode()?;
                 Ok(Response::new(&self.agents.ask(vm, request).await)?)
             }
+            ArrivalStatus::METHOD => Ok(Response::new(&self.arrivals.status(from, request.decode()?).await)?),
+            BringPiece::METHOD => {
+                self.arrivals.bring(from, request.decode()?, request.bulk).await?;
+                Ok(Response::new(&())?)
+            }
+            TakeOver::METHOD => {
+                self.arrivals.take_over(from, request.decode()?).await?;
+                Ok(Response::new(&())?)
+            }
             other => Err(RpcError::unknown_method(other)),
         }
     }
@@ -202,7 +220,7 @@ fn internal(error: impl std::fmt::Display) -> RpcError {
 }
 
 impl Handler for PeerHandler {
-    fn handle(&self, _from: Caller, request: Request) -> BoxFuture<'static, Result<Response, RpcError>> {
-        Box::pin(self.clone().dispatch(request))
+    fn handle(&self, from: Caller, request: Request) -> BoxFuture<'static, Result<Response, RpcError>> {
+        Box::pin(self.clone().dispatch(from, request))
     }
 }

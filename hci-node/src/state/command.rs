@@ -493,6 +493,33 @@ pub enum Op {
         /// Whether it is started anew, or stays off.
         desired: DesiredRun,
     },
+    /// Has the present run of a VM moved to another node while its guest runs.
+    MigrateVm {
+        /// The VM.
+        vm: VmId,
+        /// Where to.
+        to: NodeId,
+        /// Bytes that may be sent in a second.
+        bytes_per_second: Option<u64>,
+    },
+    /// The run on the other node has everything and is about to go on: VM, volumes and ports are there from now on.
+    VmArrived {
+        /// The VM.
+        vm: VmId,
+        /// The run that has arrived.
+        epoch: RunEpoch,
+    },
+    /// A migration has come to nothing: the VM goes on where it is.
+    MigrationFailed {
+        /// The VM.
+        vm: VmId,
+        /// The run that would have arrived.
+        epoch: RunEpoch,
+        /// Why.
+        error: TaskError,
+    },
+    /// Gives a migration up, because somebody wants it.
+    CancelMigration(VmId),
     /// The firmware of a running VM has stored something.
     StoreVariables {
         /// The VM.

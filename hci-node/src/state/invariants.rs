@@ -165,8 +165,8 @@ fn vms(state: &ClusterState, found: &mut Vec<String>) {
     for vm in state.vms.values() {
         let name = state.subject_name(&Subject::Vm(vm.id));
         if let Some(assignment) = vm.assignment {
-            if assignment.epoch != vm.epoch {
-                found.push(format!("VM {name} runs in an old epoch"));
+            if assignment.epoch > vm.epoch {
+                found.push(format!("VM {name} runs in an epoch that was not given away"));
             }
             for disk in &vm.disks {
                 if state.volumes.get(disk).is_none_or(|volume| volume.coordinator != Some(assignment.node)) {
@@ -175,12 +175,32 @@ fn vms(state: &ClusterState, found: &mut Vec<String>) {
             }
         }
         suspension(state, vm, &name, found);
+        migration(state, vm, &name, found);
         if vm.disks.iter().any(|disk| !state.volumes.contains_key(disk)) {
             found.push(format!("a disk of VM {name} is gone"));
         }
         if vm.ports.iter().any(|port| state.ports.get(port).is_none_or(|port| port.vm != vm.id)) {
             found.push(format!("a NIC of VM {name} is gone"));
         }
+    }
+}
+
+/// What moves is the present run, to another node, in an epoch of its own.
+fn migration(state: &ClusterState, vm: &Vm, name: &str, found: &mut Vec<String>) {
+    let Some(migration) = vm.migration else { return };
+    match vm.assignment {
+        Some(run) if run.epoch == migration.from => {
+            if run.node == migration.to || !state.nodes.contains_key(&migration.to) {
+                found.push(format!("VM {name} is migrated to where it is, or to nowhere"));
+            }
+        }
+        _ => found.push(format!("a run of VM {name} is migrated that is over")),
+    }
+    if migration.epoch != vm.epoch || migration.from >= migration.epoch {
+        found.push(format!("the epoch that VM {name} is migrated to was not given away last"));
+    }
+    if vm.suspension.is_some() || vm.restart.is_some() || vm.desired != DesiredRun::Running {
+        found.push(format!("VM {name} is migrated and meant to end"));
     }
 }
 

@@ -212,6 +212,11 @@ impl ClusterState {
         self.vms.values().filter(move |vm| vm.assignment.is_some_and(|assignment| assignment.node == node))
     }
 
+    /// The VMs that move to a node.
+    pub fn vms_arriving(&self, node: NodeId) -> impl Iterator<Item = (&Vm, Migration)> {
+        self.vms.values().filter_map(move |vm| Some((vm, vm.arriving(node)?)))
+    }
+
     /// The volumes that a node coordinates: what its data process has open.
     pub fn volumes_on(&self, node: NodeId) -> impl Iterator<Item = &Volume> {
         self.volumes.values().filter(move |volume| volume.coordinator == Some(node))

@@ -26,17 +26,17 @@ use anyhow::Context;
 use futures_util::future::BoxFuture;
 use netfabric::rpc::{Caller, ErrorCode, Handler, Request, Response, RpcError, serve_unix};
 use parking_lot::Mutex;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
-use vmm::{ExitReason, Vm, VmError, VmHandle, VmState};
+use vmm::{ExitReason, MigrationProgress, Vm, VmError, VmHandle, VmState};
 
 use self::{
     protocol::{
-        BringFlow, BringState, FetchState, GuestState, Kill, Pause, PowerButton, Reset, Resume, Save,
-        StateFlow, Status, VmmCall, VmmStatus,
+        AwaitGuest, BringFlow, BringState, FetchState, GuestState, Kill, Migrate, Pause, PowerButton, Reset,
+        Resume, Save, StateFlow, Status, VmmCall, VmmStatus,
     },
     record::{Begin, Ended, ExitFile, ExitRecord, RunFile, RunLock},
-    saved::{Brought, Fetched, Incoming, Said},
+    saved::{Brought, Fetched, Incoming, Next},
 };
 use crate::{isolation::identity, paths::VmPaths};
 
@@ -143,12 +143,16 @@ struct Machine {
     fetched: tokio::sync::Mutex<Option<Fetched>>,
     /// The state that the guest is made from, while it is brought. Dropping it ends the guest.
     brought: tokio::sync::Mutex<Option<Brought>>,
+    /// Whether there was a guest.
+    made: watch::Sender<bool>,
 }
 
 #[derive(Default)]
 struct Now {
     handle: Option<VmHandle>,
     resets: u32,
+    /// How far the last migration is.
+    migration: Option<Arc<MigrationProgress>>,
     /// An order to end that came while there was no guest.
     kill: bool,
 }
@@ -166,6 +170,7 @@ fn run_to_the_end(paths: &VmPaths, run: &RunFile) -> Ended {
         now: Mutex::default(),
         fetched: Default::default(),
         brought: tokio::sync::Mutex::new(brought),
+        made: watch::Sender::new(false),
     });
     let shutdown = CancellationToken::new();
     let server = match serve_orders(paths, machine.clone(), shutdown.clone()) {
@@ -202,6 +207,7 @@ fn run_guests(machine: &Machine, mut incoming: Option<Incoming>) -> Ended {
             }
             now.handle = Some(vm.handle());
         }
+        machine.made.send_replace(true);
         let reason = vm.wait();
         let mut now = machine.now.lock();
         now.handle = None;
@@ -288,6 +294,15 @@ impl Machine {
                 self.save().await?;
                 Ok(Response::new(&())?)
             }
+            Migrate::METHOD => {
+                self.migrate(request.decode()?).await?;
+                Ok(Response::new(&())?)
+            }
+            AwaitGuest::METHOD => {
+                // Does not end before the process does.
+                let _ = self.made.subscribe().wait_for(|made| *made).await;
+                Ok(Response::new(&())?)
+            }
             FetchState::METHOD => self.fetch(request.decode()?).await,
             BringState::METHOD => {
                 self.bring(request.decode()?, request.bulk).await?;
@@ -310,7 +325,8 @@ impl Machine {
             Some(VmState::Ended(_)) => GuestState::Starting,
             None => taken.map_or(GuestState::Starting, GuestState::Restoring),
         };
-        VmmStatus { vm: self.run.vm, epoch: self.run.epoch, guest, resets: now.resets }
+        let migration = now.migration.as_ref().map(|progress| progress.snapshot());
+        VmmStatus { vm: self.run.vm, epoch: self.run.epoch, guest, resets: now.resets, migration }
     }
 
     fn kill(&self) {
@@ -350,6 +366,19 @@ impl Machine {
         Ok(())
     }
 
+    async fn migrate(&self, Migrate { options }: Migrate) -> Result<(), RpcError> {
+        let guest = self.guest()?;
+        let (mut out, fetched) = saved::outgoing();
+        *self.fetched.lock().await = Some(fetched);
+        let progress = Arc::new(MigrationProgress::default());
+        self.now.lock().migration = Some(progress.clone());
+        guest.ask(move |guest| {
+            let moved = guest.migrate(&mut out, &options, &progress);
+            out.finish(moved.map(drop).map_err(|error| error_chain(&error)));
+        });
+        Ok(())
+    }
+
     async fn fetch(&self, FetchState { at }: FetchState) -> Result<Response, RpcError> {
         let mut fetched = self.fetched.lock().await;
         let state = fetched.as_mut().ok_or_else(|| refused("the guest is not being saved"))?;
@@ -357,9 +386,11 @@ impl Machine {
             return Err(refused("pieces are fetched one after the other"));
         }
         match state.next().await {
-            Some(Said::Piece(piece)) => Ok(Response::new(&StateFlow::Piece)?.with_bulk(piece)),
-            Some(Said::End) => Ok(Response::new(&StateFlow::End)?),
-            Some(Said::Failed(why)) => Err(refused(why)),
+            Some(Next::Piece(piece)) => Ok(Response::new(&StateFlow::Piece)?.with_bulk(piece)),
+            Some(Next::Settle) => Ok(Response::new(&StateFlow::Settle)?),
+            Some(Next::Held) => Ok(Response::new(&StateFlow::Held)?),
+            Some(Next::End) => Ok(Response::new(&StateFlow::End)?),
+            Some(Next::Failed(why)) => Err(refused(why)),
             None => Err(ended()),
         }
     }

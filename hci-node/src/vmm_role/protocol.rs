@@ -5,6 +5,7 @@ use std::{path::Path, time::Duration};
 use bytes::Bytes;
 use netfabric::rpc::{CallError, Request, call_unix};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use vmm::{MigrationOptions, MigrationSnapshot};
 
 use crate::state::{RunEpoch, VmId};
 
@@ -51,6 +52,18 @@ pub struct Resume;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Save;
 
+/// Begins to write the guest's state while it runs, for another VMM to go on with it. [`FetchState`] gets it. Any order that lets the guest run
+/// or holds it ends that.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Migrate {
+    /// How.
+    pub options: MigrationOptions,
+}
+
+/// Answers when there is a guest: at once, or when it was made from the state that was brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AwaitGuest;
+
 /// Fetches the next piece of the state, which comes as bulk data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FetchState {
@@ -58,11 +71,15 @@ pub struct FetchState {
     pub at: u64,
 }
 
-/// Whether there is more of the state.
+/// What comes of the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StateFlow {
     /// This is a piece, and more may follow.
     Piece,
+    /// No piece; to be fetched on when everything that was fetched has arrived.
+    Settle,
+    /// No piece; the guest is held from now on.
+    Held,
     /// That was all; this is no piece.
     End,
 }
@@ -99,6 +116,18 @@ impl VmmCall for Resume {
 
 impl VmmCall for Save {
     const METHOD: u16 = 0x0307;
+    type Reply = ();
+    const DEADLINE: Duration = SLOW;
+}
+
+impl VmmCall for Migrate {
+    const METHOD: u16 = 0x030a;
+    type Reply = ();
+    const DEADLINE: Duration = SLOW;
+}
+
+impl VmmCall for AwaitGuest {
+    const METHOD: u16 = 0x030b;
     type Reply = ();
     const DEADLINE: Duration = SLOW;
 }
@@ -146,6 +175,8 @@ pub struct VmmStatus {
     pub guest: GuestState,
     /// How often the guest was reset in this run.
     pub resets: u32,
+    /// How far the guest's last migration is, or came.
+    pub migration: Option<MigrationSnapshot>,
 }
 
 /// Whether there is a guest.

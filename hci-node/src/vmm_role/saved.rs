@@ -7,7 +7,8 @@
 use std::io::{self, Read, Write};
 
 use bytes::Bytes;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+use vmm::Destination;
 
 /// Size of all pieces but the last.
 pub const PIECE: usize = 1 << 20;
@@ -19,6 +20,10 @@ const WAITING: usize = 2;
 pub(super) enum Said {
     /// The next piece.
     Piece(Bytes),
+    /// All pieces so far are to arrive before the next one comes. Dropped or told, that is what is waited for.
+    Settle(oneshot::Sender<()>),
+    /// The guest is held.
+    Held,
     /// That was all.
     End,
     /// It will not come, for this reason.
@@ -35,19 +40,38 @@ pub(super) struct Outgoing {
 pub(super) struct Fetched {
     from: mpsc::Receiver<Said>,
     at: u64,
+    /// Somebody waits for what was fetched to have arrived.
+    settling: Option<oneshot::Sender<()>>,
+}
+
+/// What comes next of a state that goes out.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// This.
+    Piece(Bytes),
+    /// Nothing before all of it has arrived.
+    Settle,
+    /// Nothing; the guest is held from now on.
+    Held,
+    /// Nothing more.
+    End,
+    /// Nothing more, for this reason.
+    Failed(String),
 }
 
 /// Both ends of a state that goes out.
 pub(super) fn outgoing() -> (Outgoing, Fetched) {
     let (to, from) = mpsc::channel(WAITING);
-    (Outgoing { to, piece: Vec::with_capacity(PIECE) }, Fetched { from, at: 0 })
+    (Outgoing { to, piece: Vec::with_capacity(PIECE) }, Fetched { from, at: 0, settling: None })
+}
+
+fn nobody() -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, "nobody wants it any more")
 }
 
 impl Outgoing {
     fn say(&mut self, said: Said) -> io::Result<()> {
-        self.to
-            .blocking_send(said)
-            .map_err(|_| io::Error::new(io::ErrorKind::BrokenPipe, "nobody wants it any more"))
+        self.to.blocking_send(said).map_err(|_| nobody())
     }
 
     fn send_piece(&mut self) -> io::Result<()> {
@@ -55,12 +79,16 @@ impl Outgoing {
         self.say(Said::Piece(piece.into()))
     }
 
+    /// What was written but is no whole piece goes, too.
+    fn send_rest(&mut self) -> io::Result<()> {
+        if self.piece.is_empty() { Ok(()) } else { self.send_piece() }
+    }
+
     /// Says how it ended. Who does not want it any more need not know.
     pub(super) fn finish(mut self, outcome: Result<(), String>) {
         let told = match outcome {
             Err(why) => self.say(Said::Failed(why)),
-            Ok(()) if self.piece.is_empty() => self.say(Said::End),
-            Ok(()) => self.send_piece().and_then(|()| self.say(Said::End)),
+            Ok(()) => self.send_rest().and_then(|()| self.say(Said::End)),
         };
         if let Err(error) = told {
             tracing::info!(%error, "the guest's state was not fetched");
@@ -84,19 +112,45 @@ impl Write for Outgoing {
     }
 }
 
+impl Destination for Outgoing {
+    fn settle(&mut self) -> io::Result<()> {
+        self.send_rest()?;
+        let (told, settled) = oneshot::channel();
+        self.say(Said::Settle(told))?;
+        settled.blocking_recv().map_err(|_| nobody())
+    }
+
+    fn held(&mut self) -> io::Result<()> {
+        self.send_rest()?;
+        self.say(Said::Held)
+    }
+}
+
 impl Fetched {
     /// How much was fetched.
     pub(super) fn at(&self) -> u64 {
         self.at
     }
 
-    /// What comes next; none when the guest has ended.
-    pub(super) async fn next(&mut self) -> Option<Said> {
-        let said = self.from.recv().await;
-        if let Some(Said::Piece(piece)) = &said {
-            self.at += piece.len() as u64;
+    /// What comes next; none when the guest has ended. Whoever asks says by it that all that came before has arrived, if that is waited for.
+    pub(super) async fn next(&mut self) -> Option<Next> {
+        if let Some(told) = self.settling.take() {
+            // Who does not wait any more has given up, which comes next.
+            let _ = told.send(());
         }
-        said
+        Some(match self.from.recv().await? {
+            Said::Piece(piece) => {
+                self.at += piece.len() as u64;
+                Next::Piece(piece)
+            }
+            Said::Settle(told) => {
+                self.settling = Some(told);
+                Next::Settle
+            }
+            Said::Held => Next::Held,
+            Said::End => Next::End,
+            Said::Failed(why) => Next::Failed(why),
+        })
     }
 }
 
@@ -175,7 +229,7 @@ mod tests {
             reader.read_to_end(&mut all).map(|_| all)
         });
         let mut sizes = Vec::new();
-        while let Some(Said::Piece(piece)) = fetched.next().await {
+        while let Some(Next::Piece(piece)) = fetched.next().await {
             sizes.push(piece.len());
             assert!(brought.push(piece).await);
         }
@@ -185,6 +239,34 @@ mod tests {
         writer.join().unwrap();
         assert!(reader.join().unwrap().unwrap() == content);
         assert!(!brought.push(Bytes::from_static(b"late")).await);
+    }
+
+    #[tokio::test]
+    async fn what_is_to_settle_waits_until_it_is_fetched_on() {
+        let (mut out, mut fetched) = outgoing();
+        let (settled, order) = std::sync::mpsc::channel();
+        let writer = std::thread::spawn(move || {
+            out.write_all(b"first").unwrap();
+            out.settle().unwrap();
+            settled.send(()).unwrap();
+            out.held().unwrap();
+            out.write_all(b"last").unwrap();
+            out.finish(Ok(()));
+        });
+        assert_eq!(fetched.next().await, Some(Next::Piece(Bytes::from_static(b"first"))));
+        assert_eq!(fetched.next().await, Some(Next::Settle));
+        assert!(order.try_recv().is_err(), "it is not said yet that all has arrived");
+        assert_eq!(fetched.next().await, Some(Next::Held));
+        order.recv().unwrap();
+        assert_eq!(fetched.next().await, Some(Next::Piece(Bytes::from_static(b"last"))));
+        assert_eq!(fetched.next().await, Some(Next::End));
+        writer.join().unwrap();
+
+        let (mut out, mut fetched) = outgoing();
+        let writer = std::thread::spawn(move || out.settle());
+        assert_eq!(fetched.next().await, Some(Next::Settle));
+        drop(fetched);
+        assert!(writer.join().unwrap().is_err());
     }
 
     #[tokio::test]
@@ -202,7 +284,7 @@ mod tests {
 
         let (out, mut fetched) = outgoing();
         std::thread::spawn(move || out.finish(Err("no reason".to_owned())));
-        assert!(matches!(fetched.next().await, Some(Said::Failed(why)) if why == "no reason"));
+        assert_eq!(fetched.next().await, Some(Next::Failed("no reason".to_owned())));
         assert!(fetched.next().await.is_none());
     }
 }

@@ -98,6 +98,24 @@ pub enum Verb {
         #[arg(add = names("/v1/vms"))]
         name: String,
     },
+    /// Move a VM to another node while its guest runs.
+    #[command(
+        after_help = "Examples:\n  hci vm migrate web1\n  hci vm migrate web1 --to n3 --rate 200MiB\n  hci vm migrate web1 --cancel\nAPI: POST /v1/vms/NAME/migrate, DELETE /v1/vms/NAME/migration"
+    )]
+    Migrate {
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
+        name: String,
+        /// The node to move it to; the one with the most free memory if not given.
+        #[arg(long, add = names("/v1/nodes"))]
+        to: Option<String>,
+        /// How much may be sent in a second.
+        #[arg(long, value_parser = parse_size)]
+        rate: Option<u64>,
+        /// Give the migration up that is under way; the VM goes on where it is.
+        #[arg(long, conflicts_with_all = ["to", "rate"])]
+        cancel: bool,
+    },
     /// Let a paused or suspended VM go on where it was.
     #[command(
         after_help = "Examples:\n  hci vm resume web1\n  hci vm resume web1 --no-wait\nAPI: POST /v1/vms/NAME/resume"
@@ -274,6 +292,14 @@ pub async fn run(context: &Context, verb: Verb) -> Result<ExitCode, CliError> {
         }
         Verb::Pause { name } => act(context, &name, "pause", json!({})).await,
         Verb::Suspend { name } => act(context, &name, "suspend", json!({})).await,
+        Verb::Migrate { name, cancel: true, .. } => {
+            let path = format!("{}/migration", object_path("/v1/vms", &name));
+            let answer = context.client.json(Method::DELETE, &path, None).await?;
+            context.change(answer, "/v1/vms", &name, COLUMNS).await
+        }
+        Verb::Migrate { name, to, rate, cancel: false } => {
+            act(context, &name, "migrate", json!({ "node": to, "bytes_per_second": rate })).await
+        }
         Verb::Resume { name } => act(context, &name, "resume", json!({})).await,
         Verb::Restart { name, force } => act(context, &name, "restart", json!({ "force": force })).await,
         Verb::Console { name, log } => {

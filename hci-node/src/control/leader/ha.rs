@@ -16,9 +16,9 @@ use super::{
 use crate::{
     control::lease::{LeaderLeases, LeaseStanding},
     state::{
-        Assignment, Availability, ClusterState, Command, DesiredRun, Goal, ImagePart, NodeId, NodeService,
-        Op, PartState, ReplicaState, RunEpoch, Severity, Subject, Task, TaskError, TaskState, Timestamp, Vm,
-        VmExit, VmId, Volume, VolumeFill,
+        Assignment, Availability, ClusterState, Command, DesiredRun, Goal, ImagePart, Migration, NodeId,
+        NodeService, Op, PartState, ReplicaState, RunEpoch, Severity, Subject, Task, TaskError, TaskState,
+        Timestamp, Vm, VmExit, VmId, Volume, VolumeFill,
         command::AssignReason,
         report::{NodeReport, VmReport, VmRunState},
     },
@@ -34,11 +34,22 @@ struct Crash {
     pause: Duration,
 }
 
+/// How often a run is migrated from a node that is emptied before it is restarted elsewhere instead, and the pause in between.
+const MOVE_TRIES: u32 = 3;
+const MOVE_PAUSE: Duration = Duration::from_secs(10);
+
+#[derive(Clone, Copy, Debug)]
+struct Moves {
+    tried: u32,
+    again: Instant,
+}
+
 /// The leader's memory, see the module.
 #[derive(Debug, Default)]
 pub struct Ha {
     pool: Pool,
     crashes: BTreeMap<VmId, Crash>,
+    moves: BTreeMap<VmId, Moves>,
     without_node: BTreeSet<VmId>,
 }
 
@@ -82,6 +93,7 @@ impl Ha {
             state.nodes.keys().copied().filter(|node| standing(node) == LeaseStanding::Expired).collect();
         let view = View { state, at, now, live, dead };
         self.crashes.retain(|vm, _| state.vms.contains_key(vm));
+        self.moves.retain(|vm, _| state.vms.contains_key(vm));
         self.without_node.retain(|vm| state.vms.contains_key(vm));
 
         let mut commands = availability(&view);
@@ -119,14 +131,16 @@ impl Ha {
             (Some(run), _) if view.is_dead(run.node) => AssignReason::Failover,
             (Some(run), _) => {
                 self.without_node.remove(&vm.id);
+                if let Some(migration) = vm.migration {
+                    commands.extend(lost_target(view, vm, migration));
+                    return;
+                }
                 let is_ending = vm.restart.is_some_and(|restart| restart.epoch == run.epoch);
-                // What is being suspended, or has not begun yet, cannot be restarted: it goes when that has come to its end.
-                if !is_ending
-                    && vm.suspension.is_none()
-                    && !is_in_service(view.state, run.node)
-                    && scheduler::choose(view.state, &view.live, vm, None).is_ok()
-                {
-                    commands.push(view.command(Op::RestartVm(vm.id)));
+                // What is being suspended, or has not begun yet, cannot be moved: it goes when that has come to its end.
+                if is_in_service(view.state, run.node) {
+                    self.moves.remove(&vm.id);
+                } else if !is_ending && vm.suspension.is_none() {
+                    commands.extend(self.move_away(view, vm, run));
                 }
                 return;
             }
@@ -163,6 +177,27 @@ impl Ha {
         }
     }
 
+    /// A run whose node is emptied: it is migrated, and restarted elsewhere when that has failed too often.
+    fn move_away(&mut self, view: &View<'_>, vm: &Vm, run: Assignment) -> Option<Command> {
+        let moves = self.moves.entry(vm.id).or_insert(Moves { tried: 0, again: view.now });
+        if view.now < moves.again {
+            return None;
+        }
+        let op = match scheduler::choose_other(view.state, &view.live, vm, run, None) {
+            Ok(to) if moves.tried < MOVE_TRIES => {
+                moves.tried += 1;
+                Op::MigrateVm { vm: vm.id, to, bytes_per_second: None }
+            }
+            // Nowhere to migrate to, or not for long enough; a run that is made anew may still find a node.
+            _ => {
+                scheduler::choose(view.state, &view.live, vm, None).ok()?;
+                Op::RestartVm(vm.id)
+            }
+        };
+        moves.again = view.now + MOVE_PAUSE;
+        Some(view.command(op))
+    }
+
     fn may_try_again(&mut self, vm: &Vm, now: Instant) -> bool {
         match self.crashes.get(&vm.id) {
             Some(crash) if crash.epoch == vm.epoch => now >= crash.again,
@@ -194,6 +229,18 @@ impl Ha {
             commands.push(view.command(Op::UpdateTask { task: task.id, permille: 0, message }));
         }
     }
+}
+
+/// A migration to a node that is dead ends: nobody there can say so.
+fn lost_target(view: &View<'_>, vm: &Vm, migration: Migration) -> Option<Command> {
+    view.is_dead(migration.to).then(|| {
+        let node = view.state.subject_name(&Subject::Node(migration.to));
+        let error = TaskError {
+            detail: format!("node {node} was lost"),
+            next: format!("choose another one: hci vm migrate {}", vm.name),
+        };
+        view.command(Op::MigrationFailed { vm: vm.id, epoch: migration.epoch, error })
+    })
 }
 
 fn is_in_service(state: &ClusterState, node: NodeId) -> bool {
@@ -327,6 +374,13 @@ fn settle(view: &View<'_>, task: &Task, commands: &mut Vec<Command>) {
         Goal::VmIsStopped(vm) => vm_is_stopped(view, *vm),
         Goal::VmIsPaused(vm, epoch) => vm_is_paused(view, *vm, *epoch, task),
         Goal::VmIsSuspended(vm) => vm_is_suspended(view, *vm, task),
+        // Ended by the commands about the migration.
+        Goal::VmIsMigrated(vm) if view.state.vms.get(vm).is_some_and(|vm| vm.migration.is_some()) => {
+            Verdict::Wait
+        }
+        Goal::VmIsMigrated(_) => {
+            failed(format!("VM {} is not being migrated any more", task.subject_name), "hci vm list")
+        }
         // Ended by the commands about the disk and the part; what is gone cannot get there any more.
         Goal::DiskReady(disk) if !view.state.disks.contains_key(disk) => {
             failed("the disk is gone", "hci disk list")

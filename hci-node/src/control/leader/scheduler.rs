@@ -2,10 +2,22 @@
 
 use std::collections::BTreeMap;
 
-use crate::state::{ClusterState, NodeId, NodeService, Vm, report::NodeReport, report::ProcessState};
+use vmm::Processor;
+
+use crate::state::{
+    Assignment, ClusterState, Make, Node, NodeId, NodeService, Vm, report::NodeReport, report::ProcessState,
+};
 
 /// Memory of a node that is left to the system, the node's own processes and the page cache.
 const RESERVED_BYTES: u64 = 384 << 20;
+
+/// What a node has to have for a run.
+struct Need<'a> {
+    make: Make,
+    /// The processor that the run has begun on, and why it matters.
+    begun_on: Option<(&'a Processor, &'static str)>,
+    preferred: Option<NodeId>,
+}
 
 /// Chooses a node: the preferred one when it can, else the one with the most memory left; the sentence says why none.
 pub fn choose(
@@ -14,55 +26,81 @@ pub fn choose(
     vm: &Vm,
     only: Option<NodeId>,
 ) -> Result<NodeId, String> {
-    let make = vm.make();
+    let begun_on = vm.saved().map(|saved| (&saved.processor, "was suspended on"));
+    let need = Need { make: vm.make(), begun_on, preferred: vm.preferred_node };
+    best(state, live, &need, |node| only.is_none_or(|only| only == node))
+}
+
+/// Chooses the node that a run goes on at: the named one, or any but its own.
+pub fn choose_other(
+    state: &ClusterState,
+    live: &BTreeMap<NodeId, NodeReport>,
+    vm: &Vm,
+    run: Assignment,
+    only: Option<NodeId>,
+) -> Result<NodeId, String> {
+    let processor = live.get(&run.node).and_then(|report| report.machine.processor.as_ref());
+    let begun_on = processor.map(|processor| (processor, "runs on"));
+    let need = Need { make: run.make, begun_on, preferred: vm.preferred_node };
+    best(state, live, &need, |node| node != run.node && only.is_none_or(|only| only == node))
+}
+
+fn best(
+    state: &ClusterState,
+    live: &BTreeMap<NodeId, NodeReport>,
+    need: &Need<'_>,
+    may: impl Fn(NodeId) -> bool,
+) -> Result<NodeId, String> {
     let mut best: Option<(bool, u64, NodeId)> = None;
     let mut reasons = Vec::new();
-    for (node, report) in live {
+    for (node, report) in live.iter().filter(|(node, _)| may(**node)) {
         let Some(member) = state.nodes.get(node) else { continue };
-        if only.is_some_and(|only| only != *node) {
-            continue;
-        }
-        if member.service != NodeService::InService {
-            reasons.push(format!("{} is being emptied", member.name));
-            continue;
-        }
-        if report.local.data_process != ProcessState::Up {
-            reasons.push(format!("the data process of {} does not answer", member.name));
-            continue;
-        }
-        if report.machine.cpu_models.is_empty() {
-            reasons.push(format!("{} has no KVM: is virtualization enabled in its firmware?", member.name));
-            continue;
-        }
-        if !report.machine.cpu_models.contains(&make.cpu_model) {
-            reasons.push(format!("{} lacks CPU model {}", member.name, make.cpu_model));
-            continue;
-        }
-        if let (Some(saved), Some(own)) = (vm.saved(), &report.machine.processor)
-            && !own.carries(&saved.processor, make.cpu_model)
-        {
-            reasons.push(format!(
-                "{} has another processor than the one that the VM was suspended on",
-                member.name
-            ));
-            continue;
-        }
-        let others = state.vms_on(*node).filter_map(|other| other.assignment);
-        let taken: u64 = others.map(|run| run.make.memory_bytes).sum();
-        let free = report.machine.memory_bytes.saturating_sub(RESERVED_BYTES).saturating_sub(taken);
-        if free < make.memory_bytes {
-            reasons.push(format!("{} has {} MiB of memory left", member.name, free >> 20));
-            continue;
-        }
-        let rank = (vm.preferred_node == Some(*node), free, *node);
-        if best.is_none_or(|best| rank > best) {
-            best = Some(rank);
+        match room(state, member, report, need) {
+            Ok(free) => {
+                let rank = (need.preferred == Some(*node), free, *node);
+                if best.is_none_or(|best| rank > best) {
+                    best = Some(rank);
+                }
+            }
+            Err(reason) => reasons.push(reason),
         }
     }
     best.map(|(_, _, node)| node).ok_or_else(|| match reasons.as_slice() {
         [] => "no node that could run it is there".to_owned(),
-        reasons => format!("{} MiB of memory needed, but {}", make.memory_bytes >> 20, reasons.join("; ")),
+        reasons => {
+            format!("{} MiB of memory needed, but {}", need.make.memory_bytes >> 20, reasons.join("; "))
+        }
     })
+}
+
+/// Memory that the node has left, or why the run cannot be there.
+fn room(state: &ClusterState, member: &Node, report: &NodeReport, need: &Need<'_>) -> Result<u64, String> {
+    let (make, name) = (need.make, &member.name);
+    if member.service != NodeService::InService {
+        return Err(format!("{name} is being emptied"));
+    }
+    if report.local.data_process != ProcessState::Up {
+        return Err(format!("the data process of {name} does not answer"));
+    }
+    if report.machine.cpu_models.is_empty() {
+        return Err(format!("{name} has no KVM: is virtualization enabled in its firmware?"));
+    }
+    if !report.machine.cpu_models.contains(&make.cpu_model) {
+        return Err(format!("{name} lacks CPU model {}", make.cpu_model));
+    }
+    if let (Some((begun_on, how)), Some(own)) = (need.begun_on, &report.machine.processor)
+        && !own.carries(begun_on, make.cpu_model)
+    {
+        return Err(format!("{name} has another processor than the one that the VM {how}"));
+    }
+    let runs = state.vms_on(member.id).filter_map(|vm| vm.assignment);
+    let arriving = state.vms_arriving(member.id).filter_map(|(vm, _)| vm.assignment);
+    let taken: u64 = runs.chain(arriving).map(|run| run.make.memory_bytes).sum();
+    let free = report.machine.memory_bytes.saturating_sub(RESERVED_BYTES).saturating_sub(taken);
+    if free < make.memory_bytes {
+        return Err(format!("{name} has {} MiB of memory left", free >> 20));
+    }
+    Ok(free)
 }
 
 #[cfg(test)]

@@ -354,3 +354,93 @@ fn the_task_of_a_pause_ends_when_the_node_says_that_the_processors_are_held() {
     world.pass(1);
     assert_eq!(state(&world, 53), TaskState::Done);
 }
+
+/// A VM on node 2, and what became of it once that is emptied for a while.
+fn emptied(seconds: u64, migrates: impl Fn(&mut World, VmId, Migration)) -> (World, VmId) {
+    let mut world = World::new();
+    let (mut new, vm) = vm(1);
+    new.preferred_node = Some(node_id(2));
+    world.ask(Op::CreateVm { vm: new, unreachable: vec![] }, 51).unwrap();
+    world.pass(2);
+    let drain = Op::SetNodeService { node: node_id(2), service: NodeService::Draining };
+    world.ask(drain, 52).unwrap();
+    for _ in 0..seconds {
+        world.pass(1);
+        if let Some(migration) = world.state.vms[&vm].migration {
+            migrates(&mut world, vm, migration);
+        }
+    }
+    (world, vm)
+}
+
+#[test]
+fn the_vms_of_a_node_that_is_emptied_are_migrated_and_restarted_only_when_that_fails_again_and_again() {
+    let (world, vm) = emptied(2, |world, vm, migration| {
+        world.state.apply(&command(Op::VmArrived { vm, epoch: migration.epoch })).unwrap();
+    });
+    assert_ne!(world.node_of(vm), Some(node_id(2)));
+    assert_eq!(world.state.vms[&vm].restart, None);
+    assert_eq!(world.state.vms[&vm].last_exit, None, "its guest went on");
+
+    let failing = |world: &mut World, vm, migration: Migration| {
+        let error = TaskError { detail: "too busy".into(), next: "wait".into() };
+        world.state.apply(&command(Op::MigrationFailed { vm, epoch: migration.epoch, error })).unwrap();
+    };
+    let (world, vm) = emptied(25, failing);
+    assert_eq!((world.node_of(vm), world.state.vms[&vm].restart), (Some(node_id(2)), None));
+    let tried = world.state.events.iter().filter(|event| event.kind == "vm-migrates").count();
+    assert_eq!(tried, 3, "with pauses in between");
+    let (world, vm) = emptied(35, failing);
+    assert!(world.state.vms[&vm].restart.is_some());
+}
+
+#[test]
+fn a_migration_to_a_lost_node_is_given_up_and_one_from_a_lost_node_ends_in_a_restart() {
+    let moving = || {
+        let mut world = World::new();
+        let (mut new, vm) = vm(1);
+        new.preferred_node = Some(node_id(2));
+        world.ask(Op::CreateVm { vm: new, unreachable: vec![] }, 51).unwrap();
+        world.pass(2);
+        let to = node_id(3);
+        world.ask(Op::MigrateVm { vm, to, bytes_per_second: None }, 52).unwrap();
+        (world, vm)
+    };
+    let (mut world, vm) = moving();
+    world.lose(node_id(3));
+    world.pass(LEADER_LEASE.as_secs() + 2);
+    assert_eq!((world.node_of(vm), world.state.vms[&vm].migration), (Some(node_id(2)), None));
+    let TaskState::Failed(error) = &world.state.tasks[&TaskId(id(52))].state else { panic!("it goes on") };
+    assert!(error.detail.contains("n3 was lost"), "{error:?}");
+
+    let (mut world, vm) = moving();
+    world.lose(node_id(2));
+    world.pass(LEADER_LEASE.as_secs() + 2);
+    let run = world.state.vms[&vm].assignment.unwrap();
+    assert!(run.node != node_id(2) && run.epoch == RunEpoch(3), "{run:?}");
+    assert!(matches!(world.state.tasks[&TaskId(id(52))].state, TaskState::Failed(_)));
+}
+
+#[test]
+fn a_run_goes_only_to_another_node_that_can_carry_it() {
+    let mut world = World::new();
+    world.processors.insert(node_id(3), 2);
+    let (mut new, vm) = vm(1);
+    (new.preferred_node, new.cpu_model) = (Some(node_id(2)), vmm::CpuModel::Host);
+    world.ask(Op::CreateVm { vm: new, unreachable: vec![] }, 51).unwrap();
+    world.pass(2);
+    let choose = |world: &World, to| {
+        let vm = &world.state.vms[&vm];
+        let live = world.leases.reports(world.now);
+        super::scheduler::choose_other(&world.state, &live, vm, vm.assignment.unwrap(), to)
+    };
+    assert_eq!(choose(&world, None), Ok(node_id(1)));
+    let why = choose(&world, Some(node_id(3))).unwrap_err();
+    assert!(why.contains("n3 has another processor than the one that the VM runs on"), "{why}");
+    let why = choose(&world, Some(node_id(2))).unwrap_err();
+    assert!(why.contains("no node"), "{why}");
+    world.memory = 1 << 30;
+    world.pass(1);
+    let why = choose(&world, None).unwrap_err();
+    assert!(why.contains("MiB of memory left"), "{why}");
+}

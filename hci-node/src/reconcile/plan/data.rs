@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use netfabric::overlay::{ForwardEntry, NetworkConfig, OverlayConfig, PortConfig, PortStanding, Vni};
 use storage::{
-    config::{Access, DiskConfig, StorageConfig, VolumeConfig},
+    config::{Access, DiskConfig, StandbyConfig, StorageConfig, VolumeConfig},
+    ids::ByteSize,
     status::{DiskHealth, VolumeState},
 };
 
@@ -17,8 +18,9 @@ use crate::{
     data::protocol::{DataConfig, NodeSecret, PeerConfig},
     reconcile::observed::DataView,
     state::{
-        Cleanliness, ClusterState, Custody, DeadLayer, Disk, DiskId, DiskState, LayerRef, Network, NodeId,
-        Port, PortId, Retired, SegmentIndex, Vm, Volume, VolumeFill, VolumeId, VolumeUse,
+        Cleanliness, ClusterState, Custody, DeadLayer, Disk, DiskId, DiskState, LayerRef, MigrationStage,
+        Network, NodeId, Port, PortId, Retired, SegmentIndex, Vm, VmId, Volume, VolumeFill, VolumeId,
+        VolumeUse,
     },
 };
 
@@ -29,6 +31,12 @@ pub fn plan(view: View<'_>, actions: &mut Vec<Action>) -> Option<DataConfig> {
     let mut volumes = Vec::new();
     for volume in view.state.volumes_on(view.me) {
         let access = match view.state.volume_use(volume) {
+            // It let go of it, and gets it back only when its VM is seen to stay.
+            VolumeUse::Guest(vm) if is_handed_over(view, vm, volume, data) => {
+                let present = data.applied.iter().flat_map(|config| &config.storage.volumes);
+                volumes.extend(present.filter(|there| VolumeId::from(there.id) == volume.id).cloned());
+                continue;
+            }
             VolumeUse::Guest(_) => Access::VhostUser { socket: view.paths.block_socket(volume.id) },
             VolumeUse::Internal => Access::Internal,
             VolumeUse::Nothing => {
@@ -52,9 +60,32 @@ pub fn plan(view: View<'_>, actions: &mut Vec<Action>) -> Option<DataConfig> {
     Some(DataConfig {
         revision: view.state.revision,
         peers: peers(view),
-        storage: StorageConfig { disks: disks(view), volumes, standby: Vec::new() },
+        storage: StorageConfig { disks: disks(view), volumes, standby: standby(view) },
         overlay: overlay(view),
     })
+}
+
+/// Whether the data process has let go of a volume for a VM that is still on its way.
+fn is_handed_over(view: View<'_>, vm: VmId, volume: &Volume, data: &DataView) -> bool {
+    let migration = view.state.vms.get(&vm).and_then(|vm| vm.migration);
+    migration.is_some_and(|migration| migration.stage == MigrationStage::LettingGo)
+        && volume.cleanliness == Cleanliness::Clean
+        && matches!(status(data, volume.id), Some((_, VolumeState::Closed)))
+}
+
+/// Volumes of VMs that are about to arrive: their sockets are served before they are open here.
+fn standby(view: View<'_>) -> Vec<StandbyConfig> {
+    let disks = view.state.vms_arriving(view.me).flat_map(|(vm, _)| &vm.disks);
+    let volumes = disks.filter_map(|disk| view.state.volumes.get(disk));
+    let here = |volume: &&Volume| volume.coordinator != Some(view.me);
+    volumes
+        .filter(here)
+        .map(|volume| StandbyConfig {
+            id: volume.id.into(),
+            size: ByteSize(volume.size_bytes),
+            socket: view.paths.block_socket(volume.id),
+        })
+        .collect()
 }
 
 fn open(view: View<'_>, volume: &Volume) -> Action {
@@ -74,14 +105,13 @@ fn status(data: &DataView, volume: VolumeId) -> Option<(crate::state::Generation
 
 /// Whether this instance of the data process may serve the volume's present generation.
 fn may_serve(volume: &Volume, data: &DataView) -> bool {
-    if data.grants.get(&volume.id) == Some(&volume.generation) {
-        return true;
-    }
+    let granted = data.grants.get(&volume.id) == Some(&volume.generation);
     match status(data, volume.id) {
+        // It let go of it for a VM that was to move and then stayed, and could not say that it had.
+        Some((generation, VolumeState::Closed)) if generation == volume.generation => false,
+        _ if granted => true,
         // It serves it already.
-        Some((generation, state)) if generation == volume.generation => {
-            !matches!(state, VolumeState::Fenced | VolumeState::Closed)
-        }
+        Some((generation, state)) if generation == volume.generation => *state != VolumeState::Fenced,
         // It was raised while this instance had an older one: nobody else had it.
         Some((generation, _)) if generation < volume.generation => true,
         // Every coordinator marks the volume as unclean before it serves.
@@ -320,10 +350,11 @@ fn overlay(view: View<'_>) -> OverlayConfig {
     let state = view.state;
     let port_of = |id: &PortId| state.ports.get(id);
     let mut config = OverlayConfig::default();
-    for vm in state.vms_on(view.me) {
-        config
-            .ports
-            .extend(vm.ports.iter().filter_map(port_of).filter_map(|port| port_config(view, vm, port)));
+    let here = state.vms_on(view.me).map(|vm| (vm, PortStanding::Active));
+    let arriving = state.vms_arriving(view.me).map(|(vm, _)| (vm, PortStanding::Standby));
+    for (vm, standing) in here.chain(arriving) {
+        let ports = vm.ports.iter().filter_map(port_of);
+        config.ports.extend(ports.filter_map(|port| port_config(view, vm, port, standing)));
     }
     for network in state.networks.values() {
         let Ok(vni) = Vni::try_from(network.vni.0) else { continue };
@@ -335,7 +366,7 @@ fn overlay(view: View<'_>) -> OverlayConfig {
     config
 }
 
-fn port_config(view: View<'_>, vm: &Vm, port: &Port) -> Option<PortConfig> {
+fn port_config(view: View<'_>, vm: &Vm, port: &Port, standing: PortStanding) -> Option<PortConfig> {
     let network = view.state.networks.get(&port.network)?;
     Some(PortConfig {
         id: port.id.into(),
@@ -344,7 +375,7 @@ fn port_config(view: View<'_>, vm: &Vm, port: &Port) -> Option<PortConfig> {
         ip: port.ip,
         hostname: vm.name.clone(),
         socket: view.paths.port_socket(port.id),
-        standing: PortStanding::Active,
+        standing,
     })
 }
 

@@ -30,8 +30,8 @@ use crate::{
     paths::NodePaths,
     state::{
         BootFile, Cleanliness, CloudInit, ClusterState, DiskId, FirmwareVariables, Generation, ImageId,
-        ImagePart, LayerRef, NodeId, RunEpoch, SegmentIndex, TaskId, VmExit, VmId, VolumeId, WipePolicy,
-        report::VmReport,
+        ImagePart, LayerRef, Migration, NodeId, RunEpoch, SegmentIndex, TaskId, VmExit, VmId, VolumeId,
+        WipePolicy, report::VmReport,
     },
     vmm_role::record::{Begin, Ended},
 };
@@ -221,6 +221,13 @@ pub enum Action {
         /// How much of it.
         bytes: u64,
     },
+    /// Bring a run to another node, and tell the cluster if it did not get there.
+    MigrateVm {
+        /// The VM.
+        vm: VmId,
+        /// Which run, and where to.
+        migration: Migration,
+    },
     /// Press a VM's power button.
     PressPowerButton {
         /// The VM.
@@ -302,6 +309,7 @@ impl Action {
             | Self::SetVcpus { vm, .. }
             | Self::SaveVm { vm, .. }
             | Self::RestoreVm { vm, .. }
+            | Self::MigrateVm { vm, .. }
             | Self::PressPowerButton { vm, .. }
             | Self::ReportExit { vm, .. }
             | Self::ForgetRun { vm, .. } => ActionKey::Vm(*vm),

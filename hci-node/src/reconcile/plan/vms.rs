@@ -48,6 +48,11 @@ pub fn plan(view: View<'_>, actions: &mut Vec<Action>) {
             actions.extend(plan_start(view, vm, assignment));
         }
     }
+    for (vm, migration) in view.state.vms_arriving(view.me) {
+        if !view.observed.runs.contains_key(&vm.id) {
+            actions.extend(start(view, vm, migration.epoch, Begin::Saved));
+        }
+    }
 }
 
 /// The VM, if this run of it is the one that is assigned to this node.
@@ -55,6 +60,12 @@ fn assigned<'a>(view: View<'a>, vm: VmId, epoch: RunEpoch) -> Option<&'a Vm> {
     let vm = view.state.vms.get(&vm)?;
     let assignment = vm.assignment?;
     (assignment.node == view.me && assignment.epoch == epoch).then_some(vm)
+}
+
+/// Whether this run is the one that waits for its guest to arrive.
+fn is_arriving(view: View<'_>, vm: VmId, epoch: RunEpoch) -> bool {
+    let migration = view.state.vms.get(&vm).and_then(|vm| vm.arriving(view.me));
+    migration.is_some_and(|migration| migration.epoch == epoch)
 }
 
 /// How a run is to be ended, if it is.
@@ -74,6 +85,15 @@ fn plan_run(view: View<'_>, id: VmId, run: &Run) -> Option<Action> {
     let epoch = run.epoch;
     let kill = Action::KillVm { vm: id, epoch, why: Ended::Killed };
     match (assigned(view, id, epoch), &run.phase) {
+        // Its guest is brought by the other node.
+        (None, RunPhase::Alive { .. }) if is_arriving(view, id, epoch) => None,
+        (None, RunPhase::Ended(ended)) if is_arriving(view, id, epoch) => {
+            let exit = match ended {
+                Ended::Crashed(why) => VmExit::Crashed(why.clone()),
+                Ended::GuestShutdown | Ended::Killed | Ended::LeaseLapsed => VmExit::Stopped,
+            };
+            Some(Action::ReportExit { vm: id, epoch, exit })
+        }
         (None, RunPhase::Alive { .. }) => Some(kill),
         (None, RunPhase::Ended(_)) => Some(Action::ForgetRun { vm: id, epoch }),
         (Some(vm), RunPhase::Ended(ended)) => {
@@ -96,6 +116,9 @@ fn plan_run(view: View<'_>, id: VmId, run: &Run) -> Option<Action> {
 /// A run that is to go on: held or not, written, or made from what was written.
 fn plan_vcpus(view: View<'_>, vm: &Vm, epoch: RunEpoch, vcpus: Option<Vcpus>) -> Option<Action> {
     let id = vm.id;
+    if let Some(migration) = vm.migration {
+        return Some(Action::MigrateVm { vm: id, migration });
+    }
     let Some(suspension) = &vm.suspension else {
         let to = if vm.paused == Some(epoch) { Vcpus::Held } else { Vcpus::Running };
         return (vcpus != Some(to)).then_some(Action::SetVcpus { vm: id, epoch, to });
@@ -141,15 +164,13 @@ fn plan_start(view: View<'_>, vm: &Vm, assignment: Assignment) -> Option<Action>
         let exit = VmExit::Crashed("it vanished while it was being suspended".to_owned());
         return Some(Action::ReportExit { vm: vm.id, epoch, exit });
     }
+    start(view, vm, epoch, if vm.restoring().is_some() { Begin::Saved } else { Begin::Boot })
+}
+
+fn start(view: View<'_>, vm: &Vm, epoch: RunEpoch, begin: Begin) -> Option<Action> {
     let config = Box::new(config(view, vm).ok()?);
-    Some(Action::StartVm {
-        vm: vm.id,
-        epoch,
-        config,
-        cloud_init: vm.cloud_init.clone(),
-        firmware: vm.firmware.clone(),
-        begin: if vm.restoring().is_some() { Begin::Saved } else { Begin::Boot },
-    })
+    let (cloud_init, firmware) = (vm.cloud_init.clone(), vm.firmware.clone());
+    Some(Action::StartVm { vm: vm.id, epoch, config, cloud_init, firmware, begin })
 }
 
 /// What a VMM is told, or what is still missing for it.
@@ -213,6 +234,19 @@ fn disk(
     index: u32,
 ) -> Result<DiskConfig, String> {
     let volume = view.state.volumes.get(&volume).ok_or("one of its volumes is gone")?;
+    let config = |socket| DiskConfig {
+        id: format!("disk{index}"),
+        socket,
+        queues: u16::from(make.vcpus).clamp(1, MAX_DISK_QUEUES),
+        readonly: false,
+    };
+    if volume.coordinator != Some(view.me) {
+        let standby = data.applied.as_ref().map_or(&[][..], |config| &config.storage.standby);
+        let there = standby.iter().find(|there| there.id == volume.id.into());
+        return there
+            .map(|there| config(there.socket.clone()))
+            .ok_or_else(|| format!("volume {} is not expected here yet", volume.name));
+    }
     let applied = data.applied.as_ref().map_or(&[][..], |config| &config.storage.volumes);
     let socket = applied.iter().find_map(|there| match &there.access {
         Access::VhostUser { socket }
@@ -223,12 +257,7 @@ fn disk(
         _ => None,
     });
     match socket {
-        Some(socket) if data::is_open(volume, data) => Ok(DiskConfig {
-            id: format!("disk{index}"),
-            socket,
-            queues: u16::from(make.vcpus).clamp(1, MAX_DISK_QUEUES),
-            readonly: false,
-        }),
+        Some(socket) if data::is_open(volume, data) => Ok(config(socket)),
         _ => Err(format!("volume {} is opened", volume.name)),
     }
 }
@@ -244,6 +273,9 @@ pub fn reports(view: View<'_>) -> Vec<VmReport> {
             let stopping = meant.is_none_or(|vm| stop_mode(vm, run.epoch).is_some());
             let state = match run.phase {
                 RunPhase::Ended(_) => VmRunState::Exited,
+                RunPhase::Alive { .. } if is_arriving(view, *vm, run.epoch) => {
+                    VmRunState::Waiting("it is on its way here".to_owned())
+                }
                 RunPhase::Alive { .. } if stopping => VmRunState::Stopping,
                 RunPhase::Alive { .. } if meant.is_some_and(|vm| vm.restoring().is_some()) => {
                     VmRunState::Waiting("its state is read back".to_owned())

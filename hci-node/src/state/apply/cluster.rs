@@ -240,6 +240,7 @@ pub(super) fn remove_node(state: &mut ClusterState, id: NodeId, at: Timestamp) -
     let lost = node.is_lost();
     let is_open_there = |volume: &Volume| volume.coordinator == Some(id);
     if state.vms_on(id).next().is_some()
+        || state.vms_arriving(id).next().is_some()
         || state.disks.values().any(|disk| disk.node == id)
         || (!lost && state.volumes.values().any(is_open_there))
     {

@@ -7,6 +7,7 @@ mod cluster;
 mod disks;
 mod exports;
 mod images;
+mod migration;
 mod networks;
 mod replicas;
 mod scrubs;
@@ -146,6 +147,12 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
         Op::SuspensionFailed { vm, epoch, error } => suspension::failed(state, *vm, *epoch, error, at),
         Op::SuspensionUsed { vm, epoch } => suspension::used(state, *vm, *epoch, at),
         Op::DiscardSuspension { vm, desired } => suspension::discard(state, *vm, *desired, at),
+        Op::MigrateVm { vm, to, bytes_per_second } => {
+            migration::begin(state, command.task, *vm, *to, *bytes_per_second, at)
+        }
+        Op::VmArrived { vm, epoch } => migration::arrived(state, *vm, *epoch, at),
+        Op::MigrationFailed { vm, epoch, error } => migration::failed(state, *vm, *epoch, error, at),
+        Op::CancelMigration(vm) => migration::cancel(state, *vm, at),
         Op::StoreVariables { vm, epoch, variables } => vms::store_variables(state, *vm, *epoch, variables),
         Op::VmExited { vm, epoch, exit } => vms::exited(state, *vm, *epoch, exit, at),
 

@@ -6,10 +6,10 @@
 
 use std::collections::BTreeSet;
 
-use super::{Applied, check_free, check_name, conflict, invalid, not_found, replicas, snapshots};
+use super::{Applied, check_free, check_name, conflict, invalid, migration, not_found, replicas, snapshots};
 use crate::state::{
     BLOCK_BYTES, Cleanliness, ClusterState, DiskId, DiskService, Generation, Goal, LayerRef, Layers, NodeId,
-    Outcome, Refusal, RefusalKind, ReplicaState, SegmentIndex, Severity, Subject, Timestamp, Volume,
+    Outcome, Refusal, RefusalKind, ReplicaState, SegmentIndex, Severity, Subject, Timestamp, VmId, Volume,
     VolumeFill, VolumeId, VolumeLimits, VolumeOwner,
     command::{NewVolume, VolumeChange},
     placement::{self, Wish},
@@ -221,6 +221,25 @@ pub(super) fn plan_open(
     Ok(volume)
 }
 
+/// The volume as it will be once `to` has it instead of `from`, which has let go of it or never completes anything in it again.
+pub(super) fn plan_handover(
+    state: &ClusterState,
+    id: VolumeId,
+    from: NodeId,
+    to: NodeId,
+) -> Result<Volume, Refusal> {
+    let mut volume = state.volumes.get(&id).ok_or_else(|| not_found("volume", id))?.clone();
+    if volume.coordinator != Some(from) {
+        return Err(conflict(
+            format!("volume {} is not open where its VM runs", volume.name),
+            "wait until it is: hci volume get",
+        ));
+    }
+    volume.generation.0 += 1;
+    volume.coordinator = Some(to);
+    Ok(volume)
+}
+
 /// Puts an opened volume in place and tells when it has fewer copies than before.
 pub(super) fn commit_open(state: &mut ClusterState, mut volume: Volume, at: Timestamp) {
     let whole = state.volumes.get(&volume.id).is_some_and(|before| !before.is_degraded());
@@ -316,14 +335,35 @@ pub(super) fn close_volume(
     }
     current(state, id, generation)?;
     let user = state.vms.values().find(|vm| vm.disks.contains(&id) && vm.assignment.is_some());
-    if let Some(vm) = user {
-        return Err(conflict(format!("the VM {} runs on it", vm.name), "stop the VM first"));
+    let user = user.map(|vm| (vm.id, vm.name.clone(), vm.migration.is_some()));
+    match user {
+        Some((vm, _, true)) if cleanliness == Cleanliness::Clean => return let_go(state, id, generation, vm),
+        Some((_, name, _)) => return Err(conflict(format!("the VM {name} runs on it"), "stop the VM first")),
+        None => {}
     }
     snapshots::give_up(state, id, "the volume was closed");
     let volume = current(state, id, generation)?;
     volume.coordinator = None;
     if cleanliness == Cleanliness::Clean {
         volume.cleanliness = Cleanliness::Clean;
+    }
+    Ok(answer_volume(state, "volume close", id))
+}
+
+/// A volume of a VM that moves is closed: it stays where it is until its VM has arrived, or has stayed. Whoever had it open does not have it
+/// again: a generation is closed once.
+fn let_go(
+    state: &mut ClusterState,
+    id: VolumeId,
+    generation: Generation,
+    vm: VmId,
+) -> Result<Applied, Refusal> {
+    snapshots::give_up(state, id, "the volume's VM moves");
+    let volume = current(state, id, generation)?;
+    volume.cleanliness = Cleanliness::Clean;
+    volume.generation.0 += 1;
+    if let Some(vm) = state.vms.get_mut(&vm) {
+        migration::lets_go(vm);
     }
     Ok(answer_volume(state, "volume close", id))
 }

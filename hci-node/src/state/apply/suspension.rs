@@ -11,7 +11,7 @@
 //! one run that may go on, or one state that a run may be made from, and never both. What has begun to run writes to the VM's disks: from the state
 //! of before that nobody may ever start again.
 
-use super::{Applied, conflict, not_found, storage, tasks};
+use super::{Applied, conflict, migration, not_found, storage, tasks};
 use crate::state::{
     ClusterState, DesiredRun, Generation, Goal, NodeId, Refusal, RunEpoch, SavedRun, Severity, StopMode,
     Subject, Suspension, SuspensionStage, TaskError, TaskId, Timestamp, VmId, VolumeFill, VolumeOwner,
@@ -26,6 +26,7 @@ pub(super) fn pause(state: &mut ClusterState, id: VmId, at: Timestamp) -> Result
         Some(run) if vm.restart.is_none() && vm.suspension.is_none() => run,
         _ => return Err(does_not_run(&name)),
     };
+    migration::check_none(vm)?;
     if vm.paused == Some(run.epoch) {
         return Err(conflict(
             format!("VM {name} is paused already"),
@@ -55,7 +56,8 @@ pub(super) fn resume(state: &mut ClusterState, id: VmId, at: Timestamp) -> Resul
         vm.desired = DesiredRun::Running;
         return Ok(done.until(Goal::VmRuns(id, RunEpoch(vm.epoch.0 + 1))));
     }
-    let goal = Goal::VmRuns(id, vm.epoch);
+    migration::check_none(vm)?;
+    let goal = Goal::VmRuns(id, vm.assignment.map_or(vm.epoch, |run| run.epoch));
     if vm.saving().is_some() {
         give_up(state, id, "the VM was resumed before it was suspended", at);
     } else if vm.paused.take().is_none() {
@@ -97,6 +99,7 @@ pub(super) fn begin(
         Some(run) if vm.restart.is_none() && vm.suspension.is_none() => run,
         _ => return Err(does_not_run(&name)),
     };
+    migration::check_none(vm)?;
     let owner = VolumeOwner::Suspension(id);
     let mut volume =
         storage::plan_volume(state, new, Some(run.node), unreachable, owner, VolumeFill::Import, at)?;

@@ -6,8 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    Applied, check_free, check_name, cloud_init, conflict, images, invalid, networks, not_found, storage,
-    suspension,
+    Applied, check_free, check_name, cloud_init, conflict, images, invalid, migration, networks, not_found,
+    storage, suspension,
 };
 use crate::state::{
     AfterCrash, Assignment, ClusterState, DesiredRun, FirmwareVariables, Goal, ImagePart, MAX_VARIABLES,
@@ -94,6 +94,7 @@ pub(super) fn create(
             firmware: None,
             paused: None,
             suspension: None,
+            migration: None,
         },
     );
     Ok(done)
@@ -215,6 +216,7 @@ pub(super) fn set_desired(
     }
     if let DesiredRun::Stopped(_) = desired {
         suspension::give_up(state, id, "the VM was stopped", at);
+        migration::give_up(state, id, "the VM was stopped", at);
     }
     let vm = state.vms.get_mut(&id).ok_or_else(|| not_found("vm", id))?;
     let name = vm.name.clone();
@@ -265,13 +267,14 @@ pub(super) fn restart(state: &mut ClusterState, id: VmId, mode: StopMode) -> Res
             format!("wait for that: hci vm get {name}"),
         ));
     }
+    migration::check_none(vm)?;
     // A guest that is held cannot shut itself down.
     vm.paused = None;
     // A forced end stays forced, whatever is asked later.
     let forced = vm.restart == Some(Restart { epoch: assignment.epoch, mode: StopMode::Force });
     let mode = if forced { StopMode::Force } else { mode };
     vm.restart = Some(Restart { epoch: assignment.epoch, mode });
-    let goal = Goal::VmRuns(id, RunEpoch(assignment.epoch.0 + 1));
+    let goal = Goal::VmRuns(id, RunEpoch(vm.epoch.0 + 1));
     Ok(Applied::now("vm restart", Subject::Vm(id), name).until(goal))
 }
 
@@ -341,6 +344,7 @@ pub(super) fn assign(
         storage::commit_open(state, volume, at);
     }
     suspension::give_up(state, id, "the VM's node was lost", at);
+    migration::give_up(state, id, "the VM's node was lost", at);
     let from = state.vms.get(&id).and_then(|vm| vm.assignment).map(|assignment| assignment.node);
     if let Some(vm) = state.vms.get_mut(&id) {
         vm.epoch = RunEpoch(expected.0 + 1);
@@ -393,6 +397,14 @@ pub(super) fn exited(
 ) -> Result<Applied, Refusal> {
     let vm = state.vms.get_mut(&id).ok_or_else(|| not_found("vm", id))?;
     let done = Applied::now("vm exited", Subject::Vm(id), &vm.name);
+    if vm.migration.is_some_and(|migration| migration.epoch == epoch) {
+        let why = match exit {
+            VmExit::Crashed(reason) => format!("it could not be made there: {reason}"),
+            VmExit::GuestShutdown | VmExit::Stopped | VmExit::NodeLost => "its run there ended".to_owned(),
+        };
+        migration::give_up(state, id, &why, at);
+        return Ok(done);
+    }
     if vm.assignment.is_none_or(|assignment| assignment.epoch != epoch) {
         return Ok(done);
     }
@@ -432,5 +444,6 @@ pub(super) fn exited(
         _ => {}
     }
     suspension::give_up(state, id, "its run ended before it was suspended", at);
+    migration::give_up(state, id, "its run ended before it was migrated", at);
     Ok(done)
 }

@@ -39,6 +39,8 @@ pub enum Goal {
     VmIsPaused(VmId, RunEpoch),
     /// The VM is suspended, and its volumes are closed.
     VmIsSuspended(VmId),
+    /// The VM has arrived on the node that it was migrated to.
+    VmIsMigrated(VmId),
     /// The disk takes replicas.
     DiskReady(DiskId),
     /// That part of the image is there.

@@ -99,6 +99,34 @@ pub struct SavedRun {
     pub at: Timestamp,
 }
 
+/// A run of a VM that moves to another node while its guest runs.
+///
+/// Until the run there has arrived, in one step, the present one is the VM; from then on that one is, and the present one never runs again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Migration {
+    /// The present run.
+    pub from: RunEpoch,
+    /// Where it goes.
+    pub to: NodeId,
+    /// The run that goes on there. The number is taken: no other run has it, whatever becomes of this one.
+    pub epoch: RunEpoch,
+    /// Bytes that may be sent in a second; none is no limit.
+    pub bytes_per_second: Option<u64>,
+    /// The task that stands for it.
+    pub task: Option<TaskId>,
+    /// How far it is.
+    pub stage: MigrationStage,
+}
+
+/// How far a migration is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MigrationStage {
+    /// The guest runs, and its volumes are open where it is.
+    Copying,
+    /// It is held, and its node closes its volumes.
+    LettingGo,
+}
+
 /// What becomes of a VM whose run crashed: its VMM died, its guest panicked, or it did not feed its watchdog. A lost node is no crash.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -137,7 +165,7 @@ pub struct Vm {
     pub after_crash: AfterCrash,
     /// The node that it should run on when that is possible.
     pub preferred_node: Option<NodeId>,
-    /// Raised at each assignment.
+    /// The highest run epoch that was given away: raised at each assignment, and when a migration begins.
     pub epoch: RunEpoch,
     /// Where it runs; none while it is stopped or waits for a node.
     pub assignment: Option<Assignment>,
@@ -155,6 +183,8 @@ pub struct Vm {
     pub paused: Option<RunEpoch>,
     /// The run that is being suspended, or is suspended.
     pub suspension: Option<Suspension>,
+    /// Its present run's move to another node.
+    pub migration: Option<Migration>,
 }
 
 impl Vm {
@@ -188,6 +218,11 @@ impl Vm {
     /// The present run, if it is made from the saved one and has not begun.
     pub fn restoring(&self) -> Option<Assignment> {
         self.assignment.filter(|run| self.saved().is_some_and(|saved| saved.epoch != run.epoch))
+    }
+
+    /// The migration, if this is the run that it would go on with on that node.
+    pub fn arriving(&self, node: NodeId) -> Option<Migration> {
+        self.migration.filter(|migration| migration.to == node)
     }
 
     /// Whether it is suspended and nobody has asked for it to go on.

@@ -155,7 +155,7 @@ impl World {
     }
 
     /// Coordinators take out what they cannot reach, fill what is out, let go of what has left, and close what nobody
-    /// needs; nodes remove what is free to be removed; guests stop when they are told to.
+    /// needs; nodes remove what is free to be removed; guests move and stop when they are told to.
     fn nodes_act(&mut self) {
         let reachable = |world: &Self, copy: &Replica| {
             world.alive.contains(&copy.node) && !world.broken.contains(&copy.disk)
@@ -208,6 +208,11 @@ impl World {
                     self.run(Op::ReplicasPurged { volume, disk, segments, layers });
                 }
             }
+        }
+        let moving: Vec<_> =
+            self.state.vms.values().filter_map(|vm| Some((vm.id, vm.migration?.epoch))).collect();
+        for (vm, epoch) in moving {
+            self.run(Op::VmArrived { vm, epoch });
         }
         let ending: Vec<_> = self.state.vms.values().filter(|vm| vm.restart.is_some()).cloned().collect();
         for vm in ending {

@@ -1,6 +1,7 @@
 //! Tests of the planner: single decisions, and a small world in which every crash point is tried.
 
 mod decisions;
+mod moving;
 mod world;
 
 use std::{collections::BTreeMap, net::SocketAddr};
