@@ -1,0 +1,221 @@
+//! A VM moves between nodes while its guest runs, as users do it: three nodes of real processes, the command line, a real guest under KVM; then
+//! with every process of both nodes killed at every moment of the way.
+//!
+//! Skipped, with a message, where /dev/kvm cannot be opened.
+
+// The lint knows test functions, not their helpers.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod cluster;
+
+use std::{
+    fs,
+    io::Read,
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use cluster::{Cluster, eventually, letters};
+
+/// Between two letters of the guest.
+const PAUSE: u32 = 20_000;
+
+impl Cluster {
+    fn node_of_vm(&self, n: usize) -> usize {
+        let node = self.vm(n).1.expect("the VM has a node");
+        node.trim_start_matches('n').parse().unwrap()
+    }
+
+    /// The directory of the VM on a node.
+    fn vm_dir(&self, n: usize) -> Option<PathBuf> {
+        let vms = fs::read_dir(self.path(n, "run/vms")).ok()?;
+        vms.flatten().map(|entry| entry.path()).find(|dir| dir.join("console.sock").exists())
+    }
+
+    /// Follows the guest's console on a node to its end; returns the first and the last letter. Each has to be the one after the one before.
+    fn follow(&self, n: usize) -> JoinHandle<(u8, u8)> {
+        let dir = self.vm_dir(n).expect("the VM is there");
+        let mut console = UnixStream::connect(dir.join("console.sock")).unwrap();
+        std::thread::spawn(move || {
+            let mut all = Vec::new();
+            console.read_to_end(&mut all).unwrap();
+            for pair in all.windows(2) {
+                assert_eq!(pair[1] as char, letters::following(Some(pair[0])) as char);
+            }
+            (all[0], *all.last().unwrap())
+        })
+    }
+
+    /// What was printed since the present run began, or arrived.
+    fn printed(&self, n: usize) -> Vec<u8> {
+        self.run(n, &["vm", "console", "web1", "--log"]).stdout
+    }
+
+    /// Processes that run the VM, by node.
+    fn vmms(&self) -> Vec<usize> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let cmdline = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let words: Vec<_> = cmdline.split(|byte| *byte == 0).collect();
+            if words.get(1) == Some(&&b"vmm"[..]) {
+                let config = String::from_utf8_lossy(words.get(4).copied().unwrap_or_default()).into_owned();
+                found.extend((1..=3).filter(|n| config.starts_with(&*self.path(*n, "").to_string_lossy())));
+            }
+        }
+        found
+    }
+
+    fn kill_vmm(&self, n: usize) {
+        let Some(dir) = self.vm_dir(n) else { return };
+        let record = fs::read_to_string(dir.join("vmm.pid")).unwrap_or_default();
+        let record: serde_json::Value = serde_json::from_str(&record).unwrap_or_default();
+        if let Some(pid) = record["pid"].as_i64() {
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(pid as i32),
+                nix::sys::signal::Signal::SIGKILL,
+            );
+        }
+    }
+
+    fn restart_data(&mut self, n: usize) {
+        let [data, _] = &mut self.nodes[n - 1];
+        data.kill().unwrap();
+        data.wait().unwrap();
+        self.nodes[n - 1][0] = self.spawn(n, "data");
+    }
+
+    /// The sentence about the last migration's pause.
+    fn pause_told(&self, n: usize) -> Option<String> {
+        let events = self.ok(n, &["event", "list", "-o", "json"]);
+        let events: serde_json::Value = serde_json::from_str(&events).unwrap();
+        let told = events.as_array()?.iter().rev().find(|event| event["kind"] == "vm-migration-pause")?;
+        Some(told["message"].as_str()?.to_owned())
+    }
+}
+
+#[test]
+fn a_vm_moves_while_it_runs_and_nobody_notices() {
+    if !cluster::has_kvm() {
+        return;
+    }
+    let cluster = Cluster::start();
+    cluster.create_vm(PAUSE);
+    let mut at = 1;
+    for to in [2, 3, 1] {
+        let before = cluster.follow(at);
+        std::thread::sleep(Duration::from_millis(300));
+        cluster.ok(at, &["vm", "migrate", "web1", "--to", &format!("n{to}")]);
+        assert_eq!(cluster.vm(1), ("running".to_owned(), Some(format!("n{to}"))));
+        // The console there begins where the one here ended.
+        let (_, last) = before.join().unwrap();
+        let after = eventually("it prints there", || Some(cluster.printed(1)).filter(|said| said.len() > 3));
+        assert_eq!(after[0] as char, letters::following(Some(last)) as char);
+        eventually("nothing is left here", || (cluster.vmms() == [to]).then_some(()));
+        let told = eventually("the pause is told", || cluster.pause_told(1));
+        eprintln!("{told}");
+        at = to;
+    }
+    // Without a node it finds one; a paused one stays paused.
+    cluster.ok(2, &["vm", "pause", "web1"]);
+    cluster.ok(2, &["vm", "migrate", "web1"]);
+    assert_ne!(cluster.node_of_vm(2), at);
+    eventually("it is seen paused there", || (cluster.vm(2).0 == "paused").then_some(()));
+    assert_eq!(cluster.printed(2), b"", "it runs while it is paused");
+    cluster.ok(2, &["vm", "resume", "web1"]);
+    eventually("it prints there", || (cluster.printed(2).len() > 3).then_some(()));
+
+    let at = cluster.node_of_vm(2);
+    let refused = cluster.fails(2, &["vm", "migrate", "web1", "--to", &format!("n{at}")]);
+    assert!(refused.contains("runs on node") && refused.contains("already"), "{refused}");
+    assert!(cluster.fails(2, &["vm", "migrate", "web1", "--to", "n9"]).contains("n9"));
+    assert!(cluster.fails(2, &["vm", "migrate", "web1", "--cancel"]).contains("not being migrated"));
+
+    // A node that is emptied has its VMs moved, not restarted.
+    let before = cluster.follow(at);
+    cluster.ok(2, &["node", "drain", &format!("n{at}")]);
+    assert_ne!(cluster.node_of_vm(2), at);
+    let (_, last) = before.join().unwrap();
+    let after = eventually("it prints there", || Some(cluster.printed(2)).filter(|said| said.len() > 3));
+    assert_eq!(after[0] as char, letters::following(Some(last)) as char);
+}
+
+/// What is killed on the way.
+#[derive(Clone, Copy, Debug)]
+enum Victim {
+    ControlHere,
+    ControlThere,
+    DataHere,
+    DataThere,
+    VmmHere,
+    VmmThere,
+    /// Nothing; somebody changes their mind.
+    Cancel,
+}
+
+const VICTIMS: [Victim; 7] = [
+    Victim::ControlHere,
+    Victim::ControlThere,
+    Victim::DataHere,
+    Victim::DataThere,
+    Victim::VmmHere,
+    Victim::VmmThere,
+    Victim::Cancel,
+];
+
+#[test]
+fn whatever_is_killed_on_the_way_there_is_one_guest() {
+    if !cluster::has_kvm() {
+        return;
+    }
+    let rounds: u64 = std::env::var("MIGRATION_ROUNDS").map_or(3, |rounds| rounds.parse().unwrap());
+    let mut cluster = Cluster::start();
+    cluster.create_vm(PAUSE);
+    // How long it takes undisturbed is where the moments of the kills are spread over.
+    let began = Instant::now();
+    cluster.ok(1, &["vm", "migrate", "web1", "--to", "n2"]);
+    let whole = began.elapsed();
+    let (mut moved, mut stayed) = (0, 0);
+    for round in 0..rounds {
+        for victim in VICTIMS {
+            let at = cluster.node_of_vm(3);
+            let to = at % 2 + 1;
+            let third = 3;
+            let moment = whole.mul_f64((round as f64 + 0.5) / rounds as f64);
+            cluster.ok(third, &["vm", "migrate", "web1", "--to", &format!("n{to}"), "--no-wait"]);
+            std::thread::sleep(moment);
+            match victim {
+                Victim::ControlHere => cluster.restart_control(at),
+                Victim::ControlThere => cluster.restart_control(to),
+                Victim::DataHere => cluster.restart_data(at),
+                Victim::DataThere => cluster.restart_data(to),
+                Victim::VmmHere => cluster.kill_vmm(at),
+                Victim::VmmThere => cluster.kill_vmm(to),
+                Victim::Cancel => drop(cluster.run(third, &["vm", "migrate", "web1", "--cancel"])),
+            }
+            eventually("the VM runs, once", || {
+                let shown = cluster.run(third, &["vm", "get", "web1", "-o", "json"]);
+                let shown: serde_json::Value = serde_json::from_slice(&shown.stdout).ok()?;
+                let node = shown["node"].as_str()?.trim_start_matches('n').parse::<usize>().ok()?;
+                (shown["state"] == "running" && cluster.vmms() == [node]).then_some(())
+            });
+            let now = cluster.node_of_vm(third);
+            if now == at {
+                stayed += 1
+            } else {
+                moved += 1
+            }
+            let before = cluster.printed(third);
+            eventually("it prints on", || (cluster.printed(third) != before).then_some(()));
+            let printed = cluster.printed(third);
+            for pair in printed.windows(2) {
+                let follows = pair[1] == letters::following(Some(pair[0]));
+                // A VMM that was killed is a crash: its guest boots.
+                let boots = matches!(victim, Victim::VmmHere | Victim::VmmThere) && pair[1] == b'a';
+                assert!(follows || boots, "{victim:?} at {moment:?}: {}", String::from_utf8_lossy(&printed));
+            }
+        }
+    }
+    eprintln!("it moved {moved} times and stayed {stayed} times");
+}
