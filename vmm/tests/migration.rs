@@ -207,6 +207,8 @@ fn a_paused_guest_moves_and_stays_paused() {
     letters.read_and_pause(&vm);
     let mut cut = To { writes_left: Some(1), ..To::new(Vec::new()) };
     assert!(migrate(&vm, &mut cut, &MigrationOptions::default()).is_err());
+    let mut refuses = To { at_hold: AtHold::Break, ..To::new(Vec::new()) };
+    assert!(migrate(&vm, &mut refuses, &MigrationOptions::default()).is_err());
     assert_eq!(vm.handle().status().state, VmState::Paused);
     let mut to = To::new(Vec::new());
     let migrated = migrate(&vm, &mut to, &MigrationOptions::default()).unwrap();

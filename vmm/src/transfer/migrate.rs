@@ -91,6 +91,15 @@ pub struct MigrationSnapshot {
 }
 
 impl MigrationProgress {
+    /// For a move that begins.
+    fn reset(&self) {
+        self.round.store(0, Ordering::Relaxed);
+        [&self.written, &self.left, &self.dirtied]
+            .into_iter()
+            .for_each(|count| count.store(0, Ordering::Relaxed));
+        self.throttle.store(0, Ordering::Relaxed);
+    }
+
     /// What it is now.
     pub fn snapshot(&self) -> MigrationSnapshot {
         MigrationSnapshot {
@@ -129,11 +138,22 @@ struct Counted<'a> {
     to: &'a mut dyn Destination,
     progress: &'a MigrationProgress,
     bytes: u64,
+    /// Nothing more is tried: the guest, which may be held, would wait for it.
+    broken: bool,
 }
 
 impl Write for Counted<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.to.write(bytes)?;
+        if self.broken {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        let written = match self.to.write(bytes) {
+            Ok(written) => written,
+            Err(error) => {
+                self.broken = error.kind() != io::ErrorKind::Interrupted;
+                return Err(error);
+            }
+        };
         self.bytes += written as u64;
         self.progress.written.store(self.bytes, Ordering::Relaxed);
         Ok(written)
@@ -166,16 +186,22 @@ pub(crate) fn run(
     options: &MigrationOptions,
     progress: &MigrationProgress,
 ) -> Result<Migrated, TransferError> {
+    progress.reset();
     check_alive(machine)?;
     machine.check_backends()?;
+    let mut options = options.clone();
+    if machine.gate.wanted() == Wanted::Pause {
+        // It writes nothing; its backends may, and they do not pass the gate.
+        options.throttle_percent = 0;
+    }
     let mut guard = machine.core.lock();
     let core = guard.as_mut().ok_or(TransferError::Ended)?;
     // Of a move that was given up after it had succeeded.
     core.logs.take();
     let logs = Logs::begin(core.vm.clone(), core.memory.clone(), machine.backends.clone())?;
-    let counted = Counted { to, progress, bytes: 0 };
+    let counted = Counted { to, progress, bytes: 0, broken: false };
     let stream = FrameWriter::new(BufWriter::with_capacity(BUFFER, counted));
-    let migrated = Migration { machine, core, logs: &logs, progress }.run(stream, options)?;
+    let migrated = Migration { machine, core, logs: &logs, progress }.run(stream, &options)?;
     core.logs = Some(logs);
     Ok(migrated)
 }

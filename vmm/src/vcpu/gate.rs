@@ -229,7 +229,11 @@ mod tests {
         while rounds.load(Ordering::Relaxed) == held_at {
             std::thread::yield_now();
         }
-        gate.set_moment(Moment::HeldBack, &threads);
+        let by = deadline();
+        while gate.state.lock().waiting < threads.len() {
+            assert!(Instant::now() < by, "those that run are not held back");
+            gate.set_moment(Moment::HeldBack, &threads);
+        }
         assert!(gate.set(Wanted::Stop, &threads, deadline()));
         assert!(gate.set(Wanted::Run, &[], deadline()));
         assert_eq!(gate.wanted(), Wanted::Stop, "stopping is final");

@@ -123,13 +123,11 @@ impl VhostUserBackend for Echo {
         let vring = &vrings[usize::from(queue)];
         let memory = self.memory.lock().memory();
         let from = vring.queue_next_avail();
-        let heads: Vec<u16> = vring
-            .get_mut()
-            .get_queue_mut()
-            .iter(memory.clone())
-            .unwrap()
-            .map(|chain| chain.head_index())
-            .collect();
+        let mut ring = vring.get_mut();
+        // A kick may come for a queue that has just been stopped.
+        let Ok(chains) = ring.get_queue_mut().iter(memory.clone()) else { return Ok(()) };
+        let heads: Vec<u16> = chains.map(|chain| chain.head_index()).collect();
+        drop(ring);
         if !heads.is_empty() {
             self.log.lock().push(Seen::Work(from));
         }
