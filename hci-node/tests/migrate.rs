@@ -30,7 +30,7 @@ impl Cluster {
 
     /// The directory of the VM on a node.
     fn vm_dir(&self, n: usize) -> Option<PathBuf> {
-        let vms = fs::read_dir(self.path(n, "run/vms")).ok()?;
+        let vms = fs::read_dir(self.path(n, "run/vm")).ok()?;
         vms.flatten().map(|entry| entry.path()).find(|dir| dir.join("console.sock").exists())
     }
 

@@ -19,7 +19,7 @@ use hci_tests::native::control::LEASE;
 use hci_tests::native::fabric::Fabric;
 use hci_tests::native::guest_vm::{self, GuestVm};
 use hci_tests::native::load::{Load, connect, connect_with_patience};
-use netfabric::overlay::{NetworkConfig, OverlayConfig, PortConfig, PortId, Vni};
+use netfabric::overlay::{NetworkConfig, OverlayConfig, PortConfig, PortId, PortStanding, Vni};
 use nix::sys::signal::Signal;
 use storage::ids::{BLOCK_SIZE, SEGMENT_SIZE};
 use storage::status::{DiskHealth, VolumeState};
@@ -272,6 +272,7 @@ fn garbage_on_every_port_harms_nobody() -> Result<()> {
             ip: "198.19.0.10".parse()?,
             hostname: "vm".to_owned(),
             socket: cluster.paths(0).port_sockets().join("port.sock"),
+            standing: PortStanding::Active,
         };
         let network = NetworkConfig {
             vni: port.vni,

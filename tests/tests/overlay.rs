@@ -12,7 +12,8 @@ use hci_tests::netclient::{Frame, NetClient, Options, SUPER_FRAME_BUFFER, featur
 use hci_tests::overlay_node::{OverlayNode, identity};
 use netfabric::NodeId;
 use netfabric::overlay::{
-    DropReason, Fencing, ForwardEntry, MacAddr, NetworkConfig, OverlayConfig, PortConfig, PortId, Vni,
+    DropReason, Fencing, ForwardEntry, MacAddr, NetworkConfig, OverlayConfig, PortConfig, PortId,
+    PortStanding, Vni,
 };
 use netfabric::pki::ClusterCa;
 use virtio_bindings::virtio_net::*;
@@ -87,6 +88,7 @@ impl Lab {
             ip: ip(last),
             hostname: format!("vm{last}"),
             socket: self.socket(last),
+            standing: PortStanding::Active,
         };
         let entry = |last, number, node: usize| ForwardEntry {
             vni: vni(number),

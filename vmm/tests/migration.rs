@@ -87,6 +87,9 @@ impl<W: Write> Write for To<W> {
 }
 
 impl<W: Write> Destination for To<W> {
+    fn quiet(&mut self) -> io::Result<()> {
+        Ok(())
+    }
     fn settle(&mut self) -> io::Result<()> {
         Ok(())
     }

@@ -49,6 +49,8 @@ const LOG_FIRST: Duration = Duration::from_secs(2);
 const LOG_QUIET: Duration = Duration::from_millis(200);
 /// More than a VMM keeps of a guest's output.
 const LOG_LIMIT: usize = 1 << 20;
+/// How long a log is read: a guest that prints all the time has no last output.
+const LOG_LONGEST: Duration = Duration::from_secs(1);
 
 /// A console as a stream of bytes, both ways.
 pub trait Console: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -97,12 +99,14 @@ pub async fn log(
     let mut piece = vec![0; READ_SIZE];
     // The first piece may have to come from another node; a guest that was silent so far sends none.
     let mut patience = if node == me { LOG_QUIET } else { LOG_FIRST };
-    while output.len() < LOG_LIMIT {
+    let mut ends = None;
+    while output.len() < LOG_LIMIT && ends.is_none_or(|ends| Instant::now() < ends) {
         match timeout(patience, console.read(&mut piece)).await {
             Ok(Ok(read @ 1..)) => output.extend_from_slice(&piece[..read]),
             Ok(_) | Err(_) => break,
         }
         patience = LOG_QUIET;
+        ends.get_or_insert_with(|| Instant::now() + LOG_LONGEST);
     }
     Ok(output.into())
 }

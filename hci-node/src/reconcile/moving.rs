@@ -144,10 +144,8 @@ impl Tools {
                         arrived(&mut sent).await?;
                     }
                 }
-                StateFlow::Held => {
-                    held_at = Some(Instant::now());
-                    self.let_go(vm, &mut closed);
-                }
+                StateFlow::Held => held_at = Some(Instant::now()),
+                StateFlow::Quiet => self.let_go(vm, &mut closed),
                 StateFlow::End => break,
             }
             if told.elapsed() >= TELL_EVERY && held_at.is_none() {

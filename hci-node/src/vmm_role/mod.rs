@@ -389,6 +389,7 @@ impl Machine {
             Some(Next::Piece(piece)) => Ok(Response::new(&StateFlow::Piece)?.with_bulk(piece)),
             Some(Next::Settle) => Ok(Response::new(&StateFlow::Settle)?),
             Some(Next::Held) => Ok(Response::new(&StateFlow::Held)?),
+            Some(Next::Quiet) => Ok(Response::new(&StateFlow::Quiet)?),
             Some(Next::End) => Ok(Response::new(&StateFlow::End)?),
             Some(Next::Failed(why)) => Err(refused(why)),
             None => Err(ended()),

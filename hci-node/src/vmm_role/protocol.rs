@@ -80,6 +80,8 @@ pub enum StateFlow {
     Settle,
     /// No piece; the guest is held from now on.
     Held,
+    /// No piece; its devices are, too: its volumes can be closed.
+    Quiet,
     /// That was all; this is no piece.
     End,
 }

@@ -24,6 +24,8 @@ pub(super) enum Said {
     Settle(oneshot::Sender<()>),
     /// The guest is held.
     Held,
+    /// Its devices are, too.
+    Quiet,
     /// That was all.
     End,
     /// It will not come, for this reason.
@@ -53,6 +55,8 @@ pub(super) enum Next {
     Settle,
     /// Nothing; the guest is held from now on.
     Held,
+    /// Nothing; its devices are, too.
+    Quiet,
     /// Nothing more.
     End,
     /// Nothing more, for this reason.
@@ -124,6 +128,10 @@ impl Destination for Outgoing {
         self.send_rest()?;
         self.say(Said::Held)
     }
+
+    fn quiet(&mut self) -> io::Result<()> {
+        self.say(Said::Quiet)
+    }
 }
 
 impl Fetched {
@@ -148,6 +156,7 @@ impl Fetched {
                 Next::Settle
             }
             Said::Held => Next::Held,
+            Said::Quiet => Next::Quiet,
             Said::End => Next::End,
             Said::Failed(why) => Next::Failed(why),
         })

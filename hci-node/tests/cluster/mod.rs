@@ -171,6 +171,20 @@ impl Cluster {
         assert_eq!(self.vm(2), ("running".to_owned(), Some("n1".to_owned())));
     }
 
+    /// What the processes said last, for whoever looks for the reason of a failure.
+    fn say_logs(&self) {
+        let vms = (1..=3).filter_map(|n| Some((n, fs::read_dir(self.path(n, "run/vm")).ok()?)));
+        let vms = vms.flat_map(|(n, vms)| vms.flatten().map(move |vm| (n, vm.path().join("vmm.log"))));
+        let nodes = (1..=3).flat_map(|n| ["node", "data"].map(|role| (n, role)));
+        let nodes = nodes.map(|(n, role)| (n, self.path(n, role).with_extension("log")));
+        for (n, path) in nodes.chain(vms) {
+            let log = fs::read_to_string(&path).unwrap_or_default();
+            let lines: Vec<_> = log.lines().collect();
+            eprintln!("-- n{n} {}", path.file_name().unwrap_or_default().display());
+            lines[lines.len().saturating_sub(40)..].iter().for_each(|line| eprintln!("{line}"));
+        }
+    }
+
     /// Names of all volumes.
     pub fn volumes(&self, n: usize) -> String {
         self.ok(n, &["volume", "list", "-o", "name"])
@@ -179,6 +193,9 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.say_logs();
+        }
         // VMMs outlive the others; the last order ends this one.
         for n in 1..=3 {
             let _ = self.run(n, &["vm", "stop", "web1", "--force", "--timeout", "10s"]);

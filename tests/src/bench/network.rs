@@ -11,7 +11,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use netfabric::overlay::{ForwardEntry, MacAddr, NetworkConfig, OverlayConfig, PortConfig, PortId, Vni};
+use netfabric::overlay::{
+    ForwardEntry, MacAddr, NetworkConfig, OverlayConfig, PortConfig, PortId, PortStanding, Vni,
+};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -116,6 +118,7 @@ fn attach_guests(cluster: &mut DataCluster, guests: &[Namespace; 2], mtu: u16) -
             ip: GUESTS[index],
             hostname: String::new(),
             socket: socket.clone(),
+            standing: PortStanding::Active,
         };
         let config =
             OverlayConfig { networks: vec![network], ports: vec![port], forwarding: forwarding.clone() };

@@ -172,6 +172,7 @@ async fn save_and_restore(
         match protocol::exchange(&files.socket(), &fetch, Bytes::new()).await? {
             (StateFlow::Piece, piece) => state.extend_from_slice(&piece),
             (StateFlow::End, _) => break,
+            (StateFlow::Settle | StateFlow::Held | StateFlow::Quiet, _) => bail!("it is saved, not migrated"),
         }
     }
     let saving = began.elapsed();

@@ -82,7 +82,7 @@ impl Record {
         DataConfig {
             revision: 1,
             peers: others.map(|(_, other)| other.address).collect(),
-            storage: StorageConfig { disks: self.nodes[node].disks.clone(), volumes },
+            storage: StorageConfig { disks: self.nodes[node].disks.clone(), volumes, standby: vec![] },
             overlay: self.nodes[node].overlay.clone(),
         }
     }

@@ -35,6 +35,8 @@ pub trait Destination: Write {
     fn settle(&mut self) -> io::Result<()>;
     /// The guest is held from here on: what follows is the last of it.
     fn held(&mut self) -> io::Result<()>;
+    /// Its devices are, too: backends have done all that was under way, and nothing more comes.
+    fn quiet(&mut self) -> io::Result<()>;
 }
 
 /// How a guest is moved.
@@ -333,6 +335,7 @@ impl Migration<'_> {
         let began = Instant::now();
         self.machine.hold_devices()?;
         let hold_devices_us = micros(began);
+        stream.get_mut().get_mut().to.quiet()?;
         let began = Instant::now();
         self.logs.take(&mut pages)?;
         let last_bytes = pages.bytes();

@@ -374,13 +374,7 @@ fn settle(view: &View<'_>, task: &Task, commands: &mut Vec<Command>) {
         Goal::VmIsStopped(vm) => vm_is_stopped(view, *vm),
         Goal::VmIsPaused(vm, epoch) => vm_is_paused(view, *vm, *epoch, task),
         Goal::VmIsSuspended(vm) => vm_is_suspended(view, *vm, task),
-        // Ended by the commands about the migration.
-        Goal::VmIsMigrated(vm) if view.state.vms.get(vm).is_some_and(|vm| vm.migration.is_some()) => {
-            Verdict::Wait
-        }
-        Goal::VmIsMigrated(_) => {
-            failed(format!("VM {} is not being migrated any more", task.subject_name), "hci vm list")
-        }
+        Goal::VmIsMigrated(vm) => vm_is_migrated(view, *vm, task),
         // Ended by the commands about the disk and the part; what is gone cannot get there any more.
         Goal::DiskReady(disk) if !view.state.disks.contains_key(disk) => {
             failed("the disk is gone", "hci disk list")
@@ -462,6 +456,17 @@ fn vm_is_paused(view: &View<'_>, id: VmId, epoch: RunEpoch, task: &Task) -> Verd
     }
     let seen = vm.assignment.and_then(|run| view.vm_report(vm, run));
     if seen.is_some_and(|seen| seen.state == VmRunState::Paused) { Verdict::Done } else { Verdict::Wait }
+}
+
+/// What comes to nothing ends the task itself.
+fn vm_is_migrated(view: &View<'_>, id: VmId, task: &Task) -> Verdict {
+    let Some(vm) = view.state.vms.get(&id) else {
+        return failed(format!("VM {} was deleted", task.subject_name), "hci vm list");
+    };
+    let Some(run) = vm.assignment.filter(|_| vm.desired == DesiredRun::Running) else { return Verdict::Done };
+    let is_there = |seen: &VmReport| matches!(seen.state, VmRunState::Running | VmRunState::Paused);
+    let arrived = vm.migration.is_none() && view.vm_report(vm, run).is_some_and(is_there);
+    if arrived { Verdict::Done } else { Verdict::Wait }
 }
 
 fn vm_is_suspended(view: &View<'_>, id: VmId, task: &Task) -> Verdict {

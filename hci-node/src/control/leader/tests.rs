@@ -414,6 +414,13 @@ fn a_migration_to_a_lost_node_is_given_up_and_one_from_a_lost_node_ends_in_a_res
     assert!(error.detail.contains("n3 was lost"), "{error:?}");
 
     let (mut world, vm) = moving();
+    let epoch = world.state.vms[&vm].migration.unwrap().epoch;
+    world.state.apply(&command(Op::VmArrived { vm, epoch })).unwrap();
+    world.pass(1);
+    assert_eq!(world.node_of(vm), Some(node_id(3)));
+    assert_eq!(world.state.tasks[&TaskId(id(52))].state, TaskState::Done, "it is seen there");
+
+    let (mut world, vm) = moving();
     world.lose(node_id(2));
     world.pass(LEADER_LEASE.as_secs() + 2);
     let run = world.state.vms[&vm].assignment.unwrap();

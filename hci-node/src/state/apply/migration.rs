@@ -120,7 +120,6 @@ pub(super) fn arrived(
     let message =
         format!("VM {name} moved from {} to {}", state.subject_name(&from), state.subject_name(&to));
     state.note(at, Severity::Info, "vm-migrated", Subject::Vm(id), message);
-    tasks::settle(state, &Goal::VmIsMigrated(id), None, at);
     Ok(done)
 }
 

@@ -39,7 +39,7 @@ pub enum Goal {
     VmIsPaused(VmId, RunEpoch),
     /// The VM is suspended, and its volumes are closed.
     VmIsSuspended(VmId),
-    /// The VM has arrived on the node that it was migrated to.
+    /// The VM has arrived on the node that it was migrated to, and is seen there.
     VmIsMigrated(VmId),
     /// The disk takes replicas.
     DiskReady(DiskId),

@@ -106,7 +106,7 @@ fn vm_volumes_and_ports_arrive_in_one_step() {
     let run_now = state.vms[&vm].assignment.unwrap();
     assert_eq!((run_now.node, run_now.epoch), (node_id(2), RunEpoch(2)));
     assert_eq!(state.vms_arriving(node_id(2)).count(), 0);
-    assert_eq!(state.tasks[&task].state, TaskState::Done);
+    assert_eq!(state.tasks[&task].state, TaskState::Running, "it is not seen there yet");
     assert_eq!(refused(&mut state, failed(vm, 2)), RefusalKind::Conflict, "it comes too late");
     assert_eq!(refused(&mut state, close), RefusalKind::Fenced);
     // What happens to the run that was left behind is nothing of the VM's any more.

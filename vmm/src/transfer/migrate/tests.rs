@@ -130,6 +130,9 @@ impl Write for Breaks {
 }
 
 impl Destination for Breaks {
+    fn quiet(&mut self) -> io::Result<()> {
+        Ok(())
+    }
     fn settle(&mut self) -> io::Result<()> {
         Ok(())
     }
@@ -155,6 +158,9 @@ impl<W: Write> Write for Slow<W> {
 }
 
 impl<W: Write> Destination for Slow<W> {
+    fn quiet(&mut self) -> io::Result<()> {
+        Ok(())
+    }
     fn settle(&mut self) -> io::Result<()> {
         Ok(())
     }
