@@ -6,12 +6,14 @@
 //! |---|---|
 //! | [`run`] | the steps |
 //! | [`faults`] | the faults that the test adds to the demo |
+//! | [`migration`] | a VM that moves while it runs |
 //! | [`cluster`] | `hci` over SSH |
 //! | [`workload`] | what the VMs report, judged |
 //! | [`timeline`] | steps, waits with limits, the table |
 
 pub mod cluster;
 pub mod faults;
+pub mod migration;
 pub mod run;
 pub mod timeline;
 pub mod workload;
