@@ -18,9 +18,9 @@ use super::{
 use crate::control::leader::scheduler;
 use crate::state::{
     CloudInit, ClusterState, Compression, DesiredRun, Disk, DiskId, DiskService, DiskState, Durability,
-    FreezeId, ImageId, ImagePart, MAX_NAME, Make, NetworkId, Node, NodeId, NodeService, Op, PoolPolicy,
-    PortId, Rebalancing, Segment, SnapshotId, StopMode, Subject, Vm, VmId, VolumeId, VolumeLimits,
-    WipePolicy,
+    FreezeId, ImageId, ImagePart, MAX_NAME, Make, MigrationTerms, NetworkId, Node, NodeId, NodeService, Op,
+    PoolPolicy, PortId, Rebalancing, Segment, SnapshotId, StopMode, Subject, Vm, VmId, VolumeId,
+    VolumeLimits, WipePolicy,
     command::{NewPort, NewVm, NewVolume, VmChange, VolumeChange},
     report::NodeReport,
 };
@@ -535,7 +535,8 @@ impl Context<'_> {
                 )
             })?,
         };
-        Ok(Op::MigrateVm { vm: vm.id, to, bytes_per_second: request.bytes_per_second })
+        let api::MigrateVm { bytes_per_second, longest_pause_ms, .. } = request;
+        Ok(Op::MigrateVm { vm: vm.id, to, terms: MigrationTerms { bytes_per_second, longest_pause_ms } })
     }
 
     /// `POST /v1/vms/NAME/suspend`: the volume is thin, and as large as the state can become.

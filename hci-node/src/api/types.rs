@@ -613,6 +613,9 @@ pub struct MigrateVm {
     /// Bytes that may be sent in a second; no limit when none.
     #[serde(default)]
     pub bytes_per_second: Option<u64>,
+    /// The longest pause that is taken for a guest that writes fast; 500 when none.
+    #[serde(default)]
+    pub longest_pause_ms: Option<u32>,
 }
 
 /// `POST /v1/vms/NAME/restart`.

@@ -17,15 +17,19 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     number.checked_mul(factor).ok_or_else(|| format!("{text} is too large"))
 }
 
-/// Parses a duration such as `90s`, `5m`, `24h`, `7d`.
+/// Parses a duration such as `500ms`, `90s`, `5m`, `24h`, `7d`.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let (number, unit) = split(text);
     let factor = match unit {
+        "ms" => {
+            let number = number.parse().map_err(|_| format!("{text:?} is not a duration such as 500ms"))?;
+            return Ok(Duration::from_millis(number));
+        }
         "s" | "" => 1,
         "m" | "min" => 60,
         "h" => 3600,
         "d" => 86_400,
-        other => return Err(format!("unknown unit {other:?}; use s, m, h or d")),
+        other => return Err(format!("unknown unit {other:?}; use ms, s, m, h or d")),
     };
     let number: u64 = number.parse().map_err(|_| format!("{text:?} is not a duration such as 5m"))?;
     number.checked_mul(factor).map(Duration::from_secs).ok_or_else(|| format!("{text} is too long"))
@@ -53,6 +57,8 @@ mod tests {
     #[test]
     fn durations() {
         assert_eq!(parse_duration("5m"), Ok(Duration::from_secs(300)));
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert!(parse_duration("ms").is_err());
         assert_eq!(parse_duration("24h"), Ok(Duration::from_secs(86_400)));
         assert!(parse_duration("soon").is_err());
     }

@@ -117,7 +117,10 @@ impl Tools {
         if status.epoch != migration.from {
             return Err(Unmoved::NotNow(ActionError::NotYet("another run answers".to_owned())));
         }
-        protocol::call(&socket, &Migrate { options: MigrationOptions::default() }).await.map_err(not_now)?;
+        let own = MigrationOptions::default();
+        let longest_pause_ms = migration.terms.longest_pause_ms.unwrap_or(own.longest_pause_ms);
+        let options = MigrationOptions { longest_pause_ms, ..own };
+        protocol::call(&socket, &Migrate { options }).await.map_err(not_now)?;
         let (mut sent, mut closed) = (JoinSet::new(), JoinSet::new());
         let (mut at, mut held_at) = (0, None);
         let (mut told, mut due) = (Instant::now(), Instant::now());
@@ -132,7 +135,7 @@ impl Tools {
                     }
                     let call = BringPiece { vm, epoch: migration.epoch, at };
                     at += piece.len() as u64;
-                    if let Some(limit) = migration.bytes_per_second.filter(|_| held_at.is_none()) {
+                    if let Some(limit) = migration.terms.bytes_per_second.filter(|_| held_at.is_none()) {
                         due = due.max(Instant::now()) + time_of(piece.len() as u64, limit);
                         tokio::time::sleep_until(due).await;
                     }

@@ -499,8 +499,8 @@ pub enum Op {
         vm: VmId,
         /// Where to.
         to: NodeId,
-        /// Bytes that may be sent in a second.
-        bytes_per_second: Option<u64>,
+        /// How.
+        terms: MigrationTerms,
     },
     /// The run on the other node has everything and is about to go on: VM, volumes and ports are there from now on.
     VmArrived {

@@ -45,6 +45,8 @@ pub trait Destination: Write {
 pub struct MigrationOptions {
     /// The longest pause that is aimed at for the last pages, in milliseconds.
     pub pause_ms: u32,
+    /// The longest pause that is taken for them when what is left does not get less, in milliseconds.
+    pub longest_pause_ms: u32,
     /// Most rounds.
     pub rounds: u32,
     /// How long it may go on after all memory has been sent once, in milliseconds.
@@ -57,6 +59,7 @@ impl Default for MigrationOptions {
     fn default() -> Self {
         Self {
             pause_ms: 50,
+            longest_pause_ms: 500,
             // Enough for a guest that writes at nine tenths of the rate, whatever its size.
             rounds: 150,
             patience_ms: 15 * 60 * 1000,

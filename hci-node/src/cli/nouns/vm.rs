@@ -1,6 +1,7 @@
 //! `hci vm`: virtual machines.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use hyper::Method;
@@ -12,7 +13,7 @@ use crate::cli::completion::names;
 use crate::cli::console;
 use crate::cli::exit::{CliError, Exit};
 use crate::cli::output::{Column, Show, column};
-use crate::cli::size::parse_size;
+use crate::cli::size::{parse_duration, parse_size};
 
 /// The verbs of `hci vm`.
 #[derive(Debug, Subcommand)]
@@ -112,8 +113,11 @@ pub enum Verb {
         /// How much may be sent in a second.
         #[arg(long, value_parser = parse_size)]
         rate: Option<u64>,
+        /// The longest pause to take for a guest that writes its memory faster than it can be sent.
+        #[arg(long, default_value = "500ms", value_parser = parse_duration)]
+        pause: Duration,
         /// Give the migration up that is under way; the VM goes on where it is.
-        #[arg(long, conflicts_with_all = ["to", "rate"])]
+        #[arg(long, conflicts_with_all = ["to", "rate", "pause"])]
         cancel: bool,
     },
     /// Let a paused or suspended VM go on where it was.
@@ -297,8 +301,10 @@ pub async fn run(context: &Context, verb: Verb) -> Result<ExitCode, CliError> {
             let answer = context.client.json(Method::DELETE, &path, None).await?;
             context.change(answer, "/v1/vms", &name, COLUMNS).await
         }
-        Verb::Migrate { name, to, rate, cancel: false } => {
-            act(context, &name, "migrate", json!({ "node": to, "bytes_per_second": rate })).await
+        Verb::Migrate { name, to, rate, pause, cancel: false } => {
+            let pause = u32::try_from(pause.as_millis()).unwrap_or(u32::MAX);
+            let body = json!({ "node": to, "bytes_per_second": rate, "longest_pause_ms": pause });
+            act(context, &name, "migrate", body).await
         }
         Verb::Resume { name } => act(context, &name, "resume", json!({})).await,
         Verb::Restart { name, force } => act(context, &name, "restart", json!({ "force": force })).await,

@@ -16,9 +16,9 @@ use super::{
 use crate::{
     control::lease::{LeaderLeases, LeaseStanding},
     state::{
-        Assignment, Availability, ClusterState, Command, DesiredRun, Goal, ImagePart, Migration, NodeId,
-        NodeService, Op, PartState, ReplicaState, RunEpoch, Severity, Subject, Task, TaskError, TaskState,
-        Timestamp, Vm, VmExit, VmId, Volume, VolumeFill,
+        Assignment, Availability, ClusterState, Command, DesiredRun, Goal, ImagePart, Migration,
+        MigrationTerms, NodeId, NodeService, Op, PartState, ReplicaState, RunEpoch, Severity, Subject, Task,
+        TaskError, TaskState, Timestamp, Vm, VmExit, VmId, Volume, VolumeFill,
         command::AssignReason,
         report::{NodeReport, VmReport, VmRunState},
     },
@@ -186,7 +186,7 @@ impl Ha {
         let op = match scheduler::choose_other(view.state, &view.live, vm, run, None) {
             Ok(to) if moves.tried < MOVE_TRIES => {
                 moves.tried += 1;
-                Op::MigrateVm { vm: vm.id, to, bytes_per_second: None }
+                Op::MigrateVm { vm: vm.id, to, terms: MigrationTerms::default() }
             }
             // Nowhere to migrate to, or not for long enough; a run that is made anew may still find a node.
             _ => {

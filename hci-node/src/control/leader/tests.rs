@@ -403,7 +403,7 @@ fn a_migration_to_a_lost_node_is_given_up_and_one_from_a_lost_node_ends_in_a_res
         world.ask(Op::CreateVm { vm: new, unreachable: vec![] }, 51).unwrap();
         world.pass(2);
         let to = node_id(3);
-        world.ask(Op::MigrateVm { vm, to, bytes_per_second: None }, 52).unwrap();
+        world.ask(Op::MigrateVm { vm, to, terms: MigrationTerms::default() }, 52).unwrap();
         (world, vm)
     };
     let (mut world, vm) = moving();

@@ -12,8 +12,8 @@
 
 use super::{Applied, conflict, invalid, not_found, storage, tasks};
 use crate::state::{
-    Assignment, ClusterState, DesiredRun, Goal, Migration, MigrationStage, NodeId, NodeService, Refusal,
-    RunEpoch, Severity, Subject, TaskError, TaskId, Timestamp, Vm, VmId,
+    Assignment, ClusterState, DesiredRun, Goal, Migration, MigrationStage, MigrationTerms, NodeId,
+    NodeService, Refusal, RunEpoch, Severity, Subject, TaskError, TaskId, Timestamp, Vm, VmId,
 };
 
 /// Refuses what cannot be done to a VM on its way.
@@ -32,7 +32,7 @@ pub(super) fn begin(
     task: Option<TaskId>,
     id: VmId,
     to: NodeId,
-    bytes_per_second: Option<u64>,
+    terms: MigrationTerms,
     at: Timestamp,
 ) -> Result<Applied, Refusal> {
     let vm = state.vms.get(&id).ok_or_else(|| not_found("vm", id))?;
@@ -63,14 +63,14 @@ pub(super) fn begin(
             "choose another node: hci node list",
         ));
     }
-    if bytes_per_second == Some(0) {
+    if terms.bytes_per_second == Some(0) {
         return Err(invalid("nothing can be sent at 0 bytes a second", "leave the limit out, or raise it"));
     }
     if let Some(vm) = state.vms.get_mut(&id) {
         vm.epoch.0 += 1;
         let epoch = vm.epoch;
         let stage = MigrationStage::Copying;
-        vm.migration = Some(Migration { from: run.epoch, to, epoch, bytes_per_second, task, stage });
+        vm.migration = Some(Migration { from: run.epoch, to, epoch, terms, task, stage });
     }
     let message = format!("VM {name} begins to move to {node_name}");
     state.note(at, Severity::Info, "vm-migrates", Subject::Vm(id), message);

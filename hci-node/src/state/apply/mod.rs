@@ -147,9 +147,7 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
         Op::SuspensionFailed { vm, epoch, error } => suspension::failed(state, *vm, *epoch, error, at),
         Op::SuspensionUsed { vm, epoch } => suspension::used(state, *vm, *epoch, at),
         Op::DiscardSuspension { vm, desired } => suspension::discard(state, *vm, *desired, at),
-        Op::MigrateVm { vm, to, bytes_per_second } => {
-            migration::begin(state, command.task, *vm, *to, *bytes_per_second, at)
-        }
+        Op::MigrateVm { vm, to, terms } => migration::begin(state, command.task, *vm, *to, *terms, at),
         Op::VmArrived { vm, epoch } => migration::arrived(state, *vm, *epoch, at),
         Op::MigrationFailed { vm, epoch, error } => migration::failed(state, *vm, *epoch, error, at),
         Op::CancelMigration(vm) => migration::cancel(state, *vm, at),

@@ -110,12 +110,21 @@ pub struct Migration {
     pub to: NodeId,
     /// The run that goes on there. The number is taken: no other run has it, whatever becomes of this one.
     pub epoch: RunEpoch,
-    /// Bytes that may be sent in a second; none is no limit.
-    pub bytes_per_second: Option<u64>,
+    /// How it is done.
+    pub terms: MigrationTerms,
     /// The task that stands for it.
     pub task: Option<TaskId>,
     /// How far it is.
     pub stage: MigrationStage,
+}
+
+/// How a migration is done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationTerms {
+    /// Bytes that may be sent in a second; none is no limit.
+    pub bytes_per_second: Option<u64>,
+    /// The longest pause that is taken for a guest that writes fast, in milliseconds; the VMM's own when none.
+    pub longest_pause_ms: Option<u32>,
 }
 
 /// How far a migration is.

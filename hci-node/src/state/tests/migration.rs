@@ -47,7 +47,7 @@ impl Runs {
 }
 
 fn migrate(vm: VmId, to: u128) -> Op {
-    Op::MigrateVm { vm, to: node_id(to), bytes_per_second: None }
+    Op::MigrateVm { vm, to: node_id(to), terms: MigrationTerms::default() }
 }
 
 fn arrived(vm: VmId, epoch: u64) -> Op {
@@ -158,7 +158,11 @@ fn what_cannot_move_is_refused_and_says_why() {
     run(&mut state, assign(vm, 1, 0, &[])).unwrap();
     assert_eq!(refused(&mut state, migrate(vm, 1)), RefusalKind::Conflict, "it is there");
     assert_eq!(refused(&mut state, migrate(vm, 7)), RefusalKind::NotFound);
-    let nothing = Op::MigrateVm { vm, to: node_id(2), bytes_per_second: Some(0) };
+    let nothing = Op::MigrateVm {
+        vm,
+        to: node_id(2),
+        terms: MigrationTerms { bytes_per_second: Some(0), longest_pause_ms: None },
+    };
     assert_eq!(refused(&mut state, nothing), RefusalKind::Invalid);
     let draining = Op::SetNodeService { node: node_id(2), service: NodeService::Draining };
     run(&mut state, draining).unwrap();

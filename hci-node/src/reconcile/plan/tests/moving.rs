@@ -416,7 +416,7 @@ impl World {
             Step::Migrate => {
                 let from = self.state.vms[&vm()].assignment.map(|run| run.node);
                 let to = if from == Some(node(1)) { node(2) } else { node(1) };
-                let _ = self.propose(Op::MigrateVm { vm: vm(), to, bytes_per_second: None });
+                let _ = self.propose(Op::MigrateVm { vm: vm(), to, terms: MigrationTerms::default() });
             }
             Step::TakesOver => self.takes_over(),
             Step::Cancel => drop(self.propose(Op::CancelMigration(vm()))),
