@@ -9,7 +9,7 @@ PACKAGES := $(shell grep -hv '^\#' installer/image/packages.txt tests/packages.t
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET)/release
 
-.PHONY: help setup demo lab-down test check fmt clippy unit simulation fuzz soak e2e e2e-native e2e-lab bench bench-storage bench-vmm release image iso
+.PHONY: help setup demo lab-down test check fmt clippy unit simulation fuzz soak e2e e2e-native e2e-lab bench bench-storage bench-vmm bench-migration release image iso
 
 help: ## Show the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -78,6 +78,10 @@ bench-storage: setup release ## A volume beside the raw medium, qemu-storage-dae
 
 bench-vmm: setup release ## What the VMM costs a guest that boots, in instructions
 	@$(BIN)/bench --vmm --hci $(BIN)/hci --out target/bench
+
+bench-migration: setup release ## How long guests of 2 GiB are paused that move between three nodes
+	@mkdir -p target/bench
+	MIGRATION_FIGURES=$(abspath target/bench/migration.json) cargo test --release -p hci-node --locked --test migrate -- --ignored --nocapture
 
 release:
 	@echo "== build (release)"

@@ -220,3 +220,43 @@ fn whatever_is_killed_on_the_way_there_is_one_guest() {
     }
     eprintln!("it moved {moved} times and stayed {stayed} times");
 }
+
+/// What there is to be measured: guests of 2 GiB that are full of something.
+const MEMORY_PAGES: u32 = (2 << 30) / 4096 - 1024;
+/// Nothing at all, and a tenth of it about once a second: what a processor of software does of it in a second is measured, too.
+const WRITTEN: [(&str, u32); 2] = [("idle", 0), ("writes a tenth of its memory", MEMORY_PAGES / 10)];
+/// Turns of a loop between two pages.
+const WRITER_PAUSE: u32 = 12;
+
+#[test]
+#[ignore = "a measurement: make bench-migration"]
+fn how_long_guests_are_paused() {
+    if !cluster::has_kvm() {
+        return;
+    }
+    let mut rows = Vec::new();
+    for (name, written) in WRITTEN {
+        let cluster = Cluster::start();
+        cluster.create_vm_with(&cluster::writer::code(MEMORY_PAGES, written, WRITER_PAUSE), "2GiB");
+        eventually("the guest has filled its memory", || (cluster.printed(1) == b"R").then_some(()));
+        for (from, to) in [(1, 2), (2, 1), (1, 2)] {
+            let log = cluster.vm_dir(from).unwrap().join("vmm.log");
+            let told = cluster.pause_told(1);
+            cluster.ok(3, &["vm", "migrate", "web1", "--to", &format!("n{to}")]);
+            let said = eventually("the pause is told", || {
+                cluster.pause_told(1).filter(|now| told.as_ref() != Some(now))
+            });
+            let log = fs::read_to_string(log).unwrap_or_default();
+            let parts =
+                log.lines().rev().find_map(|line| line.split_once("written and held ")).map(|found| found.1);
+            let data = fs::read_to_string(cluster.path(from, "data").with_extension("log")).unwrap();
+            let handed =
+                data.lines().rev().find_map(|line| line.split_once("handed over ")).map(|found| found.1);
+            eprintln!("{name}: {said}\n  {}\n  {}", parts.unwrap_or_default(), handed.unwrap_or_default());
+            rows.push(serde_json::json!({ "guest": name, "said": said, "vmm": parts, "volume": handed }));
+        }
+    }
+    if let Ok(file) = std::env::var("MIGRATION_FIGURES") {
+        fs::write(file, serde_json::to_vec_pretty(&rows).unwrap()).unwrap();
+    }
+}

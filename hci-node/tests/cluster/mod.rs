@@ -27,6 +27,8 @@ pub fn has_kvm() -> bool {
 pub mod guest;
 #[path = "../../../vmm/tests/guest/letters.rs"]
 pub mod letters;
+#[path = "../../../vmm/tests/guest/writer.rs"]
+pub mod writer;
 
 /// Long enough for a loaded machine; every wait ends as soon as it may.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -151,13 +153,18 @@ impl Cluster {
 
     /// Creates the VM on n1, with a guest that pauses so long between two letters.
     pub fn create_vm(&self, pause: u32) {
-        let kernel = self.dir.path().join("letters");
-        fs::write(&kernel, guest::pvh_elf(&letters::code(pause))).unwrap();
-        self.ok(1, &["image", "import", "letters", "--kernel", kernel.to_str().unwrap()]);
+        self.create_vm_with(&letters::code(pause), "64MiB");
+    }
+
+    /// Creates the VM on n1, with a guest of this code.
+    pub fn create_vm_with(&self, code: &[u8], memory: &str) {
+        let kernel = self.dir.path().join("kernel");
+        fs::write(&kernel, guest::pvh_elf(code)).unwrap();
+        self.ok(1, &["image", "import", "tiny", "--kernel", kernel.to_str().unwrap()]);
         self.ok(1, &["network", "create", "lan", "--subnet", "10.9.0.0/24"]);
         let create = [
             "--memory",
-            "64MiB",
+            memory,
             "--disk",
             "64MiB",
             "--network",
@@ -167,7 +174,7 @@ impl Cluster {
             "--node",
             "n1",
         ];
-        self.ok(1, &[&["vm", "create", "web1", "--image", "letters"], &create[..]].concat());
+        self.ok(1, &[&["vm", "create", "web1", "--image", "tiny"], &create[..]].concat());
         assert_eq!(self.vm(2), ("running".to_owned(), Some("n1".to_owned())));
     }
 

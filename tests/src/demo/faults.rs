@@ -13,6 +13,8 @@ const SECOND: Duration = Duration::from_secs(1);
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
 /// After this long without a majority a node has stopped its VMs: a lease of 8 s, and time to end them on a slow machine.
 const LEASES_END: Duration = Duration::from_secs(30);
+/// What a VM's memory takes to be sent from one emulated server to another is a multiple of that.
+const HALF_WAY: Duration = Duration::from_secs(8);
 const VMS: [&str; 3] = ["web1", "web2", "web3"];
 
 /// Tries them all; the cluster is healthy before and after each.
@@ -57,12 +59,55 @@ pub fn all(lab: &Lab, cluster: &mut Cluster<'_>, timeline: &mut Timeline) -> Res
         healthy(cluster, progress)
     })?;
     timeline.step(
+        "the server that web1 moves to is cut off half-way; web1 stays and goes on",
+        |progress| {
+            let (from, to) = half_way(cluster, "web1")?;
+            lab.node(to).link(Link::Down)?;
+            progress.wait("web1 to stay", 90 * SECOND, || {
+                let found = cluster.show("vm get web1")?;
+                let (state, node) = (text(&found, "/state").to_owned(), text(&found, "/node").to_owned());
+                ensure!(node == NODES[from], "web1 is on {node}");
+                Ok(if state == "running" { Look::Done(()) } else { Look::NotYet(state) })
+            })?;
+            go_on(cluster, &VMS[..1], progress)?;
+            lab.node(to).link(Link::Up)?;
+            wait_node_state(cluster, NODES[to], "available", progress)?;
+            healthy(cluster, progress)
+        },
+    )?;
+    timeline.step(
+        "the server that web1 moves from loses power half-way; web1 starts elsewhere",
+        |progress| {
+            let flushed = flushed_by(cluster, "web1")?;
+            let (from, _) = half_way(cluster, "web1")?;
+            lab.node(from).power_cut()?;
+            restarted(cluster, "web1", NODES[from], flushed, progress)?;
+            lab.node(from).power_on()?;
+            lab.node(from).wait_ssh(BOOT_LIMIT)?;
+            wait_node_state(cluster, NODES[from], "available", progress)?;
+            healthy(cluster, progress)
+        },
+    )?;
+    timeline.step(
         "two of three servers lose power, and the third lets go of its VMs until they are back",
         |progress| power_loss(lab, cluster, &[1, 2], LEASES_END, progress),
     )?;
     timeline.step("all three servers lose power at once and come back by themselves", |progress| {
         power_loss(lab, cluster, &[0, 1, 2], Duration::ZERO, progress)
     })
+}
+
+/// Begins to move a VM, and returns in the middle of it: from which server, and to which. The third one is asked from now on.
+fn half_way(cluster: &mut Cluster<'_>, vm: &str) -> Result<(usize, usize)> {
+    let found = cluster.show(&format!("vm get {vm}"))?;
+    let from = NODES.iter().position(|name| text(&found, "/node") == *name).context("it is nowhere")?;
+    let to = (from + 1) % NODES.len();
+    cluster.ask_first((from + 2) % NODES.len());
+    cluster.hci(&format!("vm migrate {vm} --to {} --no-wait", NODES[to]), 60 * SECOND)?;
+    std::thread::sleep(HALF_WAY);
+    let state = text(&cluster.show(&format!("vm get {vm}"))?, "/state").to_owned();
+    ensure!(state == "migrating", "{vm} is {state} already");
+    Ok((from, to))
 }
 
 /// Takes the power from some servers at once, gives it back after a time, and waits until all VMs have found what they had flushed.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use installer::lab::Lab;
 
 use super::cluster::{Cluster, NODES, text};
 use super::run::flushed_by;
@@ -13,8 +14,8 @@ const SECOND: Duration = Duration::from_secs(1);
 const MOVE_LIMIT: Duration = Duration::from_secs(300);
 
 /// Moves the VM from the first server to the second and back.
-pub fn there_and_back(cluster: &Cluster<'_>, vm: &str, progress: &Progress) -> Result<()> {
-    for to in [NODES[1], NODES[0]] {
+pub fn there_and_back(lab: &Lab, cluster: &Cluster<'_>, vm: &str, progress: &Progress) -> Result<()> {
+    for (from, to) in [(0, NODES[1]), (1, NODES[0])] {
         let flushed = flushed_by(cluster, vm)?;
         cluster.hci(&format!("vm migrate {vm} --to {to} --timeout 5m"), MOVE_LIMIT)?;
         let node = text(&cluster.show(&format!("vm get {vm}"))?, "/node").to_owned();
@@ -34,6 +35,19 @@ pub fn there_and_back(cluster: &Cluster<'_>, vm: &str, progress: &Progress) -> R
         let told = events.iter().rev().find(|event| text(event, "/kind") == "vm-migration-pause");
         ensure!(told.is_some(), "nobody says how long {vm} was paused");
         progress.note(told.map_or("", |event| text(event, "/message")));
+        for part in parts_of_the_pause(lab, from)? {
+            progress.note(&part);
+        }
     }
     Ok(())
+}
+
+/// What the pause was made of, as the server that the VM left has logged it.
+fn parts_of_the_pause(lab: &Lab, server: usize) -> Result<Vec<String>> {
+    const LOGS: &str = "grep -rhs 'written and held' /run/hci/vm/*/vmm.log | tail -n 1; \
+        journalctl -q -o cat -u hci-data -g 'handed over' | tail -n 1";
+    let logged = lab.node(server).ssh(LOGS, 20 * SECOND)?;
+    // Behind the name of the module.
+    let parts = logged.stdout.lines().map(|line| line.rsplit(": ").next().unwrap_or(line).trim().to_owned());
+    Ok(parts.filter(|part| !part.is_empty()).collect())
 }

@@ -91,7 +91,7 @@ fn on_servers(lab: &Lab, options: &Options, timeline: &mut Timeline) -> Result<(
     timeline.step("the VMs boot, get addresses and write", |progress| vms_write(&cluster, progress))?;
     timeline.step("the VMs reach each other over the overlay", |progress| vms_meet(&cluster, progress))?;
     timeline.step("web1 moves to n2 and back while it runs", |progress| {
-        super::migration::there_and_back(&cluster, VMS[0], progress)
+        super::migration::there_and_back(lab, &cluster, VMS[0], progress)
     })?;
     let flushed = timeline.step("n3 loses power", |progress| {
         let flushed = flushed_by(&cluster, VMS[LOST])?;
