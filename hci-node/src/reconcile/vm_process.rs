@@ -262,8 +262,8 @@ pub enum Log {
 
 /// Removes the records of an ended run.
 pub fn forget(paths: &VmPaths, log: Log) -> io::Result<()> {
-    if let Some(name) = paths.dir().file_name().and_then(|name| name.to_str()) {
-        cgroup::remove(Path::new(cgroup::TREE), name);
+    if let Some(run) = record::run_file(paths)? {
+        cgroup::remove(Path::new(cgroup::TREE), &run.cgroup());
     }
     match log {
         Log::Keep => {

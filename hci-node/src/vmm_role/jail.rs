@@ -81,7 +81,7 @@ pub fn enter(paths: &VmPaths, run: &RunFile, user: Option<&str>) -> anyhow::Resu
     let config = &run.config;
     let limits = limits(config);
     if geteuid().is_root() {
-        for (controller, error) in cgroup::join(Path::new(cgroup::TREE), &run.vm.to_string(), limits) {
+        for (controller, error) in cgroup::join(Path::new(cgroup::TREE), &run.cgroup(), limits) {
             tracing::warn!(vm = %run.vm, controller, %error, "this host does not limit what a VMM uses of it");
         }
         let owner = match user {

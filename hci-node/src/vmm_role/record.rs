@@ -47,6 +47,13 @@ pub struct RunFile {
     pub begin: Begin,
 }
 
+impl RunFile {
+    /// The name of its process' control group. A VM that moves has two runs, and each has a limit of its own.
+    pub fn cgroup(&self) -> String {
+        format!("{}.{}", self.vm, self.epoch.0)
+    }
+}
+
 /// What a run begins with. Should its guest reset itself, it boots.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
