@@ -18,6 +18,8 @@ const TELLING: u64 = 1 << 20;
 const SHRINKING: u64 = 90;
 /// The first step of the throttle, and the size of all others, in percent.
 const STEP: u8 = 20;
+/// So many rounds without progress, each of which may have been a hiccup, and a longer pause is taken.
+const PATIENT: u32 = 3;
 /// So many rounds without progress, when there is nothing left to be done about it, are enough.
 const STUCK: u32 = 4;
 
@@ -63,6 +65,8 @@ pub(super) struct Convergence {
     most_throttle: u8,
     throttle: u8,
     stuck: u32,
+    /// Rounds that were no progress.
+    lame: u32,
     /// Bytes a second, and the bytes of the largest round so far.
     rate: Option<(u64, u64)>,
     first: bool,
@@ -84,6 +88,7 @@ impl Convergence {
             most_throttle: options.throttle_percent.min(99),
             throttle: 0,
             stuck: 0,
+            lame: 0,
             rate: None,
             first: true,
             fitted: false,
@@ -109,7 +114,10 @@ impl Convergence {
         if fits || u128::from(round.left) * 100 <= u128::from(round.pages) * u128::from(SHRINKING) {
             self.stuck = 0;
         } else if bearable {
-            return Next::Switch;
+            self.lame += 1;
+            if self.lame >= PATIENT {
+                return Next::Switch;
+            }
         } else if self.throttle < self.most_throttle {
             self.throttle = self.throttle.saturating_add(STEP).min(self.most_throttle);
         } else {
@@ -219,7 +227,7 @@ mod tests {
             let options = MigrationOptions::default();
             let (end, throttle, rounds, left) = play(&options, size, takes * times, takes / 5, takes);
             prop_assert_eq!((end, throttle), (Next::Switch, 0));
-            prop_assert!(rounds <= 3 && left <= takes / 5, "{} rounds, {} left", rounds, left);
+            prop_assert!(rounds <= 2 + PATIENT && left <= takes / 5, "{} rounds, {} left", rounds, left);
         }
 
         #[test]
