@@ -31,6 +31,10 @@ impl Namespace {
         run("ip", &["netns", "add", &name])?;
         let namespace = Self(name);
         namespace.ip(&["link", "set", "lo", "up"])?;
+        namespace.enter(|| {
+            // As nodes are set: that a port is closed is said to each packet.
+            std::fs::write("/proc/sys/net/ipv4/icmp_ratemask", "6160").context("icmp_ratemask")
+        })?;
         Ok(namespace)
     }
 
