@@ -140,7 +140,7 @@ impl Tools {
                         tokio::time::sleep_until(due).await;
                     }
                     let (cluster, to) = (self.cluster.clone(), migration.to);
-                    sent.spawn(async move { Sent::from(send(cluster.as_ref(), to, &call, piece).await) });
+                    sent.spawn(async move { send(cluster.as_ref(), to, &call, piece).await });
                 }
                 StateFlow::Settle => {
                     while !sent.is_empty() {

@@ -16,6 +16,9 @@ use crate::state::{
     NodeService, Refusal, RunEpoch, Severity, Subject, TaskError, TaskId, Timestamp, Vm, VmId,
 };
 
+/// Least rate, in bytes a second: who paces a piece of 1 MiB looks once a second whether it is still wanted.
+const MIN_RATE: u64 = 1 << 20;
+
 /// Refuses what cannot be done to a VM on its way.
 pub(super) fn check_none(vm: &Vm) -> Result<(), Refusal> {
     match vm.migration {
@@ -63,8 +66,11 @@ pub(super) fn begin(
             "choose another node: hci node list",
         ));
     }
-    if terms.bytes_per_second == Some(0) {
-        return Err(invalid("nothing can be sent at 0 bytes a second", "leave the limit out, or raise it"));
+    if terms.bytes_per_second.is_some_and(|rate| rate < MIN_RATE) {
+        return Err(invalid(
+            "a VM cannot be sent as slowly as that",
+            "leave the limit out, or use --rate 1MiB or more",
+        ));
     }
     if let Some(vm) = state.vms.get_mut(&id) {
         vm.epoch.0 += 1;
