@@ -11,11 +11,11 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::layout::{CMDLINE_MAX, MIB};
+use crate::pci::slots;
 use crate::vcpu::model::CpuModel;
 
-/// Disks and NICs on bus 0, besides the host bridge, the random number generator, the guest agent's port, the seed disk, the watchdog and
-/// the LPC bridge.
-const MAX_DEVICES: usize = 26;
+/// Disks and NICs.
+const MAX_DEVICES: usize = slots::DISKS_AND_NICS.end - slots::DISKS_AND_NICS.start;
 /// Most vCPUs that the (xAPIC) topology describes.
 const MAX_VCPUS: u8 = 254;
 /// Below this no kernel and initramfs fit beside the boot structures.

@@ -17,7 +17,7 @@ use crate::acpi::tables::{Description, Tables};
 use crate::boot::{self, BootError, BootSource};
 use crate::bus::Bus;
 use crate::chipset::cmos::Cmos;
-use crate::chipset::lpc::{self, LpcBridge};
+use crate::chipset::lpc::LpcBridge;
 use crate::chipset::pm_timer::PmTimer;
 use crate::config::{Boot, VmConfig};
 use crate::console::serial::{IrqTrigger, SerialPort};
@@ -33,7 +33,7 @@ use crate::lifecycle::{ExitReason, Lifecycle};
 use crate::memory::{self, Memory};
 use crate::pci::host_bridge::HostBridge;
 use crate::pci::root::{self, ConfigPorts};
-use crate::pci::{PciDevice, PciRoot};
+use crate::pci::{PciDevice, PciRoot, slots};
 use crate::state::Devices;
 use crate::transfer::{self, Core, TransferError};
 use crate::vcpu::cpuid::{self, Topology};
@@ -333,42 +333,50 @@ impl<'a> Builder<'a> {
         device
     }
 
-    /// Fills the bus: host bridge, random number generator, disks, NICs.
+    /// Fills the bus: host bridge, random number generator, disks, NICs and what else is configured.
     fn add_pci(&self, workers: Vec<WorkerHandle>, ports: &mut Bus, mmio: &mut Bus) -> Result<Pci, VmError> {
         let bridge = Arc::new(HostBridge::new());
-        let mut slots: Vec<Arc<dyn PciDevice>> = vec![bridge.clone()];
-        let parts = self.parts(&Rng::default(), slots.len())?;
-        slots.push(Arc::new(VirtioPci::new(Box::new(Rng::default()), parts)?));
-        let boot_slots = (slots.len()..).take(self.config.disks.len()).collect();
+        let mut devices: Vec<(usize, Arc<dyn PciDevice>)> = vec![(0, bridge.clone())];
+        devices.push((slots::RNG, self.function(slots::RNG, Rng::default())?));
+        let boot_slots = slots::DISKS_AND_NICS.take(self.config.disks.len()).collect();
         let deadline = Instant::now() + self.config.backend_timeout();
-        for worker in workers {
+        for (slot, worker) in slots::DISKS_AND_NICS.zip(workers) {
             let device = VhostUser::new(worker, deadline.saturating_duration_since(Instant::now()))?;
-            let parts = self.parts(&device, slots.len())?;
+            let parts = self.parts(&device, slot)?;
             device.set_change(parts.change.clone());
-            slots.push(Arc::new(VirtioPci::new(Box::new(device), parts)?));
-        }
-        // Last, so that disks and NICs are where they would be without.
-        if let Some(path) = &self.config.agent_socket {
-            let port = Port::new(AGENT_PORT, path).map_err(resource("guest agent's socket"))?;
-            let parts = self.parts(&port, slots.len())?;
-            slots.push(Arc::new(VirtioPci::new(Box::new(port), parts)?));
+            devices.push((slot, Arc::new(VirtioPci::new(Box::new(device), parts)?)));
         }
         if let Some(path) = &self.config.seed {
             let seed = Seed::read(path).map_err(resource("seed disk"))?;
-            let parts = self.parts(&seed, slots.len())?;
-            slots.push(Arc::new(VirtioPci::new(Box::new(seed), parts)?));
+            devices.push((slots::SEED, self.function(slots::SEED, seed)?));
         }
-        let bar = PciRoot::initial_bar(slots.len());
+        if let Some(path) = &self.config.agent_socket {
+            let port = Port::new(AGENT_PORT, path).map_err(resource("guest agent's socket"))?;
+            devices.push((slots::AGENT, self.function(slots::AGENT, port)?));
+        }
+        let bar = PciRoot::initial_bar(slots::WATCHDOG);
         let watchdog = Watchdog::new(self.lifecycle.clone(), self.gate.clone(), bar);
-        slots.push(Arc::new(watchdog.map_err(resource("watchdog thread"))?));
-        let root = Arc::new(PciRoot::new(slots.clone()).with(lpc::SLOT, Arc::new(LpcBridge::new())));
+        devices.push((slots::WATCHDOG, Arc::new(watchdog.map_err(resource("watchdog thread"))?)));
+        devices.push((slots::LPC, Arc::new(LpcBridge::new())));
+        let root = Arc::new(PciRoot::new(devices.iter().cloned()));
         ports.insert(
             layout::PCI_CONFIG_PORT.into(),
             8,
             Arc::new(ConfigPorts::new(root.clone(), self.lifecycle.clone())),
         );
         root::connect(mmio, &root, &bridge);
-        Ok(Pci { root, bridge, devices: slots, boot_slots })
+        let devices = devices.into_iter().map(|(_, device)| device).collect();
+        Ok(Pci { root, bridge, devices, boot_slots })
+    }
+
+    /// A virtio device as the function of a slot.
+    fn function(
+        &self,
+        slot: usize,
+        device: impl VirtioDevice + 'static,
+    ) -> Result<Arc<dyn PciDevice>, VmError> {
+        let parts = self.parts(&device, slot)?;
+        Ok(Arc::new(VirtioPci::new(Box::new(device), parts)?))
     }
 
     fn parts(&self, device: &dyn VirtioDevice, slot: usize) -> Result<Parts, VmError> {

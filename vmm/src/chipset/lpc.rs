@@ -10,9 +10,6 @@ use crate::pci::PciDevice;
 use crate::pci::config_space::{self, ConfigSpace, Identity};
 use crate::state::{Invalid, Stateful};
 
-/// The slot that firmware and systems expect it in.
-pub(crate) const SLOT: usize = 31;
-
 const COMMAND: usize = 0x04;
 const PM_BASE: usize = 0x40;
 const ACPI_CONTROL: usize = 0x44;

@@ -6,5 +6,6 @@ pub(crate) mod config_space;
 pub(crate) mod host_bridge;
 pub(crate) mod msix;
 pub(crate) mod root;
+pub(crate) mod slots;
 
 pub(crate) use root::{PciDevice, PciRoot};

@@ -42,19 +42,14 @@ pub(crate) struct PciRoot {
 }
 
 impl PciRoot {
-    /// A bus whose slots are filled from 0 on.
-    pub(crate) fn new(slots: Vec<Arc<dyn PciDevice>>) -> Self {
-        debug_assert!(slots.len() <= SLOTS);
-        let mut filled = [const { None }; SLOTS];
-        filled.iter_mut().zip(slots).for_each(|(slot, device)| *slot = Some(device));
-        Self { slots: filled, windows: RwLock::default() }
-    }
-
-    /// The same with one more device, in this slot.
-    pub(crate) fn with(mut self, slot: usize, device: Arc<dyn PciDevice>) -> Self {
-        debug_assert!(self.slots[slot].is_none(), "slot {slot} is taken");
-        self.slots[slot] = Some(device);
-        self
+    /// A bus with these devices in these slots.
+    pub(crate) fn new(devices: impl IntoIterator<Item = (usize, Arc<dyn PciDevice>)>) -> Self {
+        let mut slots = [const { None }; SLOTS];
+        for (slot, device) in devices {
+            debug_assert!(slots[slot].is_none(), "slot {slot} is taken");
+            slots[slot] = Some(device);
+        }
+        Self { slots, windows: RwLock::default() }
     }
 
     /// The memory above 4 GiB that devices answer to now, with room for more.
@@ -316,14 +311,15 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::chipset::lpc::{self, LpcBridge};
+    use crate::chipset::lpc::LpcBridge;
     use crate::layout::ECAM_START;
     use crate::pci::config_space::{CONFIG_SIZE, ConfigSpace, Identity};
+    use crate::pci::slots;
 
     fn ports() -> (ConfigPorts, Arc<HostBridge>, Arc<Lifecycle>) {
         let lifecycle = Arc::new(Lifecycle::default());
         let bridge = Arc::new(HostBridge::new());
-        let root = Arc::new(PciRoot::new(vec![bridge.clone()]));
+        let root = Arc::new(PciRoot::new([(0, bridge.clone() as _)]));
         (ConfigPorts::new(root, lifecycle.clone()), bridge, lifecycle)
     }
 
@@ -448,7 +444,7 @@ mod tests {
             ])
             .prop_map(|value| value.to_le_bytes().to_vec()),
         ];
-        let slot = prop::sample::select(vec![0u64, PLAIN_SLOT as u64, 2, lpc::SLOT as u64]);
+        let slot = prop::sample::select(vec![0u64, PLAIN_SLOT as u64, 2, slots::LPC as u64]);
         let place = prop::sample::select(ECAM_PLACES.to_vec());
         let register = prop_oneof![0..CONFIG_SIZE as u64 + 8, Just(0x04), Just(0x10), Just(0x14), Just(0x60)];
         let config =
@@ -465,8 +461,12 @@ mod tests {
         #[test]
         fn hostile_accesses_leave_the_bus_sound(accesses in accesses()) {
             let bridge = Arc::new(HostBridge::new());
-            let slots: Vec<Arc<dyn PciDevice>> = vec![bridge.clone(), Arc::new(Plain::new())];
-            let root = Arc::new(PciRoot::new(slots).with(lpc::SLOT, Arc::new(LpcBridge::new())));
+            let devices: [(usize, Arc<dyn PciDevice>); 3] = [
+                (0, bridge.clone()),
+                (PLAIN_SLOT, Arc::new(Plain::new())),
+                (slots::LPC, Arc::new(LpcBridge::new())),
+            ];
+            let root = Arc::new(PciRoot::new(devices));
             let mut ports = Bus::default();
             let config = ConfigPorts::new(root.clone(), Arc::new(Lifecycle::default()));
             ports.insert(PCI_CONFIG_PORT.into(), 8, Arc::new(config));
@@ -491,7 +491,7 @@ mod tests {
                 }
                 root.high_window();
             }
-            for (slot, id) in [(0, 0x29c0_8086u32), (PLAIN_SLOT, 0x5678_1234), (lpc::SLOT, 0x2918_8086)] {
+            for (slot, id) in [(0, 0x29c0_8086u32), (PLAIN_SLOT, 0x5678_1234), (slots::LPC, 0x2918_8086)] {
                 ports.write(PCI_CONFIG_PORT.into(), &(1 << 31 | (slot as u32) << 11).to_le_bytes());
                 let mut found = [0; 4];
                 ports.read(u64::from(PCI_CONFIG_PORT) + 4, &mut found);

@@ -73,7 +73,7 @@ fn subjects() -> Vec<Subject> {
     let memory = memory::create(16 * MIB).unwrap();
     let lifecycle = Arc::default;
     let fw_cfg = FwCfgBuilder::default().file("some", Content::Bytes(vec![1, 2, 3])).build(memory.clone());
-    let root = Arc::new(PciRoot::new(vec![Arc::new(HostBridge::new())]));
+    let root = Arc::new(PciRoot::new([(0, Arc::new(HostBridge::new()) as _)]));
     let mut all = vec![
         Subject::Io(Box::new(SerialPort::new(
             IrqTrigger(event()),

@@ -469,7 +469,7 @@ mod tests {
         let bar = PciRoot::initial_bar(0);
         let parts = Parts::new(guest.vm, memory, interrupts, device.queue_sizes().len(), bar).unwrap();
         let function = Arc::new(VirtioPci::new(Box::new(device), parts).unwrap());
-        let root = Arc::new(PciRoot::new(vec![function]));
+        let root = Arc::new(PciRoot::new([(0, function as _)]));
         let mut mmio = Bus::default();
         root::connect(&mut mmio, &root, &Arc::new(HostBridge::new()));
         Some(mmio)
