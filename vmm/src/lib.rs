@@ -63,6 +63,7 @@ pub use config::{Boot, ConfigError, DiskConfig, MacAddr, NicConfig, ParseMacErro
 pub use error::VmError;
 pub use handle::{BackendState, DeviceStatus, VmHandle, VmState, VmStatus};
 pub use lifecycle::ExitReason;
+pub use pci::slots::DEVICE_SLOTS;
 pub use state::{DeviceState, DevicesState, StateError};
 pub use transfer::TransferError;
 pub use transfer::migrate::{Destination, Migrated, MigrationOptions, MigrationProgress, MigrationSnapshot};

@@ -2,6 +2,8 @@
 //!
 //! Only what needs the state to understand is checked here; whether a command is allowed is decided where it is applied.
 
+mod devices;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::Ipv4Addr,
@@ -18,9 +20,9 @@ use super::{
 use crate::control::leader::scheduler;
 use crate::state::{
     CloudInit, ClusterState, Compression, DesiredRun, Disk, DiskId, DiskService, DiskState, Durability,
-    FreezeId, ImageId, ImagePart, MAX_NAME, Make, MigrationTerms, NetworkId, Node, NodeId, NodeService, Op,
-    PoolPolicy, PortId, Rebalancing, Segment, SnapshotId, StopMode, Subject, Vm, VmId, VolumeId,
-    VolumeLimits, WipePolicy,
+    FreezeId, Growth, ImageId, ImagePart, MAX_NAME, Make, MigrationTerms, NetworkId, Node, NodeId,
+    NodeService, Op, PoolPolicy, PortId, Rebalancing, Segment, SnapshotId, StopMode, Subject, Vm, VmId,
+    VolumeId, VolumeLimits, WipePolicy,
     command::{NewPort, NewVm, NewVolume, VmChange, VolumeChange},
     report::NodeReport,
 };
@@ -448,6 +450,7 @@ impl Context<'_> {
             near: node.filter(|node| !self.silent.contains(node)).or_else(|| self.roomiest()),
             desired,
             after_crash: request.after_crash.unwrap_or_default(),
+            growth: Growth { vcpus: request.max_vcpus, memory_bytes: request.max_memory_bytes },
             cloud_init: request.cloud_init.map(|given| CloudInit {
                 user_data: given.user_data,
                 network_config: given.network_config,
@@ -463,7 +466,8 @@ impl Context<'_> {
         if request == api::SetVm::default() {
             return Err(invalid("nothing is to be changed", "hci vm set NAME --memory 8GiB"));
         }
-        let vm = self.state.find_vm(name).ok_or_else(|| not_found("vm", name))?;
+        let vm = self.vm(name)?;
+        self.check_growth(vm, request.memory_bytes)?;
         Ok(Op::SetVm {
             vm: vm.id,
             change: VmChange {
@@ -471,6 +475,7 @@ impl Context<'_> {
                 cpu_model: request.cpu_model.map(|model| self.cpu_model(Some(model))).transpose()?,
                 memory_bytes: request.memory_bytes,
                 after_crash: request.after_crash,
+                growth: Growth { vcpus: request.max_vcpus, memory_bytes: request.max_memory_bytes },
             },
         })
     }

@@ -318,6 +318,10 @@ async fn write(member: &Arc<Member>, request: &ApiRequest, path: &[&str]) -> Res
         ("DELETE", ["vms", name]) => {
             Op::DeleteVm(state.find_vm(name).ok_or_else(|| not_found("vm", name))?.id)
         }
+        ("POST", ["vms", vm, "disks"]) => context.attach_disk(vm, parse(body)?)?,
+        ("POST", ["vms", vm, "disks", volume, "detach"]) => context.detach_disk(vm, volume, parse(body)?)?,
+        ("POST", ["vms", vm, "nics"]) => context.attach_nic(vm, &parse(body)?)?,
+        ("DELETE", ["vms", vm, "nics", nic]) => context.detach_nic(vm, nic)?,
         ("DELETE", ["vms", name, "migration"]) => {
             Op::CancelMigration(state.find_vm(name).ok_or_else(|| not_found("vm", name))?.id)
         }

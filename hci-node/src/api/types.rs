@@ -2,9 +2,11 @@
 //!
 //! Stable: fields are added, never changed in meaning. Ids are strings, sizes are in bytes, times are RFC 3339.
 
+mod devices;
 mod guest;
 mod storage;
 
+pub use devices::*;
 pub use guest::*;
 use std::collections::BTreeSet;
 
@@ -451,6 +453,8 @@ pub struct Vm {
     pub addresses: Vec<String>,
     /// What the agent in its guest says, if one answers.
     pub agent: Option<GuestAgent>,
+    /// Its present machine, if it runs.
+    pub machine: Option<Machine>,
 }
 
 /// A disk of a VM.
@@ -460,6 +464,8 @@ pub struct VmDisk {
     pub volume: String,
     /// Its size.
     pub size_bytes: u64,
+    /// How far it is.
+    pub state: DeviceState,
 }
 
 /// A NIC of a VM.
@@ -471,6 +477,8 @@ pub struct VmNic {
     pub mac: String,
     /// Its address.
     pub ip: String,
+    /// How far it is.
+    pub state: DeviceState,
 }
 
 /// What a VM does.
@@ -551,6 +559,12 @@ pub struct CreateVm {
     /// What its guest's cloud-init is told.
     #[serde(default)]
     pub cloud_init: Option<CloudInit>,
+    /// The most CPUs that it can get while it runs; four times as many as it starts with when none.
+    #[serde(default)]
+    pub max_vcpus: Option<u8>,
+    /// The most memory that it can get while it runs; four times as much as it starts with, or 64 GiB more, when none.
+    #[serde(default)]
+    pub max_memory_bytes: Option<u64>,
 }
 
 /// A disk in `POST /v1/vms`.
@@ -564,7 +578,7 @@ pub struct CreateVmDisk {
     pub replicas: Option<u8>,
 }
 
-/// `PATCH /v1/vms/NAME`: what is given is changed, from the VM's next run on.
+/// `PATCH /v1/vms/NAME`: what is given is changed. A VM that runs grows and shrinks as far as it can, and has the rest from its next run on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SetVm {
@@ -580,6 +594,12 @@ pub struct SetVm {
     /// What becomes of it after a crash.
     #[serde(default)]
     pub after_crash: Option<AfterCrash>,
+    /// The most CPUs that its runs can get, from the next one on; four times as many as it starts with when none.
+    #[serde(default)]
+    pub max_vcpus: Option<u8>,
+    /// The most memory that its runs can get, from the next one on; four times as much as it starts with, or 64 GiB more, when none.
+    #[serde(default)]
+    pub max_memory_bytes: Option<u64>,
 }
 
 /// `POST /v1/vms/NAME/start`.

@@ -11,9 +11,9 @@ use super::types as api;
 use crate::{
     control::replicated::{Member, MemberRole},
     state::{
-        Availability, ClusterState, DesiredRun, Disk, DiskRoom, DiskService, DiskState, Event, Image,
-        Network, Node, NodeId, NodeService, PartState, Rebalancing, Severity, Subject, Task, TaskState,
-        Token, TokenKind, Vm, VmExit, VolumeId,
+        Availability, ClusterState, DesiredRun, DeviceStage, Disk, DiskRoom, DiskService, DiskState, Event,
+        Image, Network, Node, NodeId, NodeService, PartState, PortId, Rebalancing, Severity, Subject, Task,
+        TaskState, Token, TokenKind, Vm, VmDevice, VmExit, VolumeId,
         report::{
             CandidateDisk, DiskHealth, NodeReport, ProcessState, ScrubProgress, ScrubReport, VmReport,
             VmRunState,
@@ -34,6 +34,14 @@ pub struct Views<'a> {
     pub members: &'a [Member],
     /// The leader.
     pub leader: Option<NodeId>,
+}
+
+fn device_state(vm: &Vm, device: VmDevice) -> api::DeviceState {
+    match vm.devices.get(&device).map(|place| place.stage) {
+        Some(DeviceStage::Joining) => api::DeviceState::Attaching,
+        Some(DeviceStage::Leaving(_)) => api::DeviceState::Detaching,
+        Some(DeviceStage::Present) | None => api::DeviceState::Attached,
+    }
 }
 
 impl Views<'_> {
@@ -310,12 +318,14 @@ impl Views<'_> {
         let image = self.state.images.get(&vm.image);
         let disk = |id: &VolumeId| {
             let volume = self.state.volumes.get(id)?;
-            Some(api::VmDisk { volume: volume.name.clone(), size_bytes: volume.size_bytes })
+            let state = device_state(vm, VmDevice::Disk(*id));
+            Some(api::VmDisk { volume: volume.name.clone(), size_bytes: volume.size_bytes, state })
         };
-        let nic = |id| {
+        let nic = |id: &PortId| {
             let port = self.state.ports.get(id)?;
+            let state = device_state(vm, VmDevice::Nic(*id));
             let network = self.state.subject_name(&Subject::Network(port.network));
-            Some(api::VmNic { network, mac: port.mac.to_string(), ip: port.ip.to_string() })
+            Some(api::VmNic { network, mac: port.mac.to_string(), ip: port.ip.to_string(), state })
         };
         let agent = self.vm_report(vm).and_then(|report| report.agent.as_ref());
         let nics: Vec<_> = vm.ports.iter().filter_map(nic).collect();
@@ -348,6 +358,12 @@ impl Views<'_> {
             nics,
             created: vm.created.to_string(),
             cloud_init: vm.cloud_init.as_ref().map(|given| guest::cloud_init(given, &vm.name)),
+            machine: vm.assignment.map(|run| api::Machine {
+                vcpus: run.make.vcpus,
+                max_vcpus: run.make.most.vcpus,
+                memory_bytes: run.make.memory_bytes,
+                max_memory_bytes: run.make.most.memory_bytes,
+            }),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{
-    ClusterState, DesiredRun, LayerRef, Segment, Subject, Vm, Volume, VolumeId, VolumeOwner,
+    ClusterState, DesiredRun, LayerRef, Segment, Subject, Vm, VmDevice, Volume, VolumeId, VolumeOwner,
     layers::MAX_DEPTH,
 };
 
@@ -176,12 +176,43 @@ fn vms(state: &ClusterState, found: &mut Vec<String>) {
         }
         suspension(state, vm, &name, found);
         migration(state, vm, &name, found);
+        devices(vm, &name, found);
         if vm.disks.iter().any(|disk| !state.volumes.contains_key(disk)) {
             found.push(format!("a disk of VM {name} is gone"));
         }
         if vm.ports.iter().any(|port| state.ports.get(port).is_none_or(|port| port.vm != vm.id)) {
             found.push(format!("a NIC of VM {name} is gone"));
         }
+    }
+}
+
+/// Each disk and NIC has a slot of its own, and what is under way is so in a run that goes on.
+fn devices(vm: &Vm, name: &str, found: &mut Vec<String>) {
+    let disks = vm.disks.iter().map(|disk| VmDevice::Disk(*disk));
+    let listed: BTreeSet<_> = disks.chain(vm.ports.iter().map(|port| VmDevice::Nic(*port))).collect();
+    if listed.len() != vm.disks.len() + vm.ports.len() || !listed.iter().eq(vm.devices.keys()) {
+        found.push(format!("VM {name} has devices without a place, or places without a device"));
+    }
+    let slots: BTreeSet<_> = vm.devices.values().map(|place| place.slot).collect();
+    if slots.len() != vm.devices.len() || slots.iter().any(|slot| !vmm::DEVICE_SLOTS.contains(slot)) {
+        found.push(format!("two devices of VM {name} are in one slot, or one is in no slot that there is"));
+    }
+    let Some(run) = vm.assignment else {
+        if vm.devices_under_way().next().is_some() || vm.reshaping.is_some() {
+            found.push(format!("VM {name} does not run, and its machine is being changed"));
+        }
+        return;
+    };
+    if vm.migration.is_some() && vm.devices_under_way().next().is_some() {
+        found.push(format!("VM {name} moves while its devices come and go"));
+    }
+    let (make, to) = (run.make, vm.reshaping.unwrap_or(run.make.shape()));
+    if to.vcpus > make.most.vcpus
+        || to.memory_bytes > make.most.memory_bytes
+        || to.memory_bytes < make.boot_memory_bytes
+        || to.memory_bytes > make.memory_bytes
+    {
+        found.push(format!("VM {name} is to become larger than it can, or smaller than it was at its boot"));
     }
 }
 

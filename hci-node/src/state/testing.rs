@@ -134,5 +134,6 @@ pub(crate) fn new_vm(n: u128, disks: Vec<NewVolume>) -> NewVm {
         desired: DesiredRun::Running,
         after_crash: AfterCrash::Restart,
         cloud_init: None,
+        growth: Growth::default(),
     }
 }

@@ -6,7 +6,9 @@ use std::ops::Range;
 /// Random number generator.
 pub(crate) const RNG: usize = 1;
 /// Disks, then NICs; the rest is free.
-pub(crate) const DISKS_AND_NICS: Range<usize> = 2..24;
+pub(crate) const DISKS_AND_NICS: Range<usize> = DEVICE_SLOTS.start as usize..DEVICE_SLOTS.end as usize;
+/// The slots that disks and NICs may have.
+pub const DEVICE_SLOTS: Range<u8> = 2..24;
 /// Seed disk.
 pub(crate) const SEED: usize = 28;
 /// The QEMU guest agent's port.

@@ -57,8 +57,12 @@ mod tests {
 
     #[test]
     fn a_guests_own_addresses_come_first_and_those_of_its_link_never() {
-        let nic =
-            api::VmNic { network: "lan".into(), mac: "02:00:00:00:00:01".into(), ip: "10.0.0.5".into() };
+        let nic = api::VmNic {
+            network: "lan".into(),
+            mac: "02:00:00:00:00:01".into(),
+            ip: "10.0.0.5".into(),
+            state: api::DeviceState::Attached,
+        };
         let report = |addresses: &[&str]| AgentReport {
             version: "8".into(),
             interfaces: vec![GuestInterface {

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     control::lease::{LeaderLeases, LeaseStanding},
     state::{
-        Assignment, Availability, ClusterState, Command, DesiredRun, Goal, ImagePart, Migration,
+        Assignment, Availability, ClusterState, Command, DesiredRun, DeviceStage, Goal, ImagePart, Migration,
         MigrationTerms, NodeId, NodeService, Op, PartState, ReplicaState, RunEpoch, Severity, Subject, Task,
         TaskError, TaskState, Timestamp, Vm, VmExit, VmId, Volume, VolumeFill,
         command::AssignReason,
@@ -385,6 +385,16 @@ fn settle(view: &View<'_>, task: &Task, commands: &mut Vec<Command>) {
         // Ended with the freeze.
         Goal::SnapshotTaken(_) => Verdict::Wait,
         Goal::NodeDrained(node) => node_is_drained(view, *node),
+        // Ended by the commands about them; a VM that was deleted has nothing under way.
+        Goal::DeviceSettled(vm, device) => match view.state.vms.get(vm).and_then(|vm| vm.devices.get(device))
+        {
+            Some(place) if place.stage != DeviceStage::Present => Verdict::Wait,
+            _ => Verdict::Done,
+        },
+        Goal::VmReshaped(vm) => match view.state.vms.get(vm).and_then(|vm| vm.reshaping) {
+            Some(_) => Verdict::Wait,
+            None => Verdict::Done,
+        },
         Goal::VolumeSettled(volume) => match view.state.volumes.get(volume) {
             Some(volume) if !volume.is_settled() => Verdict::Wait,
             Some(_) => Verdict::Done,

@@ -93,14 +93,19 @@ fn room(state: &ClusterState, member: &Node, report: &NodeReport, need: &Need<'_
     {
         return Err(format!("{name} has another processor than the one that the VM {how}"));
     }
-    let runs = state.vms_on(member.id).filter_map(|vm| vm.assignment);
-    let arriving = state.vms_arriving(member.id).filter_map(|(vm, _)| vm.assignment);
-    let taken: u64 = runs.chain(arriving).map(|run| run.make.memory_bytes).sum();
-    let free = report.machine.memory_bytes.saturating_sub(RESERVED_BYTES).saturating_sub(taken);
+    let free = free_memory(state, member.id, report);
     if free < make.memory_bytes {
         return Err(format!("{name} has {} MiB of memory left", free >> 20));
     }
     Ok(free)
+}
+
+/// Memory of a node that no run has, in bytes.
+pub fn free_memory(state: &ClusterState, node: NodeId, report: &NodeReport) -> u64 {
+    let runs = state.vms_on(node).filter_map(|vm| vm.assignment);
+    let arriving = state.vms_arriving(node).filter_map(|(vm, _)| vm.assignment);
+    let taken: u64 = runs.chain(arriving).map(|run| run.make.memory_bytes).sum();
+    report.machine.memory_bytes.saturating_sub(RESERVED_BYTES).saturating_sub(taken)
 }
 
 #[cfg(test)]

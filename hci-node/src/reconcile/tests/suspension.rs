@@ -134,6 +134,7 @@ async fn create_vm(node: &Node, root: &Path) -> VmId {
         after_crash: AfterCrash::Stop,
         desired: DesiredRun::Running,
         cloud_init: None,
+        growth: Default::default(),
     };
     node.propose(Op::CreateVm { vm, unreachable: Vec::new() }).await;
     id

@@ -10,7 +10,7 @@
 //! arrived, and goes on only when it is seen that the migration was given up; the other one begins only when it is seen that it has arrived. So
 //! whatever is lost on the way, one of the two is the VM, and never both.
 
-use super::{Applied, conflict, invalid, not_found, storage, tasks};
+use super::{Applied, conflict, devices, invalid, not_found, storage, tasks};
 use crate::state::{
     Assignment, ClusterState, DesiredRun, Goal, Migration, MigrationStage, MigrationTerms, NodeId,
     NodeService, Refusal, RunEpoch, Severity, Subject, TaskError, TaskId, Timestamp, Vm, VmId,
@@ -52,6 +52,7 @@ pub(super) fn begin(
             ));
         }
     };
+    devices::check_settled(vm)?;
     let node = state.nodes.get(&to).ok_or_else(|| not_found("node", to))?;
     let node_name = node.name.clone();
     if node.service != NodeService::InService {

@@ -4,6 +4,7 @@
 
 mod cloud_init;
 mod cluster;
+mod devices;
 mod disks;
 mod exports;
 mod images;
@@ -122,6 +123,13 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
         }
         Op::EndExport(export) => exports::end(state, *export),
         Op::DeleteImage(image) => images::delete(state, *image, at),
+
+        Op::AttachDisk { vm, disk, unreachable } => devices::attach_disk(state, *vm, disk, unreachable, at),
+        Op::AttachNic { vm, port } => devices::attach_nic(state, *vm, port),
+        Op::DetachDevice { vm, device, then } => devices::detach(state, *vm, *device, *then),
+        Op::DeviceJoined { vm, epoch, device } => devices::joined(state, *vm, *epoch, *device, at),
+        Op::DeviceLeft { vm, epoch, device } => devices::left(state, *vm, *epoch, *device, at),
+        Op::VmReshaped { vm, epoch, shape } => devices::reshaped(state, *vm, *epoch, *shape, at),
 
         Op::CreateNetwork { network, name, subnet, gateway, mtu, dns, domain } => {
             networks::create(state, *network, name, *subnet, *gateway, *mtu, dns, domain, at)

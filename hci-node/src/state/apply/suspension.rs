@@ -11,7 +11,7 @@
 //! one run that may go on, or one state that a run may be made from, and never both. What has begun to run writes to the VM's disks: from the state
 //! of before that nobody may ever start again.
 
-use super::{Applied, conflict, migration, not_found, storage, tasks};
+use super::{Applied, conflict, devices, migration, not_found, storage, tasks};
 use crate::state::{
     ClusterState, DesiredRun, Generation, Goal, NodeId, Refusal, RunEpoch, SavedRun, Severity, StopMode,
     Subject, Suspension, SuspensionStage, TaskError, TaskId, Timestamp, VmId, VolumeFill, VolumeOwner,
@@ -100,6 +100,7 @@ pub(super) fn begin(
         _ => return Err(does_not_run(&name)),
     };
     migration::check_none(vm)?;
+    devices::check_settled(vm)?;
     let owner = VolumeOwner::Suspension(id);
     let mut volume =
         storage::plan_volume(state, new, Some(run.node), unreachable, owner, VolumeFill::Import, at)?;

@@ -6,23 +6,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    Applied, check_free, check_name, cloud_init, conflict, images, invalid, migration, networks, not_found,
-    storage, suspension,
+    Applied, check_free, check_name, cloud_init, conflict,
+    devices::{self, MAX_DISKS, MAX_PORTS},
+    images, invalid, migration, networks, not_found, storage, suspension,
 };
 use crate::state::{
-    AfterCrash, Assignment, ClusterState, DesiredRun, FirmwareVariables, Goal, ImagePart, MAX_VARIABLES,
-    NodeId, Port, Refusal, RefusalKind, Restart, RunEpoch, Severity, StopMode, Subject, Timestamp, Vm,
-    VmExit, VmId, VolumeFill, VolumeOwner,
+    AfterCrash, Assignment, ClusterState, DesiredRun, DeviceStage, FirmwareVariables, Goal, Growth,
+    ImagePart, MAX_MEMORY_BYTES, MAX_VARIABLES, MAX_VCPUS, NodeId, Port, Refusal, RefusalKind, Restart,
+    RunEpoch, Severity, Shape, StopMode, Subject, Timestamp, Vm, VmDevice, VmExit, VmId, VolumeFill,
+    VolumeId, VolumeOwner,
     command::{AssignReason, NewVm, VmChange},
 };
 
-/// Most virtual CPUs, disks and NICs of a VM.
-const MAX_VCPUS: u8 = 128;
-const MAX_DISKS: usize = 16;
-const MAX_PORTS: usize = 8;
-/// Least and most memory of a VM.
+/// Least memory of a VM.
 const MIN_MEMORY_BYTES: u64 = 32 << 20;
-const MAX_MEMORY_BYTES: u64 = 4 << 40;
 /// Memory is given in multiples of this.
 const MEMORY_STEP: u64 = 1 << 20;
 
@@ -70,33 +67,35 @@ pub(super) fn create(
     state.volumes = draft.volumes;
     let port_ids = ports.iter().map(|port| port.id).collect();
     state.ports.extend(ports.into_iter().map(|port| (port.id, port)));
-    state.vms.insert(
-        new.id,
-        Vm {
-            id: new.id,
-            name: new.name.clone(),
-            vcpus: new.vcpus,
-            cpu_model: new.cpu_model,
-            memory_bytes: new.memory_bytes,
-            image: new.image,
-            cmdline: new.cmdline.clone(),
-            disks: new.disks.iter().map(|disk| disk.id).collect(),
-            ports: port_ids,
-            desired: new.desired,
-            after_crash: new.after_crash,
-            preferred_node: new.preferred_node,
-            epoch: RunEpoch(0),
-            assignment: None,
-            restart: None,
-            last_exit: None,
-            created: at,
-            cloud_init: new.cloud_init.clone(),
-            firmware: None,
-            paused: None,
-            suspension: None,
-            migration: None,
-        },
-    );
+    let mut vm = Vm {
+        id: new.id,
+        name: new.name.clone(),
+        vcpus: new.vcpus,
+        cpu_model: new.cpu_model,
+        memory_bytes: new.memory_bytes,
+        image: new.image,
+        cmdline: new.cmdline.clone(),
+        disks: new.disks.iter().map(|disk| disk.id).collect(),
+        ports: port_ids,
+        desired: new.desired,
+        after_crash: new.after_crash,
+        preferred_node: new.preferred_node,
+        epoch: RunEpoch(0),
+        assignment: None,
+        restart: None,
+        last_exit: None,
+        created: at,
+        cloud_init: new.cloud_init.clone(),
+        firmware: None,
+        paused: None,
+        suspension: None,
+        migration: None,
+        devices: BTreeMap::new(),
+        growth: new.growth,
+        reshaping: None,
+    };
+    devices::place_all(&mut vm);
+    state.vms.insert(new.id, vm);
     Ok(done)
 }
 
@@ -125,22 +124,44 @@ fn check_size(vcpus: u8, memory_bytes: u64) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Changes a VM. A run that goes on keeps what it was started with.
+/// Changes a VM. A run that goes on grows and shrinks with it as far as it can, and keeps the rest of what it was started with.
 pub(super) fn set(state: &mut ClusterState, id: VmId, change: VmChange) -> Result<Applied, Refusal> {
     let vm = state.vms.get_mut(&id).ok_or_else(|| not_found("vm", id))?;
     let vcpus = change.vcpus.unwrap_or(vm.vcpus);
     let memory_bytes = change.memory_bytes.unwrap_or(vm.memory_bytes);
     check_size(vcpus, memory_bytes)?;
-    (vm.vcpus, vm.memory_bytes) = (vcpus, memory_bytes);
+    let growth = Growth {
+        vcpus: change.growth.vcpus.or(vm.growth.vcpus),
+        memory_bytes: change.growth.memory_bytes.or(vm.growth.memory_bytes),
+    };
+    check_growth(growth)?;
+    (vm.vcpus, vm.memory_bytes, vm.growth) = (vcpus, memory_bytes, growth);
     vm.cpu_model = change.cpu_model.unwrap_or(vm.cpu_model);
     vm.after_crash = change.after_crash.unwrap_or(vm.after_crash);
-    Ok(Applied::now("vm set", Subject::Vm(id), &vm.name))
+    let done = Applied::now("vm set", Subject::Vm(id), &vm.name);
+    if change.vcpus.is_some() || change.memory_bytes.is_some() {
+        devices::reshape(vm, Shape { vcpus, memory_bytes });
+    }
+    Ok(if vm.reshaping.is_some() { done.until(Goal::VmReshaped(id)) } else { done })
+}
+
+fn check_growth(growth: Growth) -> Result<(), Refusal> {
+    let vcpus = growth.vcpus.unwrap_or(1);
+    check_size(vcpus, growth.memory_bytes.unwrap_or(MIN_MEMORY_BYTES))
 }
 
 fn check_shape(state: &ClusterState, new: &NewVm) -> Result<(), Refusal> {
     check_name("vm", &new.name)?;
     check_free("vm", &new.name, state.vms.values().map(|vm| &vm.name))?;
     check_size(new.vcpus, new.memory_bytes)?;
+    check_growth(new.growth)?;
+    let devices = new.disks.len() + new.ports.len();
+    if devices > vmm::DEVICE_SLOTS.len() {
+        return Err(invalid(
+            format!("a VM has at most {} disks and NICs together", vmm::DEVICE_SLOTS.len()),
+            "use fewer disks or networks",
+        ));
+    }
     if new.disks.len() > MAX_DISKS || new.ports.len() > MAX_PORTS {
         return Err(invalid(
             format!("a VM has at most {MAX_DISKS} disks and {MAX_PORTS} NICs"),
@@ -332,7 +353,11 @@ pub(super) fn assign(
     let mut opened = Vec::new();
     // A run that goes on with a saved one needs that too.
     let saved = vm.suspension.as_ref().filter(|_| vm.saved().is_some()).map(|suspension| &suspension.volume);
-    for disk in vm.disks.iter().chain(saved) {
+    let leaves = |disk: &VolumeId| {
+        let place = vm.devices.get(&VmDevice::Disk(*disk));
+        place.is_some_and(|place| matches!(place.stage, DeviceStage::Leaving(_)))
+    };
+    for disk in vm.disks.iter().filter(|disk| !leaves(disk)).chain(saved) {
         let volume = storage::plan_open(state, *disk, node, unreachable)?;
         if !volume.is_filled() {
             return Err(conflict(format!("volume {} is not filled yet", volume.name), "wait for the copy"));
@@ -345,6 +370,7 @@ pub(super) fn assign(
     }
     suspension::give_up(state, id, "the VM's node was lost", at);
     migration::give_up(state, id, "the VM's node was lost", at);
+    devices::settle(state, id, at);
     let from = state.vms.get(&id).and_then(|vm| vm.assignment).map(|assignment| assignment.node);
     if let Some(vm) = state.vms.get_mut(&id) {
         vm.epoch = RunEpoch(expected.0 + 1);
@@ -445,5 +471,6 @@ pub(super) fn exited(
     }
     suspension::give_up(state, id, "its run ended before it was suspended", at);
     migration::give_up(state, id, "its run ended before it was migrated", at);
+    devices::settle(state, id, at);
     Ok(done)
 }

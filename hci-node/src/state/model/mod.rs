@@ -5,6 +5,7 @@
 
 mod cloud_init;
 mod cluster;
+mod device;
 mod disk;
 mod firmware;
 mod image;
@@ -17,6 +18,7 @@ mod volume;
 
 pub use cloud_init::*;
 pub use cluster::*;
+pub use device::*;
 pub use disk::*;
 pub use firmware::*;
 pub use image::*;

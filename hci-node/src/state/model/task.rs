@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::image::ImagePart;
+use super::{device::VmDevice, image::ImagePart};
 use crate::state::ids::*;
 
 /// What a task or an event is about.
@@ -65,6 +65,10 @@ pub enum Goal {
     VolumeSettled(VolumeId),
     /// The snapshots are taken.
     SnapshotTaken(FreezeId),
+    /// The device is in the VM's machine, or is gone from it.
+    DeviceSettled(VmId, VmDevice),
+    /// The VM's machine is as large as it is to be.
+    VmReshaped(VmId),
 }
 
 /// How far a task is.

@@ -1,9 +1,12 @@
 //! VMs: what they are, whether and where they are meant to run.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use vmm::{CpuModel, Processor};
 
 use super::cloud_init::CloudInit;
+use super::device::{DevicePlace, DeviceStage, Growth, Shape, VmDevice};
 use super::firmware::FirmwareVariables;
 use crate::state::ids::*;
 
@@ -41,8 +44,19 @@ pub struct Make {
     pub vcpus: u8,
     /// What these show the guest of its node's.
     pub cpu_model: CpuModel,
-    /// Memory.
+    /// Memory. While it is to become less, what it was until the guest has given the rest back.
     pub memory_bytes: u64,
+    /// The memory that it booted with: it has at least that to its end.
+    pub boot_memory_bytes: u64,
+    /// What it can grow to while it runs.
+    pub most: Shape,
+}
+
+impl Make {
+    /// What it has now.
+    pub fn shape(&self) -> Shape {
+        Shape { vcpus: self.vcpus, memory_bytes: self.memory_bytes }
+    }
 }
 
 /// Where a VM runs now.
@@ -194,13 +208,34 @@ pub struct Vm {
     pub suspension: Option<Suspension>,
     /// Its present run's move to another node.
     pub migration: Option<Migration>,
+    /// Where its disks and NICs are in its machine.
+    pub devices: BTreeMap<VmDevice, DevicePlace>,
+    /// What its runs can grow to.
+    pub growth: Growth,
+    /// What its present run is to become.
+    pub reshaping: Option<Shape>,
 }
 
 impl Vm {
     /// What its next run is made with.
     pub fn make(&self) -> Make {
-        let own = Make { vcpus: self.vcpus, cpu_model: self.cpu_model, memory_bytes: self.memory_bytes };
-        self.saved().map_or(own, |saved| saved.make)
+        let own = || {
+            let shape = Shape { vcpus: self.vcpus, memory_bytes: self.memory_bytes };
+            Make {
+                vcpus: shape.vcpus,
+                cpu_model: self.cpu_model,
+                memory_bytes: shape.memory_bytes,
+                boot_memory_bytes: shape.memory_bytes,
+                most: self.growth.most(shape),
+            }
+        };
+        self.saved().map_or_else(own, |saved| saved.make)
+    }
+
+    /// Its devices that are on their way in or out, with their slots.
+    pub fn devices_under_way(&self) -> impl Iterator<Item = (VmDevice, DevicePlace)> {
+        let places = self.devices.iter().map(|(device, place)| (*device, *place));
+        places.filter(|(_, place)| place.stage != DeviceStage::Present)
     }
 
     /// The run that it goes on with next.

@@ -38,7 +38,8 @@ impl Runs {
     pub(super) fn follow(&mut self, after: &ClusterState) -> Result<(), TestCaseError> {
         for (id, vm) in &after.vms {
             let Some(run) = vm.assignment else { continue };
-            if let Some(last) = self.0.insert(*id, run).filter(|last| *last != run) {
+            let is_other = |last: &Assignment| (last.node, last.epoch) != (run.node, run.epoch);
+            if let Some(last) = self.0.insert(*id, run).filter(is_other) {
                 prop_assert!(run.epoch > last.epoch, "{run:?} is the VM after {last:?}");
             }
         }

@@ -389,6 +389,7 @@ fn ports_elsewhere_are_forwarded_to_and_own_ones_are_not() {
                 after_crash: AfterCrash::Restart,
                 desired: DesiredRun::Running,
                 cloud_init: None,
+                growth: Default::default(),
             },
             unreachable: Vec::new(),
         },

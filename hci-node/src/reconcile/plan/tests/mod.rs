@@ -161,6 +161,7 @@ pub(super) fn cluster() -> ClusterState {
                 after_crash: AfterCrash::Restart,
                 desired: DesiredRun::Running,
                 cloud_init: Some(CloudInit { hostname: Some("front".to_owned()), ..Default::default() }),
+                growth: Default::default(),
             },
             unreachable: Vec::new(),
         },
