@@ -282,3 +282,6 @@ impl Machine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
