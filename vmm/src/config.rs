@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -38,6 +38,9 @@ pub struct VmConfig {
     pub id: Uuid,
     /// Number of virtual processors, one socket of single-threaded cores.
     pub vcpus: u8,
+    /// How many it may have while it runs ([`crate::VmHandle::set_vcpus`]); as many as it begins with if nothing is said.
+    #[serde(default)]
+    pub max_vcpus: Option<u8>,
     /// What these show the guest of the host's.
     #[serde(default)]
     pub cpu_model: CpuModel,
@@ -104,6 +107,9 @@ pub struct DiskConfig {
     /// Whether the guest is told not to write. The backend has to enforce it.
     #[serde(default)]
     pub readonly: bool,
+    /// PCI slot, from 2 to 23; the lowest free one if nothing is said: disks first, in their order, then NICs.
+    #[serde(default)]
+    pub slot: Option<u8>,
 }
 
 /// A vhost-user-net NIC.
@@ -119,6 +125,72 @@ pub struct NicConfig {
     /// MTU given to the guest.
     #[serde(default)]
     pub mtu: Option<u16>,
+    /// PCI slot, from 2 to 23; the lowest free one if nothing is said: disks first, in their order, then NICs.
+    #[serde(default)]
+    pub slot: Option<u8>,
+}
+
+/// A disk or a NIC.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceConfig {
+    /// A disk.
+    Disk(DiskConfig),
+    /// A NIC.
+    Nic(NicConfig),
+}
+
+impl DeviceConfig {
+    /// Its name.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Disk(disk) => &disk.id,
+            Self::Nic(nic) => &nic.id,
+        }
+    }
+
+    /// Its backend's socket.
+    pub fn socket(&self) -> &Path {
+        match self {
+            Self::Disk(disk) => &disk.socket,
+            Self::Nic(nic) => &nic.socket,
+        }
+    }
+
+    /// The PCI slot that it is to be in.
+    pub fn slot(&self) -> Option<u8> {
+        match self {
+            Self::Disk(disk) => disk.slot,
+            Self::Nic(nic) => nic.slot,
+        }
+    }
+
+    /// Checks everything that can be known without the guest and returns all that is wrong.
+    pub fn validate(&self) -> Result<(), Vec<ConfigError>> {
+        let mut errors = Vec::new();
+        self.check(&mut errors);
+        if errors.is_empty() { Ok(()) } else { Err(errors) }
+    }
+
+    fn check(&self, errors: &mut Vec<ConfigError>) {
+        match self {
+            Self::Disk(disk) if disk.queues == 0 || disk.queues > MAX_QUEUES => {
+                errors.push(ConfigError::Queues { id: disk.id.clone(), queues: disk.queues });
+            }
+            Self::Disk(_) => {}
+            Self::Nic(nic) => {
+                if nic.mac.0[0] & 1 == 1 || nic.mac.0 == [0; 6] {
+                    errors.push(ConfigError::Mac { id: nic.id.clone(), mac: nic.mac });
+                }
+                if let Some(mtu) = nic.mtu.filter(|mtu| !MTU_RANGE.contains(mtu)) {
+                    errors.push(ConfigError::Mtu { id: nic.id.clone(), mtu });
+                }
+            }
+        }
+        if let Some(slot) = self.slot().filter(|slot| !slots::DISKS_AND_NICS.contains(&usize::from(*slot))) {
+            errors.push(ConfigError::Slot { id: self.id().to_owned(), slot });
+        }
+    }
 }
 
 fn default_queues() -> u16 {
@@ -187,6 +259,14 @@ pub enum ConfigError {
     /// The number of vCPUs is out of range.
     #[error("vcpus is {0}; it must be 1 to {MAX_VCPUS}")]
     Vcpus(u8),
+    /// Fewer than it begins with, or too many.
+    #[error("max_vcpus is {most}; it must be {vcpus}, as it begins with that many, to {MAX_VCPUS}")]
+    MaxVcpus {
+        /// What was asked for.
+        most: u8,
+        /// What it begins with.
+        vcpus: u8,
+    },
     /// The memory size is out of range or not aligned.
     #[error("memory_bytes is {0}; it must be a multiple of 1 MiB from 16 MiB to 4 TiB")]
     Memory(u64),
@@ -212,6 +292,17 @@ pub enum ConfigError {
     /// Two devices use the same socket.
     #[error("socket {0} is used twice")]
     DuplicateSocket(PathBuf),
+    /// Not a slot for disks and NICs.
+    #[error("device {id:?}: slot {slot} is not in 2 to 23")]
+    Slot {
+        /// The device.
+        id: String,
+        /// What was asked for.
+        slot: u8,
+    },
+    /// Two devices are to be in the same slot.
+    #[error("slot {0} is used twice")]
+    DuplicateSlot(u8),
     /// The number of queues is out of range.
     #[error("disk {id:?} has {queues} queues; it must be 1 to {MAX_QUEUES}")]
     Queues {
@@ -244,6 +335,9 @@ impl VmConfig {
         let mut errors = Vec::new();
         if self.vcpus == 0 || self.vcpus > MAX_VCPUS {
             errors.push(ConfigError::Vcpus(self.vcpus));
+        }
+        if let Some(most) = self.max_vcpus.filter(|most| !(self.vcpus..=MAX_VCPUS).contains(most)) {
+            errors.push(ConfigError::MaxVcpus { most, vcpus: self.vcpus });
         }
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory_bytes) || !self.memory_bytes.is_multiple_of(MIB) {
             errors.push(ConfigError::Memory(self.memory_bytes));
@@ -286,19 +380,31 @@ impl VmConfig {
                 errors.push(ConfigError::DuplicateSocket(socket.clone()));
             }
         }
-        for disk in &self.disks {
-            if disk.queues == 0 || disk.queues > MAX_QUEUES {
-                errors.push(ConfigError::Queues { id: disk.id.clone(), queues: disk.queues });
+        let mut taken = BTreeSet::new();
+        for device in self.devices() {
+            device.check(errors);
+            if let Some(slot) = device.slot().filter(|slot| !taken.insert(*slot)) {
+                errors.push(ConfigError::DuplicateSlot(slot));
             }
         }
-        for nic in &self.nics {
-            if nic.mac.0[0] & 1 == 1 || nic.mac.0 == [0; 6] {
-                errors.push(ConfigError::Mac { id: nic.id.clone(), mac: nic.mac });
-            }
-            if let Some(mtu) = nic.mtu.filter(|mtu| !MTU_RANGE.contains(mtu)) {
-                errors.push(ConfigError::Mtu { id: nic.id.clone(), mtu });
-            }
-        }
+    }
+
+    /// Disks, then NICs.
+    fn devices(&self) -> impl Iterator<Item = DeviceConfig> {
+        let disks = self.disks.iter().cloned().map(DeviceConfig::Disk);
+        disks.chain(self.nics.iter().cloned().map(DeviceConfig::Nic))
+    }
+
+    /// Disks, then NICs, with their slots. Valid ones all have one.
+    pub(crate) fn placed_devices(&self) -> Vec<(u8, DeviceConfig)> {
+        let named: BTreeSet<u8> = self.devices().filter_map(|device| device.slot()).collect();
+        let mut free = slots::DISKS_AND_NICS.map(|slot| slot as u8).filter(|slot| !named.contains(slot));
+        self.devices().filter_map(|device| Some((device.slot().or_else(|| free.next())?, device))).collect()
+    }
+
+    /// How many vCPUs it may have while it runs.
+    pub(crate) fn most_vcpus(&self) -> u8 {
+        self.max_vcpus.unwrap_or(self.vcpus)
     }
 
     /// How long a start waits for backends.
@@ -311,24 +417,30 @@ impl VmConfig {
 mod tests {
     use super::*;
 
+    fn disk(id: &str, slot: Option<u8>) -> DiskConfig {
+        DiskConfig { id: id.into(), socket: format!("/{id}").into(), queues: 2, readonly: false, slot }
+    }
+
     fn config() -> VmConfig {
         VmConfig {
             name: "web".into(),
             id: Uuid::from_u128(1),
             cpu_model: CpuModel::Host,
             vcpus: 2,
+            max_vcpus: None,
             memory_bytes: 256 * MIB,
             boot: Boot::Kernel {
                 kernel: "/proc/self/exe".into(),
                 initramfs: None,
                 cmdline: "console=ttyS0".into(),
             },
-            disks: vec![DiskConfig { id: "d0".into(), socket: "/d0".into(), queues: 2, readonly: false }],
+            disks: vec![disk("d0", None)],
             nics: vec![NicConfig {
                 id: "n0".into(),
                 socket: "/n0".into(),
                 mac: MacAddr([2, 0, 0, 0, 0, 1]),
                 mtu: Some(1450),
+                slot: None,
             }],
             seed: None,
             agent_socket: None,
@@ -360,8 +472,36 @@ mod tests {
         bad.disks[0].queues = 0;
         bad.nics[0].mac = MacAddr([1, 0, 0, 0, 0, 1]);
         bad.nics[0].mtu = Some(10);
+        bad.nics[0].slot = Some(24);
+        bad.max_vcpus = Some(255);
         let errors = bad.validate().unwrap_err();
-        assert_eq!(errors.len(), 9, "{errors:?}");
+        assert_eq!(errors.len(), 11, "{errors:?}");
+    }
+
+    #[test]
+    fn devices_without_a_slot_get_the_lowest_free_ones_in_order() {
+        let mut config = config();
+        config.disks = vec![disk("a", None), disk("b", Some(2)), disk("c", None)];
+        config.nics[0].slot = Some(4);
+        let slots = |config: &VmConfig| -> Vec<(u8, String)> {
+            config.placed_devices().into_iter().map(|(slot, device)| (slot, device.id().to_owned())).collect()
+        };
+        let at = |slot: u8, id: &str| (slot, id.to_owned());
+        assert_eq!(slots(&config), [at(3, "a"), at(2, "b"), at(5, "c"), at(4, "n0")]);
+        assert_eq!(config.validate(), Ok(()));
+        config.disks[0].slot = Some(4);
+        assert_eq!(config.validate(), Err(vec![ConfigError::DuplicateSlot(4)]));
+        config.disks[0].slot = Some(1);
+        assert_eq!(config.validate(), Err(vec![ConfigError::Slot { id: "a".into(), slot: 1 }]));
+    }
+
+    #[test]
+    fn no_fewer_vcpus_than_at_the_start_are_the_most() {
+        let mut config = config();
+        config.max_vcpus = Some(1);
+        assert_eq!(config.validate(), Err(vec![ConfigError::MaxVcpus { most: 1, vcpus: 2 }]));
+        config.max_vcpus = Some(254);
+        assert_eq!(config.validate(), Ok(()));
     }
 
     #[test]

@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::error::VmError;
+use crate::hotplug::Attached;
 use crate::lifecycle::ExitReason;
 use crate::state::{DevicesState, StateError};
 use crate::transfer::TransferError;
 use crate::transfer::migrate::{self, Destination, Migrated, MigrationOptions, MigrationProgress};
 use crate::vcpu::gate::Wanted;
+use crate::virtio::vhost_user::worker::BackendStatus;
 use crate::vm::Machine;
 
 /// How long vCPUs may take to leave the guest and come to the gate.
@@ -39,11 +41,25 @@ pub enum BackendState {
     Waiting,
 }
 
+/// Whether a device stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Presence {
+    /// It does.
+    Present,
+    /// The guest was asked to let go of it ([`VmHandle::unplug`]). Until it has, the device works on.
+    Leaving,
+}
+
 /// A disk or NIC, seen from outside.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceStatus {
     /// The id from the configuration.
     pub id: String,
+    /// Its PCI slot.
+    pub slot: u8,
+    /// Whether it stays.
+    pub presence: Presence,
     /// Its backend.
     pub backend: BackendState,
     /// How often the backend came back after it had been lost.
@@ -55,6 +71,8 @@ pub struct DeviceStatus {
 pub struct VmStatus {
     /// What it is doing.
     pub state: VmState,
+    /// How many vCPUs it has. Its system may not use those yet that were added.
+    pub vcpus: u8,
     /// Its disks and NICs.
     pub devices: Vec<DeviceStatus>,
 }
@@ -175,7 +193,20 @@ impl VmHandle {
             (None, Wanted::Pause) => VmState::Paused,
             (None, _) => VmState::Running,
         };
-        VmStatus { state, devices: self.machine.backends.iter().map(|backend| backend.status()).collect() }
+        let leaving = self.machine.hotplug.leaving();
+        let device = |device: &Attached| {
+            let BackendStatus { backend, reconnects } = device.backend.status();
+            let presence = if leaving.contains(device.slot) { Presence::Leaving } else { Presence::Present };
+            DeviceStatus {
+                id: device.backend.id().to_owned(),
+                slot: device.slot,
+                presence,
+                backend,
+                reconnects,
+            }
+        };
+        let devices = self.machine.backends.read().iter().map(device).collect();
+        VmStatus { state, vcpus: self.machine.hotplug.vcpus(), devices }
     }
 
     fn set_gate(&self, wanted: Wanted, what: &'static str) -> Result<(), VmError> {

@@ -3,7 +3,7 @@
 //! Lines below [`MSI_GSI_START`] are the pins of the PIC and the IOAPIC, one to one. Every MSI-X vector has a line of its own above, whose
 //! message changes as the guest writes its MSI-X table. KVM takes the whole table at each change.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use kvm_bindings::{
@@ -33,6 +33,8 @@ pub(crate) struct Gsi(pub(crate) u32);
 struct Routes {
     msi: BTreeMap<Gsi, MsiMessage>,
     next: u32,
+    /// Lines below `next` that nobody has any more.
+    free: BTreeSet<Gsi>,
 }
 
 /// The routing table of a guest, and its interrupt lines.
@@ -44,7 +46,7 @@ pub(crate) struct Interrupts {
 impl Interrupts {
     /// Sets up the lines of PIC and IOAPIC.
     pub(crate) fn new(vm: Arc<VmFd>) -> Result<Self, VmError> {
-        let routes = Routes { msi: BTreeMap::new(), next: MSI_GSI_START };
+        let routes = Routes { msi: BTreeMap::new(), next: MSI_GSI_START, free: BTreeSet::new() };
         let interrupts = Self { vm, routes: Mutex::new(routes) };
         interrupts.commit(&interrupts.routes.lock().msi)?;
         Ok(interrupts)
@@ -53,9 +55,29 @@ impl Interrupts {
     /// A new line for a message.
     pub(crate) fn allocate(&self) -> Gsi {
         let mut routes = self.routes.lock();
-        let gsi = Gsi(routes.next);
-        routes.next += 1;
-        gsi
+        routes.free.pop_first().unwrap_or_else(|| {
+            let gsi = Gsi(routes.next);
+            routes.next += 1;
+            gsi
+        })
+    }
+
+    /// Gives lines back. Nothing is connected to them any more.
+    pub(crate) fn release(&self, lines: &[Gsi]) -> Result<(), VmError> {
+        let mut routes = self.routes.lock();
+        let before = routes.msi.len();
+        for gsi in lines {
+            routes.msi.remove(gsi);
+            routes.free.insert(*gsi);
+        }
+        if routes.msi.len() == before { Ok(()) } else { self.commit(&routes.msi) }
+    }
+
+    /// How many lines are in use, and how many messages are routed.
+    #[cfg(test)]
+    pub(crate) fn in_use(&self) -> (usize, usize) {
+        let routes = self.routes.lock();
+        ((routes.next - MSI_GSI_START) as usize - routes.free.len(), routes.msi.len())
     }
 
     /// Makes `gsi` send `message`.

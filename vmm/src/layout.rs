@@ -88,6 +88,8 @@ pub(crate) const PANIC_PORT: u16 = 0x505;
 pub(crate) const PM1_CONTROL_PORT: u16 = 0x604;
 /// ACPI PM timer.
 pub(crate) const PM_TIMER_PORT: u16 = 0x608;
+/// General-purpose events of ACPI, with the registers of what comes and goes behind them.
+pub(crate) const HOTPLUG_PORT: u16 = 0x620;
 /// System control interrupt of ACPI.
 pub(crate) const SCI_IRQ: u32 = 9;
 /// First interrupt line that is free for MSI routes; the IOAPIC has those below.

@@ -17,7 +17,7 @@
 //! - `watchdog`: sleeps until the guest arms its watchdog and does not feed it.
 //!
 //! There is no async runtime. Whoever calls [`Vm::wait`] drives the end: first vCPUs, then devices, then the console. Until then that thread does
-//! what it is asked for ([`VmHandle::ask`]).
+//! what it is asked for ([`VmHandle::ask`]): moving the guest, and devices and vCPUs that come and go ([`VmHandle::plug`]).
 //!
 //! # Invariants
 //! - Whatever a guest writes to registers, tables and rings ends in an ignored write, a device that needs a reset, or
@@ -28,7 +28,7 @@
 //!
 //! # Where to start reading
 //! `vm` puts everything together. Then by subject: `config`, `layout` (the address map), `boot`, `firmware`, `vcpu`, `acpi`, `chipset`, `pci`,
-//! `virtio`, `console`, `state` (what devices save), `transfer` (a whole guest as a stream); what threads may ask of the kernel is in [`isolation`].
+//! `virtio`, `console`, `hotplug`, `state` (what devices save), `transfer` (a whole guest as a stream); what threads may ask of the kernel is in [`isolation`].
 
 mod acpi;
 mod boot;
@@ -39,6 +39,7 @@ mod console;
 mod error;
 mod firmware;
 mod handle;
+mod hotplug;
 mod interrupts;
 pub mod isolation;
 mod kvm;
@@ -59,9 +60,10 @@ mod watchdog;
 mod test_guest;
 
 pub use boot::BootError;
-pub use config::{Boot, ConfigError, DiskConfig, MacAddr, NicConfig, ParseMacError, VmConfig};
+pub use config::{Boot, ConfigError, DeviceConfig, DiskConfig, MacAddr, NicConfig, ParseMacError, VmConfig};
 pub use error::VmError;
-pub use handle::{BackendState, DeviceStatus, VmHandle, VmState, VmStatus};
+pub use handle::{BackendState, DeviceStatus, Presence, VmHandle, VmState, VmStatus};
+pub use hotplug::PlugError;
 pub use lifecycle::ExitReason;
 pub use pci::slots::DEVICE_SLOTS;
 pub use state::{DeviceState, DevicesState, StateError};

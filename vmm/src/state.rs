@@ -83,12 +83,23 @@ pub struct DeviceState {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DevicesState(BTreeMap<String, DeviceState>);
 
+/// What becomes of a device of which a saved machine says nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unsaved {
+    /// It is another machine.
+    Refused,
+    /// It stays as it was made: the machine was saved by a release that did not have such a device yet.
+    AsNew,
+}
+
 /// A device whose guest-visible state has a shape of its own.
 pub(crate) trait Stateful {
     /// Names the shape; never changes.
     const KIND: &'static str;
     /// Raised with each change of [`Stateful::State`].
     const VERSION: u16 = 1;
+    /// What becomes of the device where nothing of it was saved.
+    const UNSAVED: Unsaved = Unsaved::Refused;
     /// What is saved.
     type State: Serialize + DeserializeOwned;
 
@@ -119,6 +130,8 @@ pub(crate) trait Saved {
     fn save(&self, place: &str) -> Result<DeviceState, StateError>;
     /// Takes over what was saved.
     fn restore(&self, place: &str, state: &DeviceState) -> Result<(), StateError>;
+    /// [`Stateful::UNSAVED`].
+    fn unsaved(&self) -> Unsaved;
     /// [`Stateful::hold`].
     fn keep_away(&self);
     /// [`Stateful::release`].
@@ -144,6 +157,10 @@ impl<T: Stateful> Saved for T {
         }
         let adopted = T::decode(state.version, &state.body).and_then(|state| self.adopt(state));
         adopted.map_err(|error| StateError::Invalid { place: place.to_owned(), why: error.0 })
+    }
+
+    fn unsaved(&self) -> Unsaved {
+        T::UNSAVED
     }
 
     fn keep_away(&self) {
@@ -176,9 +193,10 @@ impl Devices {
     /// Restores all devices. No vCPU runs. After an error some devices have the new state and some the old one: the guest must not go on.
     pub(crate) fn restore(&self, saved: &DevicesState) -> Result<(), StateError> {
         let mut left: BTreeMap<_, _> = saved.0.iter().collect();
-        self.visit(|place, device| match left.remove(&place.to_owned()) {
-            Some(state) => device.restore(place, state),
-            None => Err(StateError::Devices(place.to_owned())),
+        self.visit(|place, device| match (left.remove(&place.to_owned()), device.unsaved()) {
+            (Some(state), _) => device.restore(place, state),
+            (None, Unsaved::AsNew) => Ok(()),
+            (None, Unsaved::Refused) => Err(StateError::Devices(place.to_owned())),
         })?;
         match left.into_keys().next() {
             Some(place) => Err(StateError::Devices(place.clone())),
@@ -214,7 +232,7 @@ impl Devices {
             visit(&format!("memory {address:#x}"), device)?;
         }
         for (slot, device) in pci.devices() {
-            visit(&format!("pci 00:{slot:02x}.0"), device)?;
+            visit(&format!("pci 00:{slot:02x}.0"), device.as_ref())?;
         }
         Ok(())
     }

@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::acpi::panic::PanicDevice;
 use crate::acpi::power::{self, KeyboardController, PowerDevice};
+use crate::acpi::sci::Sci;
 use crate::acpi::tables::{Description, Tables};
 use crate::boot::{self, BootError, BootSource};
 use crate::bus::Bus;
@@ -22,10 +23,13 @@ use crate::chipset::pm_timer::PmTimer;
 use crate::config::{Boot, VmConfig};
 use crate::console::serial::{IrqTrigger, SerialPort};
 use crate::console::server::{ConsoleServer, Output};
-use crate::error::{VmError, kvm, resource};
+use crate::error::{VmError, resource};
 use crate::firmware::store::VariableStore;
 use crate::firmware::{flash, fw_cfg, items};
 use crate::handle::{BackendState, VmHandle};
+use crate::hotplug::controller::Controller;
+use crate::hotplug::maker::{self, Maker, SetUp};
+use crate::hotplug::{self, Attached, Plant};
 use crate::interrupts::{Gsi, Interrupts};
 use crate::kvm::{self as kvm_guest, KvmGuest};
 use crate::layout::{self, GIB};
@@ -35,18 +39,13 @@ use crate::pci::host_bridge::HostBridge;
 use crate::pci::root::{self, ConfigPorts};
 use crate::pci::{PciDevice, PciRoot, slots};
 use crate::state::Devices;
-use crate::transfer::{self, Core, TransferError};
-use crate::vcpu::cpuid::{self, Topology};
+use crate::transfer::{Core, TransferError};
+use crate::vcpu::cpuid::Topology;
 use crate::vcpu::gate::{Gate, Wanted, install_kick_handler};
 use crate::vcpu::{self, VcpuContext, registers};
-use crate::virtio::device::VirtioDevice;
-use crate::virtio::pci::{Parts, VirtioPci};
 use crate::virtio::port::Port;
 use crate::virtio::rng::Rng;
 use crate::virtio::seed::Seed;
-use crate::virtio::vhost_user::blk::Disk;
-use crate::virtio::vhost_user::device::VhostUser;
-use crate::virtio::vhost_user::net::Nic;
 use crate::virtio::vhost_user::worker::{self, WorkerHandle};
 use crate::watchdog::Watchdog;
 
@@ -60,17 +59,26 @@ pub(crate) struct Machine {
     pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) gate: Arc<Gate>,
     pub(crate) power: Arc<PowerDevice>,
-    pub(crate) backends: Vec<Arc<worker::Shared>>,
+    pub(crate) hotplug: Arc<Controller>,
+    /// Its disks and NICs.
+    pub(crate) backends: RwLock<Vec<Attached>>,
     pub(crate) devices: Devices,
     pub(crate) vcpu_threads: Mutex<Vec<JoinHandle<()>>>,
     /// What there is beside the devices, as long as the guest has not been taken apart.
     pub(crate) core: Mutex<Option<Core>>,
+    /// What more parts are made with, for as long.
+    pub(crate) plant: Mutex<Option<Plant>>,
 }
 
 impl Machine {
+    /// The backends of its disks and NICs.
+    pub(crate) fn attached(&self) -> Vec<Arc<worker::Shared>> {
+        self.backends.read().iter().map(|device| device.backend.clone()).collect()
+    }
+
     /// Refuses if a backend is away: requests may be under way there.
     pub(crate) fn check_backends(&self) -> Result<(), TransferError> {
-        match self.backends.iter().find(|backend| backend.status().backend == BackendState::Waiting) {
+        match self.attached().iter().find(|backend| backend.status().backend == BackendState::Waiting) {
             Some(backend) => Err(TransferError::BackendAway(backend.id().to_owned())),
             None => Ok(()),
         }
@@ -78,15 +86,15 @@ impl Machine {
 
     /// Has all devices keep away from guest memory. Afterwards nothing is under way, at no backend.
     pub(crate) fn hold_devices(&self) -> Result<(), TransferError> {
+        let backends = self.attached();
         let reconnects =
-            || -> Vec<u64> { self.backends.iter().map(|backend| backend.status().reconnects).collect() };
+            || -> Vec<u64> { backends.iter().map(|backend| backend.status().reconnects).collect() };
         let before = reconnects();
         self.check_backends()?;
         self.devices.hold()?;
         // One that was lost meanwhile has not said what became of its requests, even if it is back by now.
         self.check_backends()?;
-        match reconnects().iter().zip(before).zip(&self.backends).find(|((now, before), _)| **now != *before)
-        {
+        match reconnects().iter().zip(before).zip(&backends).find(|((now, before), _)| **now != *before) {
             Some((_, backend)) => Err(TransferError::BackendAway(backend.id().to_owned())),
             None => Ok(()),
         }
@@ -98,7 +106,7 @@ pub struct Vm {
     machine: Arc<Machine>,
     name: String,
     // Dropped in this order, by `stop`: devices (with their workers), console.
-    devices: Vec<Arc<dyn PciDevice>>,
+    pci: Option<Arc<PciRoot>>,
     console: Option<ConsoleServer>,
     /// The guest's processors read it as long as they run.
     _firmware: Option<flash::Code>,
@@ -108,7 +116,6 @@ pub struct Vm {
 struct Pci {
     root: Arc<PciRoot>,
     bridge: Arc<HostBridge>,
-    devices: Vec<Arc<dyn PciDevice>>,
     /// The slots of the disks.
     boot_slots: Vec<usize>,
 }
@@ -147,8 +154,10 @@ impl Vm {
         for thread in threads.drain(..) {
             let _ = thread.join();
         }
+        drop(threads);
+        self.machine.plant.lock().take();
         self.machine.core.lock().take();
-        self.devices.clear();
+        self.pci.take();
         self.console.take();
     }
 }
@@ -174,6 +183,8 @@ struct Builder<'a> {
     memory: Memory,
     kvm: KvmGuest,
     interrupts: Arc<Interrupts>,
+    maker: Arc<Maker>,
+    sci: Arc<Sci>,
     lifecycle: Arc<Lifecycle>,
     gate: Arc<Gate>,
 }
@@ -184,17 +195,34 @@ impl<'a> Builder<'a> {
         let kvm = kvm_guest::create(&memory, config.cpu_model)?;
         let interrupts = Arc::new(Interrupts::new(kvm.vm.clone())?);
         let (lifecycle, gate) = (Arc::default(), Arc::new(gate));
-        Ok(Self { config, memory, kvm, interrupts, lifecycle, gate })
+        let maker = Arc::new(Maker {
+            vm: kvm.vm.clone(),
+            memory: memory.clone(),
+            interrupts: interrupts.clone(),
+            cpuid: kvm.cpuid.clone(),
+            topology: Topology { vcpus: config.most_vcpus(), tsc_deadline: kvm.tsc_deadline },
+            set_up: match config.boot {
+                Boot::Kernel { .. } => SetUp::Vmm,
+                Boot::Firmware { .. } => SetUp::Firmware,
+            },
+        });
+        let sci = Arc::new(Sci::new(interrupts.clone()));
+        Ok(Self { config, memory, kvm, interrupts, maker, sci, lifecycle, gate })
     }
 
     fn run(self, origin: Origin<'_>) -> Result<Vm, VmError> {
         let workers = self.connect_backends()?;
-        let backends = workers.iter().map(WorkerHandle::shared).collect();
+        let attached =
+            |(slot, worker): &(u8, WorkerHandle)| Attached { slot: *slot, backend: worker.shared() };
+        let backends = workers.iter().map(attached).collect();
         let mut ports = Bus::default();
         let mut mmio = Bus::default();
         let console = self.add_console(&mut ports)?;
         let power = self.add_power(&mut ports);
         let pci = self.add_pci(workers, &mut ports, &mut mmio)?;
+        let hotplug =
+            Arc::new(Controller::new(self.config.vcpus, self.sci.clone(), Arc::downgrade(&pci.root)));
+        ports.insert(layout::HOTPLUG_PORT.into(), hotplug::registers::LEN, hotplug.clone());
         let firmware = self.add_firmware(&pci, &mut ports, &mut mmio)?;
         let entry = match origin {
             Origin::Boot => self.load()?,
@@ -212,16 +240,24 @@ impl<'a> Builder<'a> {
             lifecycle: self.lifecycle.clone(),
             gate: self.gate.clone(),
             power,
-            backends,
+            hotplug,
+            backends: RwLock::new(backends),
             devices,
             vcpu_threads: Mutex::default(),
             core: Mutex::default(),
+            plant: Mutex::new(Some(Plant {
+                maker: self.maker.clone(),
+                backend_timeout: self.config.backend_timeout(),
+                max_vcpus: self.config.most_vcpus(),
+                spare: None,
+            })),
         });
+        hotplug::take_apart_on_main_thread(&machine);
         // From here on, `Vm` takes everything apart if something fails.
         let vm = Vm {
             machine,
             name: self.config.name.clone(),
-            devices: pci.devices,
+            pci: Some(pci.root),
             console: Some(console),
             _firmware: firmware,
         };
@@ -243,24 +279,15 @@ impl<'a> Builder<'a> {
     }
 
     /// Starts to dial all backends at once; they are waited for one after the other when their devices are built.
-    fn connect_backends(&self) -> Result<Vec<WorkerHandle>, VmError> {
-        let disks = self
-            .config
-            .disks
-            .iter()
-            .map(|disk| WorkerHandle::spawn(&disk.id, disk.socket.clone(), Box::new(Disk(disk.clone()))));
-        let nics = self
-            .config
-            .nics
-            .iter()
-            .map(|nic| WorkerHandle::spawn(&nic.id, nic.socket.clone(), Box::new(Nic(nic.clone()))));
-        disks.chain(nics).collect()
+    fn connect_backends(&self) -> Result<Vec<(u8, WorkerHandle)>, VmError> {
+        let devices = self.config.placed_devices().into_iter();
+        devices.map(|(slot, device)| Ok((slot, maker::dial(device)?))).collect()
     }
 
     /// Puts a kernel in place and returns where it is entered. Firmware is entered where processors begin.
     fn load(&self) -> Result<Option<boot::Entry>, VmError> {
         let Boot::Kernel { kernel, initramfs, cmdline } = &self.config.boot else { return Ok(None) };
-        let tables = Tables::build(&Description::initial(self.config.vcpus));
+        let tables = Tables::build(&Description::initial(self.config.vcpus, self.config.most_vcpus()));
         let rsdp = tables.write(&self.memory).map_err(BootError::from)?;
         let initramfs = initramfs.as_deref();
         let memory_size = self.config.memory_bytes;
@@ -289,17 +316,20 @@ impl<'a> Builder<'a> {
 
     /// What firmware is told.
     fn machine(&self, pci: &Pci) -> items::Machine {
-        let (root, bridge, vcpus) = (pci.root.clone(), pci.bridge.clone(), self.config.vcpus);
+        let (root, bridge) = (pci.root.clone(), pci.bridge.clone());
+        let (vcpus, max_vcpus) = (self.config.vcpus, self.config.most_vcpus());
         let above_ram = memory::end(self.config.memory_bytes).next_multiple_of(GIB);
         // There always is a window: firmware learns the size of the tables before it asks for them.
         let describe = move || Description {
             vcpus,
+            max_vcpus,
             ecam: bridge.ecam().map_or(layout::ECAM_START, |ecam| ecam.start),
             high_window: Some(root.high_window().unwrap_or(above_ram..above_ram + GIB)),
         };
         items::Machine {
             id: self.config.id,
             vcpus,
+            max_vcpus,
             memory_size: self.config.memory_bytes,
             boot_slots: pci.boot_slots.clone(),
             describe: Arc::new(describe),
@@ -321,7 +351,7 @@ impl<'a> Builder<'a> {
     }
 
     fn add_power(&self, ports: &mut Bus) -> Arc<PowerDevice> {
-        let device = Arc::new(PowerDevice::new(self.interrupts.clone(), self.lifecycle.clone()));
+        let device = Arc::new(PowerDevice::new(self.sci.clone(), self.lifecycle.clone()));
         ports.insert(layout::PM1_EVENT_PORT.into(), power::PM1_LEN, device.clone());
         let keyboard = Arc::new(KeyboardController::new(self.lifecycle.clone()));
         ports.insert(layout::I8042_COMMAND_PORT.into(), 1, keyboard);
@@ -334,75 +364,50 @@ impl<'a> Builder<'a> {
     }
 
     /// Fills the bus: host bridge, random number generator, disks, NICs and what else is configured.
-    fn add_pci(&self, workers: Vec<WorkerHandle>, ports: &mut Bus, mmio: &mut Bus) -> Result<Pci, VmError> {
+    fn add_pci(
+        &self,
+        workers: Vec<(u8, WorkerHandle)>,
+        ports: &mut Bus,
+        mmio: &mut Bus,
+    ) -> Result<Pci, VmError> {
         let bridge = Arc::new(HostBridge::new());
         let mut devices: Vec<(usize, Arc<dyn PciDevice>)> = vec![(0, bridge.clone())];
-        devices.push((slots::RNG, self.function(slots::RNG, Rng::default())?));
-        let boot_slots = slots::DISKS_AND_NICS.take(self.config.disks.len()).collect();
+        devices.push((slots::RNG, self.maker.function(slots::RNG, Rng::default())?));
+        // The disks come first.
+        let disks = workers.iter().take(self.config.disks.len());
+        let boot_slots = disks.map(|(slot, _)| usize::from(*slot)).collect();
         let deadline = Instant::now() + self.config.backend_timeout();
-        for (slot, worker) in slots::DISKS_AND_NICS.zip(workers) {
-            let device = VhostUser::new(worker, deadline.saturating_duration_since(Instant::now()))?;
-            let parts = self.parts(&device, slot)?;
-            device.set_change(parts.change.clone());
-            devices.push((slot, Arc::new(VirtioPci::new(Box::new(device), parts)?)));
+        for (slot, worker) in workers {
+            let slot = usize::from(slot);
+            let left = deadline.saturating_duration_since(Instant::now());
+            devices.push((slot, self.maker.vhost_user(slot, worker, left)?));
         }
         if let Some(path) = &self.config.seed {
             let seed = Seed::read(path).map_err(resource("seed disk"))?;
-            devices.push((slots::SEED, self.function(slots::SEED, seed)?));
+            devices.push((slots::SEED, self.maker.function(slots::SEED, seed)?));
         }
         if let Some(path) = &self.config.agent_socket {
             let port = Port::new(AGENT_PORT, path).map_err(resource("guest agent's socket"))?;
-            devices.push((slots::AGENT, self.function(slots::AGENT, port)?));
+            devices.push((slots::AGENT, self.maker.function(slots::AGENT, port)?));
         }
         let bar = PciRoot::initial_bar(slots::WATCHDOG);
         let watchdog = Watchdog::new(self.lifecycle.clone(), self.gate.clone(), bar);
         devices.push((slots::WATCHDOG, Arc::new(watchdog.map_err(resource("watchdog thread"))?)));
         devices.push((slots::LPC, Arc::new(LpcBridge::new())));
-        let root = Arc::new(PciRoot::new(devices.iter().cloned()));
+        let root = Arc::new(PciRoot::new(devices));
         ports.insert(
             layout::PCI_CONFIG_PORT.into(),
             8,
             Arc::new(ConfigPorts::new(root.clone(), self.lifecycle.clone())),
         );
         root::connect(mmio, &root, &bridge);
-        let devices = devices.into_iter().map(|(_, device)| device).collect();
-        Ok(Pci { root, bridge, devices, boot_slots })
-    }
-
-    /// A virtio device as the function of a slot.
-    fn function(
-        &self,
-        slot: usize,
-        device: impl VirtioDevice + 'static,
-    ) -> Result<Arc<dyn PciDevice>, VmError> {
-        let parts = self.parts(&device, slot)?;
-        Ok(Arc::new(VirtioPci::new(Box::new(device), parts)?))
-    }
-
-    fn parts(&self, device: &dyn VirtioDevice, slot: usize) -> Result<Parts, VmError> {
-        let queues = device.queue_sizes().len();
-        let bar = PciRoot::initial_bar(slot);
-        Parts::new(self.kvm.vm.clone(), self.memory.clone(), self.interrupts.clone(), queues, bar)
+        Ok(Pci { root, bridge, boot_slots })
     }
 
     /// Makes the vCPUs.
     fn core(&self, entry: Option<boot::Entry>) -> Result<Core, VmError> {
-        let topology = Topology { vcpus: self.config.vcpus, tsc_deadline: self.kvm.tsc_deadline };
-        let mut vcpus = Vec::new();
-        for id in 0..self.config.vcpus {
-            let vcpu = self.kvm.vm.create_vcpu(id.into()).map_err(kvm("KVM_CREATE_VCPU"))?;
-            let cpuid = cpuid::for_vcpu(&self.kvm.cpuid, topology, id);
-            vcpu.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
-            // Firmware starts at the reset vector and does the rest itself.
-            if let Some(entry) = entry {
-                registers::setup_model_specific(&vcpu)?;
-                registers::setup_local_apic(&vcpu)?;
-                if id == 0 {
-                    registers::setup_boot_processor(&vcpu, entry)?;
-                }
-            }
-            vcpus.push(transfer::Vcpu { fd: Arc::new(Mutex::new(vcpu)), cpuid: Mutex::new(cpuid) });
-        }
+        let vcpus = (0..self.config.vcpus).map(|id| self.maker.vcpu(id, entry));
+        let vcpus = vcpus.collect::<Result<_, _>>()?;
         Ok(Core {
             id: self.config.id,
             vm: self.kvm.vm.clone(),

@@ -191,7 +191,7 @@ fn a_missing_backend_is_named() {
     let Some(lab) = Lab::new() else { return };
     let mut config = lab.config(&SPIN, 1);
     let socket = lab.0.path("nobody.sock");
-    config.disks.push(vmm::DiskConfig { id: "root".into(), socket, queues: 1, readonly: false });
+    config.disks.push(vmm::DiskConfig { id: "root".into(), socket, queues: 1, readonly: false, slot: None });
     let error = Vm::start(config).err().unwrap();
     assert!(matches!(&error, VmError::Backend { id, .. } if id == "root"), "{error:?}");
 }

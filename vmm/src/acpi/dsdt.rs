@@ -1,5 +1,5 @@
 //! The DSDT: what the guest cannot discover by itself. The PCI root with its windows, the ECAM area as a motherboard resource (Linux uses
-//! it only then), the serial port, the port for panics, the processors, and the sleep type of S5.
+//! it only then), the serial port, the port for panics, the processors, parts that come and go ([`super::hotplug`]), and the sleep type of S5.
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path,
@@ -8,10 +8,13 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
+use super::hotplug;
 use super::power::SLEEP_TYPE_S5;
 use super::tables::{Description, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use crate::hotplug::registers::LEN as HOTPLUG_LEN;
 use crate::layout::{
-    COM1_IRQ, COM1_PORT, ECAM_SIZE, PANIC_PORT, PCI_CONFIG_PORT, PCI_MMIO_END, PCI_MMIO_START, PM1_EVENT_PORT,
+    COM1_IRQ, COM1_PORT, ECAM_SIZE, HOTPLUG_PORT, PANIC_PORT, PCI_CONFIG_PORT, PCI_MMIO_END, PCI_MMIO_START,
+    PM1_EVENT_PORT,
 };
 
 /// Builds the DSDT of a machine.
@@ -22,7 +25,8 @@ pub(super) fn build(machine: &Description) -> Sdt {
     motherboard(&mut aml, machine.ecam);
     serial_port(&mut aml);
     panic_port(&mut aml);
-    processors(&mut aml, machine.vcpus);
+    processors(&mut aml, machine);
+    hotplug::build(&mut aml, machine);
     let s5 = SLEEP_TYPE_S5;
     Name::new(Path::new("_S5_"), &Package::new(vec![&s5, &s5, &0u8, &0u8])).to_aml_bytes(&mut aml);
     dsdt.append_slice(&aml);
@@ -69,6 +73,7 @@ fn motherboard(aml: &mut dyn AmlSink, ecam: u64) {
                 &ResourceTemplate::new(vec![
                     &Memory32Fixed::new(true, ecam as u32, ECAM_SIZE as u32),
                     &IO::new(PM1_EVENT_PORT, PM1_EVENT_PORT, 1, 12),
+                    &IO::new(HOTPLUG_PORT, HOTPLUG_PORT, 1, HOTPLUG_LEN as u8),
                 ]),
             ),
         ],
@@ -111,15 +116,17 @@ fn panic_port(aml: &mut dyn AmlSink) {
     .to_aml_bytes(aml);
 }
 
-fn processors(aml: &mut dyn AmlSink, vcpus: u8) {
+fn processors(aml: &mut dyn AmlSink, machine: &Description) {
     let mut devices = Vec::new();
-    for id in 0..vcpus {
-        let name = format!("C{id:03X}");
-        Device::new(
-            Path::new(&name),
-            vec![&Name::new(Path::new("_HID"), &"ACPI0007"), &Name::new(Path::new("_UID"), &id)],
-        )
-        .to_aml_bytes(&mut devices);
+    for id in 0..machine.max_vcpus {
+        let methods = hotplug::processor_methods(id);
+        let hid = Name::new(Path::new("_HID"), &"ACPI0007");
+        let uid = Name::new(Path::new("_UID"), &id);
+        let mut children: Vec<&dyn Aml> = vec![&hid, &uid];
+        if id >= machine.vcpus {
+            children.push(&methods);
+        }
+        Device::new(hotplug::processor_name(id), children).to_aml_bytes(&mut devices);
     }
     aml.vec(&Scope::raw(Path::new("_SB_"), devices));
 }

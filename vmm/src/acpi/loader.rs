@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn files_are_as_long_wherever_firmware_puts_things() {
-        let machine = |ecam, window| Description { vcpus: 3, ecam, high_window: Some(window) };
+        let machine = |ecam, window| Description { vcpus: 3, max_vcpus: 3, ecam, high_window: Some(window) };
         let early = files(Tables::build(&machine(0xe000_0000, 1 << 32..2 << 32)));
         let late = files(Tables::build(&machine(0xb000_0000, 0xc0_0000_0000..0xff_ffff_f000)));
         let lens = |files: &Files| [files.rsdp.len(), files.tables.len(), files.commands.len()];
@@ -144,7 +144,7 @@ mod tests {
 
     #[test]
     fn what_firmware_links_is_a_sound_set_of_tables() {
-        let files = files(Tables::build(&Description::initial(3)));
+        let files = files(Tables::build(&Description::initial(3, 3)));
         assert_eq!(files.commands.len() % COMMAND_LEN, 0);
         let tables_at = 0x7fb0_0000;
         let mut firmware = Firmware { rsdp: files.rsdp, tables: files.tables, tables_at };

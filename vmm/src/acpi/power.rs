@@ -8,9 +8,8 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
+use super::sci::{Level, Sci, Source};
 use crate::bus::IoDevice;
-use crate::interrupts::Interrupts;
-use crate::layout::SCI_IRQ;
 use crate::lifecycle::{ExitReason, Lifecycle};
 use crate::state::{Invalid, Stateful};
 
@@ -55,9 +54,9 @@ pub(crate) struct Pm1 {
 }
 
 impl Pm1 {
-    /// Whether the system control interrupt is asserted.
-    fn interrupt(&self) -> bool {
-        self.status & self.enable != 0
+    /// Whether the system control interrupt is wanted.
+    fn interrupt(&self) -> Level {
+        Level::of(self.status & self.enable)
     }
 
     fn press(&mut self) {
@@ -106,13 +105,13 @@ impl Pm1 {
 /// The PM1 block on the bus.
 pub(crate) struct PowerDevice {
     registers: Mutex<Pm1>,
-    interrupts: Arc<Interrupts>,
+    sci: Arc<Sci>,
     lifecycle: Arc<Lifecycle>,
 }
 
 impl PowerDevice {
-    pub(crate) fn new(interrupts: Arc<Interrupts>, lifecycle: Arc<Lifecycle>) -> Self {
-        Self { registers: Mutex::default(), interrupts, lifecycle }
+    pub(crate) fn new(sci: Arc<Sci>, lifecycle: Arc<Lifecycle>) -> Self {
+        Self { registers: Mutex::default(), sci, lifecycle }
     }
 
     /// Presses the power button.
@@ -124,9 +123,7 @@ impl PowerDevice {
 
     /// Called under the lock, so that levels reach KVM in the order of the register changes.
     fn drive(&self, registers: &Pm1) {
-        if let Err(error) = self.interrupts.set_line(SCI_IRQ, registers.interrupt()) {
-            tracing::error!(%error, "cannot drive the system control interrupt");
-        }
+        self.sci.drive(Source::Power, registers.interrupt());
     }
 }
 
@@ -225,12 +222,12 @@ mod tests {
     fn the_power_button_interrupts_until_acknowledged() {
         let mut pm1 = Pm1::default();
         pm1.press();
-        assert!(!pm1.interrupt(), "not enabled yet");
+        assert_eq!(pm1.interrupt(), Level::Released, "not enabled yet");
         pm1.write(ENABLE, &POWER_BUTTON.to_le_bytes());
-        assert!(pm1.interrupt());
+        assert_eq!(pm1.interrupt(), Level::Asserted);
         assert_eq!(read16(&pm1, STATUS), POWER_BUTTON);
         pm1.write(STATUS, &POWER_BUTTON.to_le_bytes());
-        assert!(!pm1.interrupt());
+        assert_eq!(pm1.interrupt(), Level::Released);
         assert_eq!(read16(&pm1, STATUS), 0);
     }
 

@@ -18,9 +18,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::dsdt;
 use super::power::RESET_VALUE;
+use crate::hotplug::registers::EVENT_BLOCK_LEN;
 use crate::layout::{
-    ACPI_END, ACPI_START, ECAM_START, IOAPIC_START, LAPIC_START, PM_TIMER_PORT, PM1_CONTROL_PORT,
-    PM1_EVENT_PORT, RESET_PORT, SCI_IRQ,
+    ACPI_END, ACPI_START, ECAM_START, HOTPLUG_PORT, IOAPIC_START, LAPIC_START, PM_TIMER_PORT,
+    PM1_CONTROL_PORT, PM1_EVENT_PORT, RESET_PORT, SCI_IRQ,
 };
 use crate::memory::Memory;
 
@@ -33,7 +34,10 @@ const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 /// What the tables tell of a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Description {
+    /// Processors that are there.
     pub(crate) vcpus: u8,
+    /// Processors that there may be.
+    pub(crate) max_vcpus: u8,
     /// Where configuration space is.
     pub(crate) ecam: u64,
     /// Memory of PCI functions above 4 GiB, if there is any.
@@ -42,8 +46,8 @@ pub(crate) struct Description {
 
 impl Description {
     /// Of a machine whose devices are where the VMM put them.
-    pub(crate) fn initial(vcpus: u8) -> Self {
-        Self { vcpus, ecam: ECAM_START, high_window: None }
+    pub(crate) fn initial(vcpus: u8, max_vcpus: u8) -> Self {
+        Self { vcpus, max_vcpus, ecam: ECAM_START, high_window: None }
     }
 }
 
@@ -77,7 +81,7 @@ impl Tables {
         let fadt = tables.place_summed(&fadt(dsdt as u64, facs as u64));
         let pointers = [(FADT_FACS, 4), (FADT_DSDT, 4), (FADT_X_DSDT, 8)];
         tables.pointers.extend(pointers.map(|(at, size)| (fadt + at, size)));
-        let others = [tables.place_summed(&madt(machine.vcpus)), tables.place_summed(&mcfg(machine.ecam))];
+        let others = [tables.place_summed(&madt(machine)), tables.place_summed(&mcfg(machine.ecam))];
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         let entries = [fadt].into_iter().chain(others);
         entries.clone().for_each(|table| xsdt.add_entry(table as u64));
@@ -160,6 +164,9 @@ fn fadt(dsdt: u64, facs: u64) -> FADT {
     fadt.pm1_cnt_len = 2;
     fadt.pm_tmr_blk = u32::from(PM_TIMER_PORT).into();
     fadt.pm_tmr_len = 4;
+    fadt.gpe0_blk = u32::from(HOTPLUG_PORT).into();
+    fadt.gpe0_blk_len = EVENT_BLOCK_LEN;
+    fadt.x_gpe0_blk = io_register(HOTPLUG_PORT, 8 * EVENT_BLOCK_LEN, AccessSize::ByteAccess);
     fadt.x_pm_tmr_blk = io_register(PM_TIMER_PORT, 32, AccessSize::DwordAccess);
     fadt.x_pm1a_evt_blk = io_register(PM1_EVENT_PORT, 32, AccessSize::WordAccess);
     fadt.x_pm1a_cnt_blk = io_register(PM1_CONTROL_PORT, 16, AccessSize::WordAccess);
@@ -172,7 +179,7 @@ fn fadt(dsdt: u64, facs: u64) -> FADT {
     fadt.finalize()
 }
 
-fn madt(vcpus: u8) -> Sdt {
+fn madt(machine: &Description) -> Sdt {
     /// The machine also has a pair of 8259 PICs.
     const PCAT_COMPAT: u32 = 1;
     /// Interrupt source override, for the SCI: active high, level triggered.
@@ -182,8 +189,12 @@ fn madt(vcpus: u8) -> Sdt {
     let mut madt = Sdt::new(*b"APIC", 36, 5, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     madt.append_slice(&LAPIC_START.to_le_bytes());
     madt.append_slice(&PCAT_COMPAT.to_le_bytes());
-    for id in 0..vcpus {
-        madt.append_slice(&bytes(&ProcessorLocalApic::new(id, id, EnabledStatus::Enabled)));
+    for id in 0..machine.max_vcpus {
+        let status = match id < machine.vcpus {
+            true => EnabledStatus::Enabled,
+            false => EnabledStatus::DisabledOnlineCapable,
+        };
+        madt.append_slice(&bytes(&ProcessorLocalApic::new(id, id, status)));
     }
     madt.append_slice(&bytes(&IoApic::new(0, IOAPIC_START, 0)));
     madt.append_slice(&SOURCE_OVERRIDE);
@@ -220,7 +231,7 @@ mod tests {
     #[test]
     fn a_guest_finds_every_table_from_the_rsdp() {
         let memory = crate::memory::create(16 * MIB).unwrap();
-        let rsdp_at = Tables::build(&Description::initial(4)).write(&memory).unwrap();
+        let rsdp_at = Tables::build(&Description::initial(4, 6)).write(&memory).unwrap();
         let rsdp = read(&memory, rsdp_at.0, 36);
         assert_eq!(&rsdp[..8], b"RSD PTR ");
         assert!(sums_to_zero(&rsdp[..20]) && sums_to_zero(&rsdp));
@@ -246,6 +257,6 @@ mod tests {
     #[test]
     fn tables_of_the_largest_machine_fit() {
         let memory = crate::memory::create(16 * MIB).unwrap();
-        Tables::build(&Description::initial(254)).write(&memory).unwrap();
+        Tables::build(&Description::initial(1, 254)).write(&memory).unwrap();
     }
 }

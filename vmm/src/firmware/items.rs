@@ -29,6 +29,7 @@ const SYSTEM_STATES: [u8; 6] = [0x80, 0, 0, 1, 2, 0x80 | crate::acpi::power::SLE
 pub(crate) struct Machine {
     pub(crate) id: Uuid,
     pub(crate) vcpus: u8,
+    pub(crate) max_vcpus: u8,
     pub(crate) memory_size: u64,
     /// PCI slots to boot from, first one first.
     pub(crate) boot_slots: Vec<usize>,
@@ -38,11 +39,11 @@ pub(crate) struct Machine {
 
 /// Makes the device that tells it.
 pub(crate) fn build(machine: &Machine, memory: &Memory) -> FwCfg {
-    let vcpus = u16::from(machine.vcpus).to_le_bytes().to_vec();
+    let count = |vcpus: u8| u16::from(vcpus).to_le_bytes().to_vec();
     let tables = smbios::build(machine.id);
     FwCfgBuilder::default()
-        .item(CPUS, vcpus.clone())
-        .item(MAX_CPUS, vcpus)
+        .item(CPUS, count(machine.vcpus))
+        .item(MAX_CPUS, count(machine.max_vcpus))
         .item(BOOT_MENU, 1u16.to_le_bytes().to_vec())
         .file(BOOT_MENU_WAIT_FILE, Content::Bytes(0u16.to_le_bytes().to_vec()))
         .file(BOOT_ORDER_FILE, Content::Bytes(boot_order(&machine.boot_slots)))

@@ -193,6 +193,18 @@ impl Vectors {
     }
 }
 
+/// The end of a device, or of its guest.
+impl Drop for Vectors {
+    fn drop(&mut self) {
+        for vector in 0..self.lines.len() {
+            self.disconnect(vector);
+        }
+        if let Err(error) = self.interrupts.release(&self.lines) {
+            tracing::warn!(%error, "KVM keeps the routes of interrupts that are no more");
+        }
+    }
+}
+
 impl VectorLines for Vectors {
     fn connect(&mut self, vector: usize, message: MsiMessage) {
         let gsi = self.lines[vector];

@@ -1,7 +1,8 @@
 //! The root of the bus: finds the device that a configuration or memory access means.
 //!
-//! Devices are fixed once the guest runs; where their BARs are is not. After each configuration write the device is asked what memory it
-//! answers to now, so the table of windows follows the guest's changes.
+//! Where the devices' BARs are is for the guest to say. After each configuration write the device is asked what memory it
+//! answers to now, so the table of windows follows the guest's changes. Devices come and go while the guest runs ([`crate::hotplug`]): an access
+//! that has found its device goes on with it, whatever happens to the slot meanwhile.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -35,9 +36,21 @@ pub(crate) trait PciDevice: Saved + Send + Sync {
     fn memory_write(&self, offset: u64, data: &[u8]);
 }
 
+/// Whether the guest finds what is in a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sight {
+    Shown,
+    /// It has let go of it: for the guest the slot is empty.
+    Hidden,
+}
+
+/// What is in a slot.
+type Slot = Option<(Arc<dyn PciDevice>, Sight)>;
+
 /// The bus with its devices.
 pub(crate) struct PciRoot {
-    slots: [Option<Arc<dyn PciDevice>>; SLOTS],
+    /// Taken after the lock of `windows` where both are.
+    slots: RwLock<[Slot; SLOTS]>,
     windows: RwLock<Vec<(Range<u64>, usize)>>,
 }
 
@@ -47,9 +60,34 @@ impl PciRoot {
         let mut slots = [const { None }; SLOTS];
         for (slot, device) in devices {
             debug_assert!(slots[slot].is_none(), "slot {slot} is taken");
-            slots[slot] = Some(device);
+            slots[slot] = Some((device, Sight::Shown));
         }
-        Self { slots, windows: RwLock::default() }
+        Self { slots: RwLock::new(slots), windows: RwLock::default() }
+    }
+
+    /// Puts a device into a slot, which is empty. The guest finds it there if it looks.
+    pub(crate) fn attach(&self, slot: usize, device: Arc<dyn PciDevice>) {
+        let mut windows = self.windows.write();
+        if let Some(place) = self.slots.write().get_mut(slot) {
+            windows.extend(device.decoded_memory().filter(is_sound).map(|window| (window, slot)));
+            *place = Some((device, Sight::Shown));
+        }
+    }
+
+    /// Has the guest find nothing in a slot any more. Its device is there, and is saved, until [`PciRoot::detach`].
+    pub(crate) fn hide(&self, slot: usize) {
+        let mut windows = self.windows.write();
+        windows.retain(|(_, other)| *other != slot);
+        if let Some(Some((_, sight))) = self.slots.write().get_mut(slot) {
+            *sight = Sight::Hidden;
+        }
+    }
+
+    /// Takes what is in a slot. Accesses that have found it before may still be under way.
+    pub(crate) fn detach(&self, slot: usize) -> Option<Arc<dyn PciDevice>> {
+        let mut windows = self.windows.write();
+        windows.retain(|(_, other)| *other != slot);
+        self.slots.write().get_mut(slot)?.take().map(|(device, _)| device)
     }
 
     /// The memory above 4 GiB that devices answer to now, with room for more.
@@ -82,38 +120,48 @@ impl PciRoot {
         let mut windows = self.windows.write();
         device.config_write(target.register, data);
         windows.retain(|(_, slot)| *slot != target.slot);
-        if let Some(window) = device.decoded_memory().filter(is_sound) {
+        let still_there = self.shown(target.slot).is_some_and(|there| Arc::ptr_eq(&there, &device));
+        if let Some(window) = device.decoded_memory().filter(is_sound).filter(|_| still_there) {
             windows.push((window, target.slot));
         }
     }
 
-    /// All devices with their slots.
-    pub(crate) fn devices(&self) -> impl Iterator<Item = (usize, &dyn Saved)> {
-        (0..).zip(&self.slots).filter_map(|(slot, device)| Some((slot, device.as_deref()? as &dyn Saved)))
+    /// All devices with their slots, those included that the guest does not find any more.
+    pub(crate) fn devices(&self) -> Vec<(usize, Arc<dyn PciDevice>)> {
+        let slots = self.slots.read();
+        let device = |(slot, place): (usize, &Slot)| Some((slot, place.as_ref()?.0.clone()));
+        (0..).zip(slots.iter()).filter_map(device).collect()
     }
 
     /// Asks all devices what memory they answer to, after their state was restored.
     pub(crate) fn find_windows(&self) {
         let mut windows = self.windows.write();
         windows.clear();
-        for (slot, device) in (0..).zip(&self.slots) {
-            let window = device.as_deref().and_then(PciDevice::decoded_memory);
+        for slot in 0..SLOTS {
+            let window = self.shown(slot).and_then(|device| device.decoded_memory());
             windows.extend(window.filter(is_sound).map(|window| (window, slot)));
         }
     }
 
-    fn device(&self, target: Target) -> Option<&dyn PciDevice> {
+    fn device(&self, target: Target) -> Option<Arc<dyn PciDevice>> {
         if target.bus != 0 || target.function != 0 {
             return None;
         }
-        self.slots.get(target.slot)?.as_deref()
+        self.shown(target.slot)
     }
 
-    fn memory_device(&self, address: u64) -> Option<(&dyn PciDevice, u64)> {
+    /// What the guest finds in a slot.
+    fn shown(&self, slot: usize) -> Option<Arc<dyn PciDevice>> {
+        match self.slots.read().get(slot)?.as_ref()? {
+            (device, Sight::Shown) => Some(device.clone()),
+            (_, Sight::Hidden) => None,
+        }
+    }
+
+    fn memory_device(&self, address: u64) -> Option<(Arc<dyn PciDevice>, u64)> {
         let windows = self.windows.read();
         let (window, slot) = windows.iter().find(|(window, _)| window.contains(&address))?;
-        let device = self.slots.get(*slot)?.as_deref()?;
-        Some((device, address - window.start))
+        Some((self.shown(*slot)?, address - window.start))
     }
 }
 
@@ -352,6 +400,35 @@ mod tests {
         // As firmware moves it: through itself.
         mmio.write(ECAM_START + 0x60, &0xb000_0001u32.to_le_bytes());
         assert_eq!((read(ECAM_START), read(0xb000_0000)), (u32::MAX, 0x29c0_8086));
+    }
+
+    #[test]
+    fn devices_come_and_go_with_their_memory() {
+        let (ports, bridge, _) = ports();
+        let mut mmio = Bus::default();
+        connect(&mut mmio, &ports.root, &bridge);
+        let config = ECAM_START + ((PLAIN_SLOT as u64) << 15);
+        let memory = PciRoot::initial_bar(PLAIN_SLOT);
+        let read = |address: u64| {
+            let mut data = [0; 4];
+            mmio.read(address, &mut data);
+            u32::from_le_bytes(data)
+        };
+        let nothing = (u32::MAX, u32::MAX);
+        let found = (0x5678_1234, 0x0101_0101);
+        for _ in 0..2 {
+            assert_eq!((read(config), read(memory)), nothing);
+            ports.root.attach(PLAIN_SLOT, Arc::new(Plain::new()));
+            mmio.write(config + 4, &[2]);
+            assert_eq!((read(config), read(memory)), found);
+            ports.root.hide(PLAIN_SLOT);
+            mmio.write(config + 4, &[2]);
+            ports.root.find_windows();
+            assert_eq!((read(config), read(memory)), nothing);
+            assert_eq!(ports.root.devices().len(), 2, "it is saved as long as it is there");
+            assert!(ports.root.detach(PLAIN_SLOT).is_some());
+            assert!(ports.root.detach(PLAIN_SLOT).is_none());
+        }
     }
 
     #[test]

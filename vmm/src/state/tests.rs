@@ -8,6 +8,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::*;
 use crate::acpi::panic::PanicDevice;
 use crate::acpi::power::{KeyboardController, PowerDevice};
+use crate::acpi::sci::Sci;
 use crate::bus::IoDevice;
 use crate::chipset::cmos::Cmos;
 use crate::chipset::lpc::LpcBridge;
@@ -16,6 +17,7 @@ use crate::chipset::pm_timer::PmTimer;
 use crate::console::serial::{IrqTrigger, SerialPort};
 use crate::console::server::Output;
 use crate::firmware::fw_cfg::{Content, FwCfgBuilder};
+use crate::hotplug::controller::Controller;
 use crate::interrupts::Interrupts;
 use crate::layout::{GIB, MIB};
 use crate::memory;
@@ -93,7 +95,13 @@ fn subjects() -> Vec<Subject> {
     if let Ok(kvm) = crate::kvm::create(&memory, CpuModel::Host) {
         let interrupts = Arc::new(Interrupts::new(kvm.vm.clone()).unwrap());
         let parts = Parts::new(kvm.vm, memory, interrupts.clone(), 1, BAR).unwrap();
-        all.push(Subject::Io(Box::new(PowerDevice::new(interrupts, lifecycle()))));
+        let sci = Arc::new(Sci::new(interrupts));
+        all.push(Subject::Io(Box::new(PowerDevice::new(sci.clone(), lifecycle()))));
+        let hotplug = Controller::new(2, sci, std::sync::Weak::new());
+        hotplug.plug(2);
+        hotplug.ask(3);
+        hotplug.set_vcpus(3);
+        all.push(Subject::Io(Box::new(hotplug)));
         all.push(Subject::Pci(Box::new(VirtioPci::new(Box::new(Rng::default()), parts).unwrap())));
     }
     all

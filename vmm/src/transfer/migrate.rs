@@ -203,7 +203,7 @@ pub(crate) fn run(
     let core = guard.as_mut().ok_or(TransferError::Ended)?;
     // Of a move that was given up after it had succeeded.
     core.logs.take();
-    let logs = Logs::begin(core.vm.clone(), core.memory.clone(), machine.backends.clone())?;
+    let logs = Logs::begin(core.vm.clone(), core.memory.clone(), machine.attached())?;
     let counted = Counted { to, progress, bytes: 0, broken: false };
     let stream = FrameWriter::new(BufWriter::with_capacity(BUFFER, counted));
     let migrated = Migration { machine, core, logs: &logs, progress }.run(stream, &options)?;

@@ -25,6 +25,7 @@ fn config(dir: &Path) -> VmConfig {
         name: "saved".into(),
         id: Uuid::from_u128(7),
         vcpus: 2,
+        max_vcpus: None,
         cpu_model: Default::default(),
         memory_bytes: 32 << 20,
         boot: Boot::Kernel { kernel, initramfs: None, cmdline: String::new() },

@@ -227,13 +227,7 @@ impl VirtioPci {
         if wanted == inner.doorbells_at {
             return;
         }
-        if let Some(bar) = inner.doorbells_at.take() {
-            for (kick, address) in self.doorbells(bar) {
-                if let Err(error) = self.vm.unregister_ioevent(kick, &address, NoDatamatch) {
-                    tracing::warn!(device = self.id, %error, "doorbell not taken down");
-                }
-            }
-        }
+        self.take_doorbells_down(inner);
         if let Some(bar) = wanted {
             for (kick, address) in self.doorbells(bar) {
                 if let Err(error) = self.vm.register_ioevent(kick, &address, NoDatamatch) {
@@ -242,6 +236,15 @@ impl VirtioPci {
             }
         }
         inner.doorbells_at = wanted;
+    }
+
+    fn take_doorbells_down(&self, inner: &mut Inner) {
+        let Some(bar) = inner.doorbells_at.take() else { return };
+        for (kick, address) in self.doorbells(bar) {
+            if let Err(error) = self.vm.unregister_ioevent(kick, &address, NoDatamatch) {
+                tracing::warn!(device = self.id, %error, "doorbell not taken down");
+            }
+        }
     }
 
     fn doorbells(&self, bar: u64) -> impl Iterator<Item = (&EventFd, IoEventAddress)> {
@@ -258,6 +261,13 @@ impl VirtioPci {
         let length = inner.config.u32_at(self.window_at + 12) as usize;
         (bar == 0 && length == len && matches!(len, 1 | 2 | 4) && offset + len as u64 <= BAR_SIZE)
             .then_some(offset)
+    }
+}
+
+/// KVM has a reference to each doorbell's event: the address is another device's then.
+impl Drop for VirtioPci {
+    fn drop(&mut self) {
+        self.take_doorbells_down(&mut self.inner.lock());
     }
 }
 

@@ -40,6 +40,7 @@ impl Lab {
             name: "tiny".into(),
             id: uuid::Uuid::from_u128(1),
             vcpus,
+            max_vcpus: None,
             cpu_model: Default::default(),
             memory_bytes: 32 << 20,
             boot,

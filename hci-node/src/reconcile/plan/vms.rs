@@ -186,12 +186,13 @@ fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
         let networks = data.applied.as_ref().map_or(&[][..], |config| &config.overlay.networks);
         let mtu = networks.iter().find(|network| network.vni == port.vni).map(|network| network.mtu);
         let mac = vmm::MacAddr(port.mac.octets());
-        Ok(NicConfig { id: format!("nic{index}"), socket: port.socket.clone(), mac, mtu })
+        Ok(NicConfig { id: format!("nic{index}"), socket: port.socket.clone(), mac, mtu, slot: None })
     });
     Ok(VmConfig {
         name: vm.name.clone(),
         id: vm.id.0,
         vcpus: make.vcpus,
+        max_vcpus: None,
         cpu_model: make.cpu_model,
         memory_bytes: make.memory_bytes,
         boot: boot(view, vm)?,
@@ -239,6 +240,7 @@ fn disk(
         socket,
         queues: u16::from(make.vcpus).clamp(1, MAX_DISK_QUEUES),
         readonly: false,
+        slot: None,
     };
     if volume.coordinator != Some(view.me) {
         let standby = data.applied.as_ref().map_or(&[][..], |config| &config.storage.standby);

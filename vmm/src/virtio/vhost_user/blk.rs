@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     fn disk(queues: u16, readonly: bool) -> Disk {
-        Disk(DiskConfig { id: "d".into(), socket: "/d".into(), queues, readonly })
+        Disk(DiskConfig { id: "d".into(), socket: "/d".into(), queues, readonly, slot: None })
     }
 
     fn backend(features: u64, num_queues: u8, max_queues: u16) -> Capabilities {

@@ -71,7 +71,8 @@ mod tests {
     #[test]
     fn address_and_mtu_come_from_the_configuration() {
         let mac = MacAddr([2, 0, 0, 0, 0, 9]);
-        let mut nic = Nic(NicConfig { id: "n".into(), socket: "/n".into(), mac, mtu: Some(1450) });
+        let mut nic =
+            Nic(NicConfig { id: "n".into(), socket: "/n".into(), mac, mtu: Some(1450), slot: None });
         let backend = Capabilities { features: 1 << VIRTIO_NET_F_CSUM, config: vec![], max_queues: 2 };
         let offer = nic.offer(&backend);
         assert_eq!(offer.config, [2, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0xaa, 0x05]);

@@ -102,8 +102,13 @@ impl Bench {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("n.sock");
-        let nic =
-            NicConfig { id: "n".into(), socket: socket.clone(), mac: MacAddr([2, 0, 0, 0, 0, 1]), mtu: None };
+        let nic = NicConfig {
+            id: "n".into(),
+            socket: socket.clone(),
+            mac: MacAddr([2, 0, 0, 0, 0, 1]),
+            mtu: None,
+            slot: None,
+        };
         let worker = WorkerHandle::spawn("n", socket.clone(), Box::new(Nic(nic))).unwrap();
         Self { _dir: dir, socket, worker }
     }
@@ -193,7 +198,7 @@ fn a_backend_that_offers_less_than_promised_is_not_used() {
 fn a_disk_that_has_grown_tells_the_driver_by_a_configuration_interrupt() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("d.sock");
-    let disk = DiskConfig { id: "d".into(), socket: socket.clone(), queues: 1, readonly: false };
+    let disk = DiskConfig { id: "d".into(), socket: socket.clone(), queues: 1, readonly: false, slot: None };
     let worker = WorkerHandle::spawn("d", socket.clone(), Box::new(Disk(disk))).unwrap();
     let sectors = |count: u64| count.to_le_bytes().to_vec();
     let small = Backend::start_with(&socket, VERSION_1, sectors(2048), Marks::Pages);
@@ -320,8 +325,13 @@ fn a_silent_backend_holds_nobody_up() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("silent.sock");
     let listener = UnixListener::bind(&socket).unwrap();
-    let nic =
-        NicConfig { id: "n".into(), socket: socket.clone(), mac: MacAddr([2, 0, 0, 0, 0, 1]), mtu: None };
+    let nic = NicConfig {
+        id: "n".into(),
+        socket: socket.clone(),
+        mac: MacAddr([2, 0, 0, 0, 0, 1]),
+        mtu: None,
+        slot: None,
+    };
     let worker = WorkerHandle::spawn("n", socket, Box::new(Nic(nic))).unwrap();
     let (connection, _) = listener.accept().unwrap();
     assert!(connection.as_raw_fd() >= 0);

@@ -10,7 +10,7 @@
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, OnceLock};
@@ -25,7 +25,7 @@ use super::device::Kind;
 use super::log::DirtyLog;
 use super::session::{Capabilities, Session, SessionError};
 use crate::error::{VmError, resource};
-use crate::handle::{BackendState, DeviceStatus};
+use crate::handle::BackendState;
 use crate::isolation::{ThreadKind, confine_thread};
 use crate::virtio::device::{Activation, ConfigChange, Start};
 
@@ -43,6 +43,14 @@ enum Command {
     Deactivate(SyncSender<()>),
     /// Have the backend mark what it writes, or no more.
     Log(Option<Arc<DirtyLog>>, SyncSender<Result<(), SessionError>>),
+}
+
+/// How a backend is, seen from outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct BackendStatus {
+    pub(crate) backend: BackendState,
+    /// How often it came back after it had been lost.
+    pub(crate) reconnects: u64,
 }
 
 /// What the thread shares with the device and with [`crate::VmHandle`].
@@ -67,10 +75,9 @@ pub(crate) struct Shared {
 
 impl Shared {
     /// How the device is, for [`crate::VmHandle::status`].
-    pub(crate) fn status(&self) -> DeviceStatus {
+    pub(crate) fn status(&self) -> BackendStatus {
         let connected = self.connected.load(Ordering::Acquire);
-        DeviceStatus {
-            id: self.id.clone(),
+        BackendStatus {
             backend: if connected { BackendState::Connected } else { BackendState::Waiting },
             reconnects: self.reconnects.load(Ordering::Acquire),
         }
@@ -78,6 +85,10 @@ impl Shared {
 
     pub(crate) fn id(&self) -> &str {
         &self.id
+    }
+
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
     }
 
     pub(crate) fn kind(&self) -> &dyn Kind {
@@ -109,7 +120,9 @@ impl Shared {
 
     fn send(&self, command: Command) {
         // The driver cannot get ahead: each of its resets waits, and activations come in between only. Neither can who moves the guest.
-        if self.commands.try_send(command).is_err() {
+        let taken = self.commands.try_send(command).is_ok();
+        // The guest may let go of a device whose backend marks what it writes.
+        if !taken && !self.quitting.load(Ordering::SeqCst) {
             tracing::error!(device = self.id, "connection thread does not take commands");
         }
         let _ = self.wake.write(1);
