@@ -75,24 +75,14 @@ impl NodePaths {
         self.run.join("control.sock")
     }
 
-    /// Where the vhost-user-blk sockets are.
-    pub fn block_sockets(&self) -> PathBuf {
-        self.run.join("blk")
-    }
-
     /// The vhost-user-blk socket of a volume, in a directory that only the VMM of its VM sees.
-    pub fn block_socket(&self, volume: VolumeId) -> PathBuf {
-        self.block_sockets().join(volume.to_string()).join("blk.sock")
-    }
-
-    /// Where the vhost-user-net sockets are.
-    pub fn port_sockets(&self) -> PathBuf {
-        self.run.join("net")
+    pub fn block_socket(&self, vm: VmId, volume: VolumeId) -> PathBuf {
+        self.vm(vm).backends().join(socket_name('d', volume.0))
     }
 
     /// The vhost-user-net socket of a port, in a directory that only the VMM of its VM sees.
-    pub fn port_socket(&self, port: PortId) -> PathBuf {
-        self.port_sockets().join(port.to_string()).join("net.sock")
+    pub fn port_socket(&self, vm: VmId, port: PortId) -> PathBuf {
+        self.vm(vm).backends().join(socket_name('n', port.0))
     }
 
     /// Where the records of requests in flight are, which outlive a restart of the data process.
@@ -116,6 +106,12 @@ impl NodePaths {
     }
 }
 
+/// A socket's path has 107 bytes at most, so half of the id has to do. Among the few devices of one VM that is enough.
+fn socket_name(kind: char, id: uuid::Uuid) -> String {
+    let id = id.as_simple().to_string();
+    format!("{kind}{}.sock", &id[..id.len() / 2])
+}
+
 /// The files of one VM's process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmPaths {
@@ -131,6 +127,11 @@ impl VmPaths {
     /// The directory. The VMM may make sockets in it; its records belong to root.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Where the data process makes the sockets of the VM's disks and NICs, those too that come while it runs.
+    pub fn backends(&self) -> PathBuf {
+        self.dir.join("dev")
     }
 
     /// What the VMM is to run.

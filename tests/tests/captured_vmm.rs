@@ -62,6 +62,7 @@ struct World {
     api: TcpListener,
     _sockets: Vec<UnixListener>,
     other: VmPaths,
+    other_vm: VmId,
     backend: PathBuf,
 }
 
@@ -89,19 +90,20 @@ impl World {
         let root = folder.path();
         fs::set_permissions(root, Permissions::from_mode(0o755))?;
         let paths = NodePaths::new(root.join("state"), root.join("run"));
-        let (vm, other) = (VmId::random(), paths.vm(VmId::random()));
+        let (vm, other_vm) = (VmId::random(), VmId::random());
+        let other = paths.vm(other_vm);
         let files = paths.vm(vm);
         fs::create_dir_all(files.dir())?;
         fs::create_dir_all(paths.boot_files())?;
         let kernel = paths.boot_files().join("kernel");
         fs::write(&kernel, tiny::pvh_elf(&GUEST))?;
-        let backend = paths.block_socket(VolumeId::random());
+        let backend = paths.block_socket(vm, VolumeId::random());
         let sockets = [
             paths.control_socket(),
             other.console(),
             other.socket(),
-            paths.block_socket(VolumeId(other_volume())),
-            paths.port_socket(PortId(other_volume())),
+            paths.block_socket(other_vm, VolumeId(other_volume())),
+            paths.port_socket(other_vm, PortId(other_volume())),
             backend.clone(),
         ];
         let mut listeners = sockets.iter().map(|path| open_socket(path)).collect::<Result<Vec<_>>>()?;
@@ -127,6 +129,7 @@ impl World {
             paths,
             vm,
             other,
+            other_vm,
             backend,
         })
     }
@@ -160,13 +163,13 @@ impl World {
             attempt(
                 "another VM's disk",
                 "unix",
-                &text(self.paths.block_socket(VolumeId(other_volume()))),
+                &text(self.paths.block_socket(self.other_vm, VolumeId(other_volume()))),
                 another,
             ),
             attempt(
                 "another VM's NIC",
                 "unix",
-                &text(self.paths.port_socket(PortId(other_volume()))),
+                &text(self.paths.port_socket(self.other_vm, PortId(other_volume()))),
                 another,
             ),
             attempt("a socket without a file", "abstract", &self.vm.to_string(), another),

@@ -271,7 +271,7 @@ fn garbage_on_every_port_harms_nobody() -> Result<()> {
             mac: "02:00:00:00:00:01".parse()?,
             ip: "198.19.0.10".parse()?,
             hostname: "vm".to_owned(),
-            socket: cluster.paths(0).port_sockets().join("port.sock"),
+            socket: cluster.paths(0).run().join("port.sock"),
             standing: PortStanding::Active,
         };
         let network = NetworkConfig {

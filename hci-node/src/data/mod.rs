@@ -137,24 +137,18 @@ async fn wait_for_identity(paths: &NodePaths) -> anyhow::Result<Identity> {
     }
 }
 
-/// Guests' sockets are made in directories that pass their group on, so that the unprivileged VMMs may connect.
 fn make_directories(paths: &NodePaths) -> anyhow::Result<()> {
     for dir in
         [paths.state().to_owned(), paths.run().to_owned(), paths.data(), paths.disks(), paths.inflight()]
     {
         std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     }
-    for dir in [paths.block_sockets(), paths.port_sockets()] {
-        std::fs::create_dir_all(&dir)
-            .and_then(|()| give_to_vmms(&dir))
-            .with_context(|| format!("cannot make {} for the group {VMM_GROUP}", dir.display()))?;
-    }
     // Sockets get the permissions that the umask leaves: connecting needs the right to write.
     nix::sys::stat::umask(nix::sys::stat::Mode::S_IRWXO);
     Ok(())
 }
 
-/// Makes the directory of a guest's socket, unless it is there.
+/// Makes the directory of a guest's socket, unless it is there. It passes its group on, so that the unprivileged VMM may connect.
 pub fn make_socket_directory(socket: &Path) -> std::io::Result<()> {
     let Some(dir) = socket.parent() else { return Ok(()) };
     if dir.is_dir() {

@@ -12,6 +12,7 @@ use tokio::{sync::Notify, task::JoinSet};
 use super::{
     boot_files,
     cluster::{Cluster, ProposeError},
+    machine::Adaptation,
     observed::Vcpus,
     peers::{self, HasBootFile, Holding},
     plan::Action,
@@ -206,6 +207,9 @@ impl Tools {
                 return Ok(Remember::Vcpus(vm, epoch, Vcpus::Running));
             }
             Action::MigrateVm { vm, migration } => self.migrate_vm(vm, migration).await?,
+            Action::AdaptVm { vm, epoch, join, leave, shape } => {
+                self.adapt(Adaptation { vm, epoch, join, leave, shape }).await?;
+            }
             Action::PressPowerButton { vm, epoch } => {
                 self.shut_down(vm).await?;
                 return Ok(Remember::Pressed(vm, epoch));

@@ -54,7 +54,7 @@ impl CommitServer {
     fn access(&self, volume: &Volume) -> Access {
         let state = self.cluster.state().borrow().clone();
         match state.volume_use(volume) {
-            VolumeUse::Guest(_) => Access::VhostUser { socket: self.paths.block_socket(volume.id) },
+            VolumeUse::Guest(vm) => Access::VhostUser { socket: self.paths.block_socket(vm, volume.id) },
             VolumeUse::Internal | VolumeUse::Nothing => Access::Internal,
         }
     }

@@ -34,6 +34,7 @@ pub mod commits;
 pub mod console;
 mod executor;
 pub mod link;
+mod machine;
 mod moving;
 pub mod observed;
 pub mod peers;

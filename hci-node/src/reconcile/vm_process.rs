@@ -139,12 +139,8 @@ pub struct Contents {
 pub fn start(paths: &NodePaths, run: &RunFile, contents: &Contents) -> io::Result<tokio::process::Child> {
     let vm = paths.vm(run.vm);
     make_directory(paths, &vm)?;
-    let disks = run.config.disks.iter().map(|disk| &disk.socket);
-    let nics = run.config.nics.iter().map(|nic| &nic.socket);
-    for socket in disks.chain(nics) {
-        // The VMM sees this directory, with what is made in it later, or nothing.
-        data::make_socket_directory(socket)?;
-    }
+    // The VMM sees this directory, with what is made in it later, or nothing.
+    data::make_socket_directory(&vm.backends().join("any"))?;
     // Nothing of an earlier run may be taken for this one's.
     for stale in [vm.exit(), vm.socket(), vm.console(), vm.agent(), vm.variables()] {
         remove_if_there(&stale)?;

@@ -11,6 +11,7 @@
 //! itself, as making a device's thread, the main thread does for it.
 
 pub mod jail;
+mod machine;
 pub mod protocol;
 pub mod record;
 pub mod saved;
@@ -31,9 +32,10 @@ use tokio_util::sync::CancellationToken;
 use vmm::{ExitReason, MigrationProgress, Vm, VmError, VmHandle, VmState};
 
 use self::{
+    machine::Making,
     protocol::{
-        AwaitGuest, BringFlow, BringState, FetchState, GuestState, Kill, Migrate, Pause, PowerButton, Reset,
-        Resume, Save, StateFlow, Status, VmmCall, VmmStatus,
+        AwaitGuest, BringFlow, BringState, FetchState, GuestState, Kill, Migrate, Pause, Plug, PowerButton,
+        Reset, Reshape, Resume, Save, StateFlow, Status, Unplug, VmmCall, VmmStatus,
     },
     record::{Begin, Ended, ExitFile, ExitRecord, RunFile, RunLock},
     saved::{Brought, Fetched, Incoming, Next},
@@ -147,9 +149,9 @@ struct Machine {
     made: watch::Sender<bool>,
 }
 
-#[derive(Default)]
 struct Now {
     handle: Option<VmHandle>,
+    making: Making,
     resets: u32,
     /// How far the last migration is.
     migration: Option<Arc<MigrationProgress>>,
@@ -167,7 +169,13 @@ fn run_to_the_end(paths: &VmPaths, run: &RunFile) -> Ended {
     };
     let machine = Arc::new(Machine {
         run: run.clone(),
-        now: Mutex::default(),
+        now: Mutex::new(Now {
+            handle: None,
+            making: Making::new(run.config.clone()),
+            resets: 0,
+            migration: None,
+            kill: false,
+        }),
         fetched: Default::default(),
         brought: tokio::sync::Mutex::new(brought),
         made: watch::Sender::new(false),
@@ -189,7 +197,7 @@ fn run_to_the_end(paths: &VmPaths, run: &RunFile) -> Ended {
 fn run_guests(machine: &Machine, mut incoming: Option<Incoming>) -> Ended {
     loop {
         let started = Instant::now();
-        let config = machine.run.config.clone();
+        let config = machine.now.lock().making.next();
         let made = match incoming.take() {
             Some(mut state) => Vm::restore(config, &mut state),
             None => Vm::start(config),
@@ -303,6 +311,18 @@ impl Machine {
                 let _ = self.made.subscribe().wait_for(|made| *made).await;
                 Ok(Response::new(&())?)
             }
+            Plug::METHOD => {
+                self.plug(request.decode()?).await?;
+                Ok(Response::new(&())?)
+            }
+            Unplug::METHOD => {
+                self.unplug(request.decode()?)?;
+                Ok(Response::new(&())?)
+            }
+            Reshape::METHOD => {
+                self.reshape(request.decode()?).await?;
+                Ok(Response::new(&())?)
+            }
             FetchState::METHOD => self.fetch(request.decode()?).await,
             BringState::METHOD => {
                 self.bring(request.decode()?, request.bulk).await?;
@@ -326,7 +346,8 @@ impl Machine {
             None => taken.map_or(GuestState::Starting, GuestState::Restoring),
         };
         let migration = now.migration.as_ref().map(|progress| progress.snapshot());
-        VmmStatus { vm: self.run.vm, epoch: self.run.epoch, guest, resets: now.resets, migration }
+        let machine = now.handle.as_ref().map(|guest| Self::seen(guest, &now.making));
+        VmmStatus { vm: self.run.vm, epoch: self.run.epoch, guest, resets: now.resets, migration, machine }
     }
 
     fn kill(&self) {

@@ -5,9 +5,9 @@ use std::{path::Path, time::Duration};
 use bytes::Bytes;
 use netfabric::rpc::{CallError, Request, call_unix};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use vmm::{MigrationOptions, MigrationSnapshot};
+use vmm::{DeviceConfig, MigrationOptions, MigrationSnapshot};
 
-use crate::state::{RunEpoch, VmId};
+use crate::state::{RunEpoch, Shape, VmId};
 
 /// A VMM on the same machine answers at once or not at all.
 const DEADLINE: Duration = Duration::from_secs(2);
@@ -63,6 +63,27 @@ pub struct Migrate {
 /// Answers when there is a guest: at once, or when it was made from the state that was brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AwaitGuest;
+
+/// Adds a disk or NIC to the guest that runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plug {
+    /// Which.
+    pub device: DeviceConfig,
+}
+
+/// Asks the guest to let go of a disk or NIC; [`VmmStatus`] has it no more when it has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unplug {
+    /// What it is called.
+    pub id: String,
+}
+
+/// Makes the guest's machine that large: processors at once, memory as its guest takes it or gives it back ([`VmmStatus`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reshape {
+    /// How large.
+    pub shape: Shape,
+}
 
 /// Fetches the next piece of the state, which comes as bulk data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -134,6 +155,23 @@ impl VmmCall for AwaitGuest {
     const DEADLINE: Duration = SLOW;
 }
 
+impl VmmCall for Plug {
+    const METHOD: u16 = 0x030c;
+    type Reply = ();
+    const DEADLINE: Duration = SLOW;
+}
+
+impl VmmCall for Unplug {
+    const METHOD: u16 = 0x030d;
+    type Reply = ();
+}
+
+impl VmmCall for Reshape {
+    const METHOD: u16 = 0x030e;
+    type Reply = ();
+    const DEADLINE: Duration = SLOW;
+}
+
 impl VmmCall for FetchState {
     const METHOD: u16 = 0x0308;
     type Reply = StateFlow;
@@ -167,7 +205,7 @@ impl VmmCall for Kill {
 }
 
 /// What a VMM does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmmStatus {
     /// The VM.
     pub vm: VmId,
@@ -179,6 +217,17 @@ pub struct VmmStatus {
     pub resets: u32,
     /// How far the guest's last migration is, or came.
     pub migration: Option<MigrationSnapshot>,
+    /// What its machine has, when there is one.
+    pub machine: Option<MachineStatus>,
+}
+
+/// What a guest's machine has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineStatus {
+    /// How large it is.
+    pub shape: Shape,
+    /// What its disks and NICs are called.
+    pub devices: Vec<String>,
 }
 
 /// Whether there is a guest.

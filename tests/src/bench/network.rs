@@ -102,7 +102,7 @@ fn attach_guests(cluster: &mut DataCluster, guests: &[Namespace; 2], mtu: u16) -
     let mut taps = Vec::new();
     for (index, guest) in guests.iter().enumerate() {
         let id = PortId::random();
-        let socket = cluster.paths(index).port_sockets().join(format!("{id}.sock"));
+        let socket = cluster.paths(index).run().join(format!("{id}.sock"));
         let network = NetworkConfig {
             vni,
             subnet: "198.19.0.0/24".parse()?,

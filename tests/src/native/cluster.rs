@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use hci_node::data::client::{DataClient, QUICK, SLOW};
 use hci_node::data::disks::keyring::Keyring;
 use hci_node::data::protocol::{FormatDisk, Metrics, NodeSecret, PeerConfig, Wipe};
-use hci_node::{paths::NodePaths, state};
+use hci_node::paths::NodePaths;
 use netfabric::NodeId;
 use netfabric::overlay::OverlayConfig;
 use netfabric::pki::ClusterCa;
@@ -405,7 +405,7 @@ impl DataCluster {
 
     /// The vhost-user-blk socket of the volume when it is open on that node.
     pub fn socket(&self, node: usize) -> PathBuf {
-        self.nodes[node].paths.block_socket(state::VolumeId(self.volume.0))
+        self.nodes[node].paths.run().join(format!("{}.sock", self.volume.0))
     }
 
     /// Gives a node its part of the overlay.

@@ -2,6 +2,7 @@
 
 mod cloud_init;
 pub mod cluster;
+pub mod devices;
 pub mod disk;
 pub mod event;
 mod exec;

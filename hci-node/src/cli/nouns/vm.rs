@@ -8,7 +8,7 @@ use hyper::Method;
 use serde_json::{Value, json};
 use vmm::CpuModel;
 
-use super::{Context, cloud_init::CloudInitArgs, exec, object_path, say, snapshot};
+use super::{Context, cloud_init::CloudInitArgs, devices, exec, object_path, say, snapshot};
 use crate::cli::completion::names;
 use crate::cli::console;
 use crate::cli::exit::{CliError, Exit};
@@ -33,7 +33,7 @@ pub enum Verb {
         after_help = "Examples:\n  hci vm create web1 --image debian12 --disk 40GiB --network lan\n  hci vm create web2 --image debian12 --cpu 4 --memory 8GiB --disk 40GiB --network lan --ssh-key ~/.ssh/id_ed25519.pub\nAPI: POST /v1/vms"
     )]
     Create(Box<CreateArgs>),
-    /// Change a VM: what it is made of from its next run on, and what becomes of it after a crash.
+    /// Change a VM. One that runs gets more CPUs, and more or less memory, at once as far as it can, and the rest with its next start.
     #[command(
         after_help = "Examples:\n  hci vm set web1 --memory 16GiB --cpu 8\n  hci vm set web1 --after-crash stop\nAPI: PATCH /v1/vms/NAME"
     )]
@@ -53,6 +53,12 @@ pub enum Verb {
         /// Whether it is started again after a crash or stays off.
         #[arg(long, value_parser = ["restart", "stop"])]
         after_crash: Option<String>,
+        /// The most CPUs that it can get while it runs, from its next start on.
+        #[arg(long, value_parser = clap::value_parser!(u8).range(1..=128))]
+        max_cpu: Option<u8>,
+        /// The most memory that it can get while it runs, from its next start on.
+        #[arg(long, value_parser = parse_size)]
+        max_memory: Option<u64>,
     },
     /// Start a VM. A suspended one goes on where it was.
     #[command(
@@ -165,6 +171,18 @@ pub enum Verb {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// Disks of a VM, which come and go while it runs.
+    Disk {
+        /// What to do.
+        #[command(subcommand)]
+        verb: devices::DiskVerb,
+    },
+    /// NICs of a VM, which come and go while it runs.
+    Nic {
+        /// What to do.
+        #[command(subcommand)]
+        verb: devices::NicVerb,
+    },
     /// Points in time of all disks of a VM.
     Snapshot {
         /// What to do.
@@ -217,6 +235,12 @@ pub struct CreateArgs {
     /// Whether it is started again after a crash or stays off.
     #[arg(long, default_value = "restart", value_parser = ["restart", "stop"])]
     after_crash: String,
+    /// The most CPUs that it can get while it runs; four times as many as it starts with if not given.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=128))]
+    max_cpu: Option<u8>,
+    /// The most memory that it can get while it runs; four times as much as it starts with, 64 GiB more at most, if not given.
+    #[arg(long, value_parser = parse_size)]
+    max_memory: Option<u64>,
     /// Create it only.
     #[arg(long)]
     no_start: bool,
@@ -225,7 +249,7 @@ pub struct CreateArgs {
     cloud_init: CloudInitArgs,
 }
 
-const COLUMNS: &[Column] = &[
+pub(super) const COLUMNS: &[Column] = &[
     column("NAME", "/name"),
     column("STATE", "/state"),
     column("NODE", "/node"),
@@ -257,6 +281,8 @@ pub async fn run(context: &Context, verb: Verb) -> Result<ExitCode, CliError> {
                 node,
                 cmdline,
                 after_crash,
+                max_cpu,
+                max_memory,
                 no_start,
                 cloud_init,
             } = *args;
@@ -269,14 +295,15 @@ pub async fn run(context: &Context, verb: Verb) -> Result<ExitCode, CliError> {
             let body = json!({
                 "name": name, "image": image, "vcpus": cpu, "cpu_model": cpu_model, "memory_bytes": memory, "disks": disks,
                 "networks": network, "node": node, "cmdline": cmdline, "after_crash": after_crash, "stopped": no_start,
-                "cloud_init": cloud_init.body()?,
+                "cloud_init": cloud_init.body()?, "max_vcpus": max_cpu, "max_memory_bytes": max_memory,
             });
             let answer = context.client.post("/v1/vms", &body).await?;
             context.change(answer, "/v1/vms", &name, COLUMNS).await
         }
-        Verb::Set { name, cpu, cpu_model, memory, after_crash } => {
+        Verb::Set { name, cpu, cpu_model, memory, after_crash, max_cpu, max_memory } => {
             let body = json!({
                 "vcpus": cpu, "cpu_model": cpu_model, "memory_bytes": memory, "after_crash": after_crash,
+                "max_vcpus": max_cpu, "max_memory_bytes": max_memory,
             });
             let answer =
                 context.client.json(Method::PATCH, &object_path("/v1/vms", &name), Some(&body)).await?;
@@ -317,6 +344,8 @@ pub async fn run(context: &Context, verb: Verb) -> Result<ExitCode, CliError> {
             say(&format!("attached to {name}; Ctrl-] detaches"));
             console::attach(&context.client, &path).await
         }
+        Verb::Disk { verb } => devices::run_disk(context, verb).await,
+        Verb::Nic { verb } => devices::run_nic(context, verb).await,
         Verb::Snapshot { verb } => snapshot::run_vm(context, verb).await,
         Verb::Delete { name } => {
             context

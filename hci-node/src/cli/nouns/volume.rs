@@ -5,7 +5,7 @@ use hyper::Method;
 use serde_json::{Value, json};
 
 use super::export::{self, ExportArgs};
-use super::{Context, object_path, snapshot};
+use super::{Context, devices, object_path, snapshot};
 use crate::cli::client::segment;
 use crate::cli::completion::names;
 use crate::cli::exit::CliError;
@@ -101,6 +101,30 @@ pub enum Verb {
         #[arg(long)]
         snapshot: String,
     },
+    /// Give a volume that nobody has to a VM as a further disk, also while the VM runs.
+    #[command(
+        after_help = "Examples:\n  hci volume attach data1 web1\n  hci volume attach data1 web1 -o json\nAPI: POST /v1/vms/NAME/disks"
+    )]
+    Attach {
+        /// The volume's name or id.
+        #[arg(add = names("/v1/volumes"))]
+        name: String,
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
+        vm: String,
+    },
+    /// Take a volume back from a VM; it keeps its data. While the VM runs, its guest lets go of it first.
+    #[command(
+        after_help = "Examples:\n  hci volume detach data1 web1\n  hci volume detach data1 web1 --no-wait\nAPI: POST /v1/vms/NAME/disks/VOLUME/detach"
+    )]
+    Detach {
+        /// The volume's name or id.
+        #[arg(add = names("/v1/volumes"))]
+        name: String,
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
+        vm: String,
+    },
     /// Points in time that a volume can go back to, or be cloned from.
     Snapshot {
         /// What to do.
@@ -159,6 +183,8 @@ const COLUMNS: &[Column] = &[
 /// Runs a verb of `hci volume`.
 pub async fn run(context: &Context, verb: Verb) -> Result<(), CliError> {
     match verb {
+        Verb::Attach { name, vm } => devices::attach(context, &name, &vm).await,
+        Verb::Detach { name, vm } => devices::detach(context, &name, &vm, false).await,
         Verb::List => context.list("/v1/volumes", COLUMNS).await,
         Verb::Get { name } => context.show("/v1/volumes", &name).await,
         Verb::Export { name, snapshot, to } => {

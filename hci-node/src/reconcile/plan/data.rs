@@ -37,7 +37,7 @@ pub fn plan(view: View<'_>, actions: &mut Vec<Action>) -> Option<DataConfig> {
                 volumes.extend(present.filter(|there| VolumeId::from(there.id) == volume.id).cloned());
                 continue;
             }
-            VolumeUse::Guest(_) => Access::VhostUser { socket: view.paths.block_socket(volume.id) },
+            VolumeUse::Guest(vm) => Access::VhostUser { socket: view.paths.block_socket(vm, volume.id) },
             VolumeUse::Internal => Access::Internal,
             VolumeUse::Nothing => {
                 plan_close(volume, data, actions);
@@ -75,15 +75,15 @@ fn is_handed_over(view: View<'_>, vm: VmId, volume: &Volume, data: &DataView) ->
 
 /// Volumes of VMs that are about to arrive: their sockets are served before they are open here.
 fn standby(view: View<'_>) -> Vec<StandbyConfig> {
-    let disks = view.state.vms_arriving(view.me).flat_map(|(vm, _)| &vm.disks);
-    let volumes = disks.filter_map(|disk| view.state.volumes.get(disk));
-    let here = |volume: &&Volume| volume.coordinator != Some(view.me);
+    let arriving = view.state.vms_arriving(view.me);
+    let disks = arriving.flat_map(|(vm, _)| vm.disks.iter().map(|disk| (vm.id, disk)));
+    let volumes = disks.filter_map(|(vm, disk)| Some((vm, view.state.volumes.get(disk)?)));
     volumes
-        .filter(here)
-        .map(|volume| StandbyConfig {
+        .filter(|(_, volume)| volume.coordinator != Some(view.me))
+        .map(|(vm, volume)| StandbyConfig {
             id: volume.id.into(),
             size: ByteSize(volume.size_bytes),
-            socket: view.paths.block_socket(volume.id),
+            socket: view.paths.block_socket(vm, volume.id),
         })
         .collect()
 }
@@ -374,7 +374,7 @@ fn port_config(view: View<'_>, vm: &Vm, port: &Port, standing: PortStanding) -> 
         mac: port.mac.into(),
         ip: port.ip,
         hostname: vm.name.clone(),
-        socket: view.paths.port_socket(port.id),
+        socket: view.paths.port_socket(vm.id, port.id),
         standing,
     })
 }

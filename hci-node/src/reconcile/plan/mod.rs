@@ -22,7 +22,7 @@ mod tests;
 use std::path::PathBuf;
 
 use storage::KeySalt;
-use vmm::VmConfig;
+use vmm::{DeviceConfig, VmConfig};
 
 use super::observed::{Observed, Standing, Vcpus};
 use crate::{
@@ -30,8 +30,8 @@ use crate::{
     paths::NodePaths,
     state::{
         BootFile, Cleanliness, CloudInit, ClusterState, DiskId, FirmwareVariables, Generation, ImageId,
-        ImagePart, LayerRef, Migration, NodeId, RunEpoch, SegmentIndex, TaskId, VmExit, VmId, VolumeId,
-        WipePolicy, report::VmReport,
+        ImagePart, LayerRef, Migration, NodeId, RunEpoch, SegmentIndex, Shape, TaskId, VmDevice, VmExit,
+        VmId, VolumeId, WipePolicy, report::VmReport,
     },
     vmm_role::record::{Begin, Ended},
 };
@@ -228,6 +228,19 @@ pub enum Action {
         /// Which run, and where to.
         migration: Migration,
     },
+    /// Bring a run's machine to what it is to have, and tell the cluster of each thing that is done.
+    AdaptVm {
+        /// The VM.
+        vm: VmId,
+        /// Which run.
+        epoch: RunEpoch,
+        /// Devices that it is to get.
+        join: Vec<(VmDevice, DeviceConfig)>,
+        /// Devices that its guest is to let go of, and what its VMM calls them.
+        leave: Vec<(VmDevice, String)>,
+        /// How large it is to be.
+        shape: Option<Shape>,
+    },
     /// Press a VM's power button.
     PressPowerButton {
         /// The VM.
@@ -285,6 +298,8 @@ pub enum ActionKey {
     Spread(ImageId, ImagePart),
     /// A VM's process.
     Vm(VmId),
+    /// What a VM's machine has, which a guest may keep waiting for ever.
+    Machine(VmId),
     /// The end of a VM's process by force, which waits for nothing else about it.
     Kill(VmId),
 }
@@ -305,6 +320,7 @@ impl Action {
             Self::RemoveBootFile { file } => ActionKey::BootFile(*file),
             Self::SpreadBootFile { image, part, .. } => ActionKey::Spread(*image, *part),
             Self::KillVm { vm, .. } => ActionKey::Kill(*vm),
+            Self::AdaptVm { vm, .. } => ActionKey::Machine(*vm),
             Self::StartVm { vm, .. }
             | Self::SetVcpus { vm, .. }
             | Self::SaveVm { vm, .. }

@@ -10,14 +10,14 @@
 use std::time::Duration;
 
 use storage::config::Access;
-use vmm::{Boot, DiskConfig, NicConfig, VmConfig};
+use vmm::{Boot, DeviceConfig, DiskConfig, NicConfig, VmConfig};
 
 use super::{Action, View, data};
 use crate::{
     reconcile::observed::{DataView, Observed, Run, RunPhase, Vcpus},
     state::{
-        Assignment, DesiredRun, ImagePart, Make, RunEpoch, StopMode, SuspensionStage, Vm, VmExit, VmId,
-        VolumeId,
+        Assignment, DesiredRun, DeviceStage, ImagePart, Make, PortId, RunEpoch, StopMode, SuspensionStage,
+        Vm, VmDevice, VmExit, VmId, VolumeId,
         report::{VmReport, VmRunState},
     },
     vmm_role::record::{Begin, Ended},
@@ -40,6 +40,7 @@ pub fn kill_all(observed: &Observed) -> Vec<Action> {
 pub fn plan(view: View<'_>, actions: &mut Vec<Action>) {
     for (vm, run) in &view.observed.runs {
         actions.extend(plan_run(view, *vm, run));
+        actions.extend(plan_machine(view, *vm, run));
     }
     for vm in view.state.vms_on(view.me) {
         if let Some(assignment) = vm.assignment
@@ -113,6 +114,33 @@ fn plan_run(view: View<'_>, id: VmId, run: &Run) -> Option<Action> {
     }
 }
 
+/// A run that goes on gets what its VM was given since, and loses what was taken from it.
+fn plan_machine(view: View<'_>, id: VmId, run: &Run) -> Option<Action> {
+    let vm = assigned(view, id, run.epoch).filter(|vm| stop_mode(vm, run.epoch).is_none())?;
+    if !matches!(run.phase, RunPhase::Alive { .. }) || vm.migration.is_some() || vm.suspension.is_some() {
+        return None;
+    }
+    let data = view.observed.data.as_ref()?;
+    let make = vm.assignment?.make;
+    let (mut join, mut leave) = (Vec::new(), Vec::new());
+    for (device, place) in vm.devices_under_way() {
+        if place.stage != DeviceStage::Joining {
+            leave.extend(self::place(vm, device).map(|(_, name)| (device, name)));
+            continue;
+        }
+        // One whose backend is not there yet comes with a later plan.
+        let config = match device {
+            VmDevice::Disk(volume) => disk(view, data, vm, make, volume).map(DeviceConfig::Disk),
+            VmDevice::Nic(port) => nic(data, vm, port).map(DeviceConfig::Nic),
+        };
+        join.extend(config.map(|config| (device, config)));
+    }
+    if join.is_empty() && leave.is_empty() && vm.reshaping.is_none() {
+        return None;
+    }
+    Some(Action::AdaptVm { vm: id, epoch: run.epoch, join, leave, shape: vm.reshaping })
+}
+
 /// A run that is to go on: held or not, written, or made from what was written.
 fn plan_vcpus(view: View<'_>, vm: &Vm, epoch: RunEpoch, vcpus: Option<Vcpus>) -> Option<Action> {
     let id = vm.id;
@@ -177,17 +205,13 @@ fn start(view: View<'_>, vm: &Vm, epoch: RunEpoch, begin: Begin) -> Option<Actio
 fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
     let data = view.observed.data.as_ref().ok_or("the data process is away")?;
     let make = vm.assignment.map_or(vm.make(), |run| run.make);
-    let disks =
-        vm.disks.iter().zip(0..).map(|(volume, index): (_, u32)| disk(view, data, make, *volume, index));
-    let nics = vm.ports.iter().zip(0..).map(|(port, index): (_, u32)| {
-        let applied = data.applied.as_ref().map_or(&[][..], |config| &config.overlay.ports);
-        let port =
-            applied.iter().find(|there| there.id == (*port).into()).ok_or("its network ports are made")?;
-        let networks = data.applied.as_ref().map_or(&[][..], |config| &config.overlay.networks);
-        let mtu = networks.iter().find(|network| network.vni == port.vni).map(|network| network.mtu);
-        let mac = vmm::MacAddr(port.mac.octets());
-        Ok(NicConfig { id: format!("nic{index}"), socket: port.socket.clone(), mac, mtu, slot: None })
-    });
+    let stays = |device: &VmDevice| {
+        vm.devices.get(device).filter(|place| !matches!(place.stage, DeviceStage::Leaving(_))).is_some()
+    };
+    let disks = vm.disks.iter().filter(|disk| stays(&VmDevice::Disk(**disk)));
+    let disks = disks.map(|volume| disk(view, data, vm, make, *volume));
+    let nics = vm.ports.iter().filter(|port| stays(&VmDevice::Nic(**port)));
+    let nics = nics.map(|port| nic(data, vm, *port));
     Ok(VmConfig {
         name: vm.name.clone(),
         id: vm.id.0,
@@ -227,20 +251,40 @@ fn boot(view: View<'_>, vm: &Vm) -> Result<Boot, String> {
     Ok(Boot::Kernel { kernel, initramfs: file(ImagePart::Initramfs)?, cmdline })
 }
 
+/// The slot of a device of a VM, and what its VMM calls it.
+fn place(vm: &Vm, device: VmDevice) -> Result<(u8, String), String> {
+    let slot = vm.devices.get(&device).ok_or("one of its devices has no slot")?.slot;
+    Ok(match device {
+        VmDevice::Disk(_) => (slot, format!("disk{slot}")),
+        VmDevice::Nic(_) => (slot, format!("nic{slot}")),
+    })
+}
+
+fn nic(data: &DataView, vm: &Vm, port: PortId) -> Result<NicConfig, String> {
+    let (slot, id) = place(vm, VmDevice::Nic(port))?;
+    let applied = data.applied.as_ref().map(|config| &config.overlay).ok_or("its network ports are made")?;
+    let port =
+        applied.ports.iter().find(|there| there.id == port.into()).ok_or("its network ports are made")?;
+    let mtu = applied.networks.iter().find(|network| network.vni == port.vni).map(|network| network.mtu);
+    let mac = vmm::MacAddr(port.mac.octets());
+    Ok(NicConfig { id, socket: port.socket.clone(), mac, mtu, slot: Some(slot) })
+}
+
 fn disk(
     view: View<'_>,
     data: &DataView,
+    vm: &Vm,
     make: Make,
     volume: VolumeId,
-    index: u32,
 ) -> Result<DiskConfig, String> {
+    let (slot, id) = place(vm, VmDevice::Disk(volume))?;
     let volume = view.state.volumes.get(&volume).ok_or("one of its volumes is gone")?;
     let config = |socket| DiskConfig {
-        id: format!("disk{index}"),
+        id,
         socket,
         queues: u16::from(make.vcpus).clamp(1, MAX_DISK_QUEUES),
         readonly: false,
-        slot: None,
+        slot: Some(slot),
     };
     if volume.coordinator != Some(view.me) {
         let standby = data.applied.as_ref().map_or(&[][..], |config| &config.storage.standby);

@@ -35,7 +35,7 @@ fn an_assigned_vm_is_configured_and_started_when_all_is_there() {
     assert_eq!(config.storage.volumes[0].clean, CleanState::Clean);
     assert_eq!(
         config.storage.volumes[0].access,
-        Access::VhostUser { socket: paths().block_socket(volume()) }
+        Access::VhostUser { socket: paths().block_socket(vm(), volume()) }
     );
     assert_eq!((config.overlay.ports.len(), config.overlay.networks.len()), (1, 1));
     assert_eq!(config.peers.len(), 2);
@@ -49,7 +49,7 @@ fn an_assigned_vm_is_configured_and_started_when_all_is_there() {
         panic!("{:?}", ready.actions)
     };
     assert_eq!(*started, vm());
-    assert_eq!(config.disks[0].socket, paths().block_socket(volume()));
+    assert_eq!(config.disks[0].socket, paths().block_socket(vm(), volume()));
     assert_eq!(config.nics[0].mtu, Some(1500));
     assert!(matches!(&config.boot, vmm::Boot::Kernel { cmdline, .. } if cmdline == "console=ttyS0"));
     assert_eq!(

@@ -1,0 +1,94 @@
+//! Brings the machine of a run to what the cluster says that it is to have: devices come and go, it grows and shrinks.
+//!
+//! Whatever is done is told to the cluster at once, each thing by itself. What the guest has still to do (let go of a device, give memory back) is
+//! looked for a moment, and the guest is asked again with the next attempt.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use vmm::DeviceConfig;
+
+use super::actions::{ActionError, Tools, vmm};
+use crate::{
+    paths::VmPaths,
+    state::{Op, RunEpoch, Shape, VmDevice, VmId},
+    vmm_role::protocol::{self, MachineStatus, Plug, Reshape, Status, Unplug},
+};
+
+/// How long the guest is watched before it is asked again.
+const PATIENCE: Duration = Duration::from_secs(3);
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What a run's machine is to have.
+pub(super) struct Adaptation {
+    pub(super) vm: VmId,
+    pub(super) epoch: RunEpoch,
+    /// Devices that it is to get.
+    pub(super) join: Vec<(VmDevice, DeviceConfig)>,
+    /// Devices that its guest is to let go of, and what the VMM calls them.
+    pub(super) leave: Vec<(VmDevice, String)>,
+    /// How large it is to be.
+    pub(super) shape: Option<Shape>,
+}
+
+impl Tools {
+    pub(super) async fn adapt(&self, wanted: Adaptation) -> Result<(), ActionError> {
+        let Adaptation { vm, epoch, join, leave, shape } = wanted;
+        let files = self.paths.vm(vm);
+        let has = self.machine(&files).await?.devices;
+        for (device, config) in join {
+            if !has.iter().any(|id| id == config.id()) {
+                protocol::call(&files.socket(), &Plug { device: config }).await.map_err(vmm)?;
+            }
+            self.propose(Op::DeviceJoined { vm, epoch, device }).await?;
+        }
+        for (_, id) in leave.iter().filter(|(_, id)| has.contains(id)) {
+            protocol::call(&files.socket(), &Unplug { id: id.clone() }).await.map_err(vmm)?;
+        }
+        if let Some(shape) = shape {
+            protocol::call(&files.socket(), &Reshape { shape }).await.map_err(vmm)?;
+        }
+        self.watch(vm, epoch, leave, shape).await
+    }
+
+    /// Tells the cluster of what the guest does, as it does it.
+    async fn watch(
+        &self,
+        vm: VmId,
+        epoch: RunEpoch,
+        mut leave: Vec<(VmDevice, String)>,
+        mut shape: Option<Shape>,
+    ) -> Result<(), ActionError> {
+        let files = self.paths.vm(vm);
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let machine = self.machine(&files).await?;
+            let (gone, left): (Vec<_>, Vec<_>) =
+                leave.into_iter().partition(|(_, id)| !machine.devices.contains(id));
+            leave = left;
+            for (device, _) in gone {
+                self.propose(Op::DeviceLeft { vm, epoch, device }).await?;
+            }
+            if let Some(to) = shape.take_if(|to| machine.shape == *to) {
+                self.propose(Op::VmReshaped { vm, epoch, shape: to }).await?;
+            }
+            match (leave.first(), shape) {
+                (None, None) => return Ok(()),
+                _ if Instant::now() < until => sleep(LOOK).await,
+                (Some((_, id)), _) => {
+                    return Err(ActionError::NotYet(format!("the guest does not let go of {id}")));
+                }
+                (None, Some(_)) => {
+                    return Err(ActionError::NotYet(
+                        "the guest has not taken or given the memory".to_owned(),
+                    ));
+                }
+            }
+        }
+    }
+
+    async fn machine(&self, files: &VmPaths) -> Result<MachineStatus, ActionError> {
+        let status = protocol::call(&files.socket(), &Status).await.map_err(vmm)?;
+        status.machine.ok_or_else(|| ActionError::NotYet("the guest is just being made".to_owned()))
+    }
+}
