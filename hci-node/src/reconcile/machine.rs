@@ -5,13 +5,14 @@
 
 use std::time::Duration;
 
+use netfabric::rpc::CallError;
 use tokio::time::{Instant, sleep};
 use vmm::DeviceConfig;
 
 use super::actions::{ActionError, Tools, vmm};
 use crate::{
     paths::VmPaths,
-    state::{Op, RunEpoch, Shape, VmDevice, VmId},
+    state::{Goal, Op, RunEpoch, Shape, TaskState, VmDevice, VmId},
     vmm_role::protocol::{self, MachineStatus, Plug, Reshape, Status, Unplug},
 };
 
@@ -38,17 +39,39 @@ impl Tools {
         let has = self.machine(&files).await?.devices;
         for (device, config) in join {
             if !has.iter().any(|id| id == config.id()) {
-                protocol::call(&files.socket(), &Plug { device: config }).await.map_err(vmm)?;
+                let plugged = protocol::call(&files.socket(), &Plug { device: config }).await;
+                self.or_say(&Goal::DeviceSettled(vm, device), plugged).await?;
             }
             self.propose(Op::DeviceJoined { vm, epoch, device }).await?;
         }
-        for (_, id) in leave.iter().filter(|(_, id)| has.contains(id)) {
-            protocol::call(&files.socket(), &Unplug { id: id.clone() }).await.map_err(vmm)?;
+        for (device, id) in leave.iter().filter(|(_, id)| has.contains(id)) {
+            let asked = protocol::call(&files.socket(), &Unplug { id: id.clone() }).await;
+            self.or_say(&Goal::DeviceSettled(vm, *device), asked).await?;
         }
         if let Some(shape) = shape {
-            protocol::call(&files.socket(), &Reshape { shape }).await.map_err(vmm)?;
+            let asked = protocol::call(&files.socket(), &Reshape { shape }).await;
+            self.or_say(&Goal::VmReshaped(vm), asked).await?;
         }
         self.watch(vm, epoch, leave, shape).await
+    }
+
+    /// What came of an order. Whoever waits for its end is told why there is none yet.
+    async fn or_say(&self, goal: &Goal, outcome: Result<(), CallError>) -> Result<(), ActionError> {
+        if let Err(error) = &outcome {
+            self.say(goal, &error.to_string()).await;
+        }
+        outcome.map_err(vmm)
+    }
+
+    /// Tells whoever waits for this why it takes long.
+    async fn say(&self, goal: &Goal, why: &str) {
+        let state = self.cluster.state().borrow().clone();
+        let waiting = state.tasks.values().filter(|task| task.state == TaskState::Running);
+        for task in waiting.filter(|task| task.goal == *goal && task.message != why) {
+            let (task, message) = (task.id, why.to_owned());
+            // Said again with the next attempt if it did not get there.
+            let _ = self.cluster.propose(Op::UpdateTask { task, permille: 0, message }).await;
+        }
     }
 
     /// Tells the cluster of what the guest does, as it does it.
@@ -75,13 +98,16 @@ impl Tools {
             match (leave.first(), shape) {
                 (None, None) => return Ok(()),
                 _ if Instant::now() < until => sleep(LOOK).await,
-                (Some((_, id)), _) => {
-                    return Err(ActionError::NotYet(format!("the guest does not let go of {id}")));
+                (Some((device, _)), _) => {
+                    let why = "its guest has not let go of it yet".to_owned();
+                    self.say(&Goal::DeviceSettled(vm, *device), &why).await;
+                    return Err(ActionError::NotYet(why));
                 }
                 (None, Some(_)) => {
-                    return Err(ActionError::NotYet(
-                        "the guest has not taken or given the memory".to_owned(),
-                    ));
+                    let memory = machine.shape.memory_bytes >> 20;
+                    let why = format!("its guest has {memory} MiB of memory by now");
+                    self.say(&Goal::VmReshaped(vm), &why).await;
+                    return Err(ActionError::NotYet(why));
                 }
             }
         }

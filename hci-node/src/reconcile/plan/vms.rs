@@ -216,7 +216,7 @@ fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
         name: vm.name.clone(),
         id: vm.id.0,
         vcpus: make.vcpus,
-        max_vcpus: None,
+        max_vcpus: Some(make.most.vcpus),
         cpu_model: make.cpu_model,
         memory_bytes: make.memory_bytes,
         boot: boot(view, vm)?,
@@ -282,7 +282,8 @@ fn disk(
     let config = |socket| DiskConfig {
         id,
         socket,
-        queues: u16::from(make.vcpus).clamp(1, MAX_DISK_QUEUES),
+        // As many for the whole run: where it moves to, the disk has to be the same.
+        queues: u16::from(make.most.vcpus).clamp(1, MAX_DISK_QUEUES),
         readonly: false,
         slot: Some(slot),
     };
