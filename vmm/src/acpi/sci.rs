@@ -50,3 +50,36 @@ impl Sci {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::{KVM_IRQCHIP_IOAPIC, kvm_irqchip};
+
+    use super::*;
+    use crate::layout::{MIB, SCI_IRQ};
+    use crate::vcpu::model::CpuModel;
+    use crate::{kvm, memory};
+
+    #[test]
+    fn it_is_asserted_as_long_as_anybody_asks_for_it() {
+        let memory = memory::create(16 * MIB).unwrap();
+        let Ok(guest) = kvm::create(&memory, CpuModel::Host) else { return eprintln!("SKIPPED: no KVM") };
+        let sci = Sci::new(Arc::new(Interrupts::new(guest.vm.clone()).unwrap()));
+        let asserted = || {
+            let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
+            guest.vm.get_irqchip(&mut chip).unwrap();
+            // SAFETY: this chip was asked for, so this member of the union is the one that KVM filled.
+            unsafe { chip.chip.ioapic.irr >> SCI_IRQ & 1 == 1 }
+        };
+        let steps = [
+            (Source::Power, Level::Asserted, true),
+            (Source::Hotplug, Level::Asserted, true),
+            (Source::Power, Level::Released, true),
+            (Source::Hotplug, Level::Released, false),
+        ];
+        for (source, level, expected) in steps {
+            sci.drive(source, level);
+            assert_eq!(asserted(), expected, "{source:?} {level:?}");
+        }
+    }
+}

@@ -17,6 +17,7 @@ pub(crate) mod registers;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::{MappedMutexGuard, MutexGuard};
@@ -37,6 +38,8 @@ const BACKEND_DEADLINE: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(2);
 /// Between a backend's connection and what it says of itself, or for the error to be told.
 const LAST_WORD: Duration = Duration::from_millis(200);
+/// How long the gate may be about to change, at most.
+const GATE_DEADLINE: Duration = Duration::from_secs(6);
 /// How long others may use the guest's core for something short.
 const CORE_DEADLINE: Duration = Duration::from_millis(200);
 
@@ -222,7 +225,10 @@ impl Machine {
         if !(now..=most).contains(&wanted) {
             return Err(PlugError::Vcpus { wanted, now, most });
         }
-        let added = (now..wanted).try_for_each(|id| self.add_vcpu(id, &mut core, plant));
+        // Held until the new threads are among them: whoever changes the gate kicks all of them. Not waited for for ever: others take both locks in the
+        // other order.
+        let mut threads = self.vcpu_threads.try_lock_for(GATE_DEADLINE).ok_or(PlugError::Busy)?;
+        let added = (now..wanted).try_for_each(|id| self.add_vcpu(id, &mut core, plant, &mut threads));
         let there = core.vcpus.len() as u8;
         if there > now {
             tracing::info!(vcpus = there, "vCPUs are added");
@@ -231,14 +237,18 @@ impl Machine {
         added
     }
 
-    fn add_vcpu(&self, id: u8, core: &mut Core, plant: &mut Plant) -> Result<(), PlugError> {
+    fn add_vcpu(
+        &self,
+        id: u8,
+        core: &mut Core,
+        plant: &mut Plant,
+        threads: &mut Vec<JoinHandle<()>>,
+    ) -> Result<(), PlugError> {
+        let context = self.vcpu_context().ok_or(PlugError::Ended)?;
         let vcpu = match plant.spare.take() {
             Some(spare) => spare,
             None => plant.maker.vcpu(id, None)?,
         };
-        // Held until the thread is among them: whoever changes the gate kicks all of them.
-        let mut threads = self.vcpu_threads.lock();
-        let context = self.vcpu_context().ok_or(PlugError::Ended)?;
         match vcpu::spawn(id, vcpu.fd.clone(), context) {
             Ok(thread) => {
                 threads.push(thread);
