@@ -10,6 +10,7 @@
 //! What this process itself writes there can be asked for ([`begin_marks`], [`take_marks`]): all of it goes through `vm-memory`, never through a
 //! bare address.
 
+pub(crate) mod holes;
 mod marks;
 
 use std::ffi::CStr;
