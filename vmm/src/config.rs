@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::layout::{CMDLINE_MAX, MIB};
+use crate::memory::PAGE;
 use crate::pci::slots;
 use crate::vcpu::model::CpuModel;
 
@@ -57,6 +58,9 @@ pub struct VmConfig {
     /// Unix socket on which the QEMU guest agent's port is served; made by the VMM.
     #[serde(default)]
     pub agent_socket: Option<PathBuf>,
+    /// A balloon, by which a guest gives back memory that it does not need. Without one it keeps what it has ever used.
+    #[serde(default)]
+    pub balloon: Option<BalloonConfig>,
     /// Unix socket on which the serial console is served; made by the VMM.
     pub console_socket: PathBuf,
     /// How long a start waits for the vhost-user sockets to answer before it fails. A running guest waits for ever.
@@ -119,6 +123,15 @@ pub struct NicConfig {
     /// MTU given to the guest.
     #[serde(default)]
     pub mtu: Option<u16>,
+}
+
+/// A balloon.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// Bytes that it takes from the start: whole pages of 4 KiB, at most `memory_bytes`.
+    #[serde(default)]
+    pub bytes: u64,
 }
 
 fn default_queues() -> u16 {
@@ -190,6 +203,9 @@ pub enum ConfigError {
     /// The memory size is out of range or not aligned.
     #[error("memory_bytes is {0}; it must be a multiple of 1 MiB from 16 MiB to 4 TiB")]
     Memory(u64),
+    /// The balloon is larger than the guest's memory, or no whole pages.
+    #[error("the balloon has {0} bytes; it must be a multiple of 4 KiB, at most memory_bytes")]
+    Balloon(u64),
     /// A file that the guest needs cannot be read.
     #[error("{what} {path}: {error}")]
     File {
@@ -247,6 +263,11 @@ impl VmConfig {
         }
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory_bytes) || !self.memory_bytes.is_multiple_of(MIB) {
             errors.push(ConfigError::Memory(self.memory_bytes));
+        }
+        if let Some(balloon) = &self.balloon
+            && (balloon.bytes > self.memory_bytes || !balloon.bytes.is_multiple_of(PAGE))
+        {
+            errors.push(ConfigError::Balloon(balloon.bytes));
         }
         let mut files = vec![("seed", self.seed.as_ref())];
         match &self.boot {
@@ -332,6 +353,7 @@ mod tests {
             }],
             seed: None,
             agent_socket: None,
+            balloon: Some(BalloonConfig { bytes: MIB }),
             console_socket: "/c".into(),
             backend_timeout_ms: 1000,
         }
@@ -360,8 +382,9 @@ mod tests {
         bad.disks[0].queues = 0;
         bad.nics[0].mac = MacAddr([1, 0, 0, 0, 0, 1]);
         bad.nics[0].mtu = Some(10);
+        bad.balloon = Some(BalloonConfig { bytes: PAGE / 2 });
         let errors = bad.validate().unwrap_err();
-        assert_eq!(errors.len(), 9, "{errors:?}");
+        assert_eq!(errors.len(), 10, "{errors:?}");
     }
 
     #[test]

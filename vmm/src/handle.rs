@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::VmError;
 use crate::lifecycle::ExitReason;
+use crate::resize::{MemoryError, MemoryStatus};
 use crate::state::{DevicesState, StateError};
 use crate::transfer::TransferError;
 use crate::transfer::migrate::{self, Destination, Migrated, MigrationOptions, MigrationProgress};
@@ -57,6 +58,8 @@ pub struct VmStatus {
     pub state: VmState,
     /// Its disks and NICs.
     pub devices: Vec<DeviceStatus>,
+    /// How much memory it has.
+    pub memory: MemoryStatus,
 }
 
 /// Controls a guest. Clones control the same one; all stay valid after its end.
@@ -168,6 +171,18 @@ impl VmHandle {
         }
     }
 
+    /// Asks the guest's balloon to take so many bytes of memory from it, for the node; less than before gives some back. Returns at once:
+    /// [`VmHandle::status`] says how far it is. A guest that has no driver for it, or can spare less, gives less.
+    ///
+    /// # Errors
+    /// The guest has no balloon or has ended, or the number is not one of whole pages up to all of its memory.
+    pub fn set_balloon(&self, bytes: u64) -> Result<(), MemoryError> {
+        match self.machine.lifecycle.ended() {
+            Some(_) => Err(MemoryError::Ended),
+            None => self.machine.memories.set_balloon(bytes),
+        }
+    }
+
     /// What the guest is doing now.
     pub fn status(&self) -> VmStatus {
         let state = match (self.machine.lifecycle.ended(), self.machine.gate.wanted()) {
@@ -175,7 +190,11 @@ impl VmHandle {
             (None, Wanted::Pause) => VmState::Paused,
             (None, _) => VmState::Running,
         };
-        VmStatus { state, devices: self.machine.backends.iter().map(|backend| backend.status()).collect() }
+        VmStatus {
+            state,
+            devices: self.machine.backends.iter().map(|backend| backend.status()).collect(),
+            memory: self.machine.memories.status(),
+        }
     }
 
     fn set_gate(&self, wanted: Wanted, what: &'static str) -> Result<(), VmError> {

@@ -12,7 +12,7 @@
 //! - `vcpuN`: runs one vCPU and handles its exits on the buses (`bus`). Nothing it calls waits for a client or, beyond a bound, for a backend.
 //! - `console`: feeds the console's clients.
 //! - one for each disk and NIC: keeps the connection to the backend (`virtio::vhost_user`), for ever.
-//! - `rng`, `seed`, `agent-port`: serve the random number generator, the seed disk and the guest agent's port.
+//! - `rng`, `balloon`, `seed`, `agent-port`: serve the random number generator, the balloon, the seed disk and the guest agent's port.
 //! - `throttle`: while the guest moves and writes faster than can be sent, holds it for a part of the time.
 //! - `watchdog`: sleeps until the guest arms its watchdog and does not feed it.
 //!
@@ -46,6 +46,7 @@ mod layout;
 mod lifecycle;
 mod memory;
 mod pci;
+mod resize;
 mod socket;
 mod state;
 mod transfer;
@@ -59,10 +60,11 @@ mod watchdog;
 mod test_guest;
 
 pub use boot::BootError;
-pub use config::{Boot, ConfigError, DiskConfig, MacAddr, NicConfig, ParseMacError, VmConfig};
+pub use config::{BalloonConfig, Boot, ConfigError, DiskConfig, MacAddr, NicConfig, ParseMacError, VmConfig};
 pub use error::VmError;
 pub use handle::{BackendState, DeviceStatus, VmHandle, VmState, VmStatus};
 pub use lifecycle::ExitReason;
+pub use resize::{MemoryError, MemoryStatus};
 pub use state::{DeviceState, DevicesState, StateError};
 pub use transfer::TransferError;
 pub use transfer::migrate::{Destination, Migrated, MigrationOptions, MigrationProgress, MigrationSnapshot};

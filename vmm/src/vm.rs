@@ -34,11 +34,13 @@ use crate::memory::{self, Memory};
 use crate::pci::host_bridge::HostBridge;
 use crate::pci::root::{self, ConfigPorts};
 use crate::pci::{PciDevice, PciRoot, slots};
+use crate::resize::Memories;
 use crate::state::Devices;
 use crate::transfer::{self, Core, TransferError};
 use crate::vcpu::cpuid::{self, Topology};
 use crate::vcpu::gate::{Gate, Wanted, install_kick_handler};
 use crate::vcpu::{self, VcpuContext, registers};
+use crate::virtio::balloon::Balloon;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::pci::{Parts, VirtioPci};
 use crate::virtio::port::Port;
@@ -62,6 +64,7 @@ pub(crate) struct Machine {
     pub(crate) power: Arc<PowerDevice>,
     pub(crate) backends: Vec<Arc<worker::Shared>>,
     pub(crate) devices: Devices,
+    pub(crate) memories: Memories,
     pub(crate) vcpu_threads: Mutex<Vec<JoinHandle<()>>>,
     /// What there is beside the devices, as long as the guest has not been taken apart.
     pub(crate) core: Mutex<Option<Core>>,
@@ -111,6 +114,7 @@ struct Pci {
     devices: Vec<Arc<dyn PciDevice>>,
     /// The slots of the disks.
     boot_slots: Vec<usize>,
+    memories: Memories,
 }
 
 impl Vm {
@@ -214,6 +218,7 @@ impl<'a> Builder<'a> {
             power,
             backends,
             devices,
+            memories: pci.memories,
             vcpu_threads: Mutex::default(),
             core: Mutex::default(),
         });
@@ -346,6 +351,14 @@ impl<'a> Builder<'a> {
             device.set_change(parts.change.clone());
             devices.push((slot, Arc::new(VirtioPci::new(Box::new(device), parts)?)));
         }
+        let mut memories = Memories { boot_bytes: self.config.memory_bytes, ..Memories::default() };
+        if let Some(config) = &self.config.balloon {
+            let balloon = Balloon::new(config.bytes);
+            memories.balloon = Some(balloon.wishes());
+            let parts = self.parts(&balloon, slots::BALLOON)?;
+            balloon.set_change(parts.change.clone());
+            devices.push((slots::BALLOON, Arc::new(VirtioPci::new(Box::new(balloon), parts)?)));
+        }
         if let Some(path) = &self.config.seed {
             let seed = Seed::read(path).map_err(resource("seed disk"))?;
             devices.push((slots::SEED, self.function(slots::SEED, seed)?));
@@ -366,7 +379,7 @@ impl<'a> Builder<'a> {
         );
         root::connect(mmio, &root, &bridge);
         let devices = devices.into_iter().map(|(_, device)| device).collect();
-        Ok(Pci { root, bridge, devices, boot_slots })
+        Ok(Pci { root, bridge, devices, boot_slots, memories })
     }
 
     /// A virtio device as the function of a slot.

@@ -171,6 +171,11 @@ const KICKS: &[Call] = calls! {
     SYS_tgkill [OwnProcess(0), Is(2, KICK)]: "a vCPU out of its guest";
 };
 
+/// Giving guest memory back to the node, in the file that is the guest's memory.
+const HOLES: &[Call] = calls! {
+    SYS_fallocate [Is(1, HOLE)]: "pages that the guest gives back; those of one that moves here which have become zeroes";
+};
+
 /// Making a machine, and the end of the process.
 const MACHINES: &[Call] = calls! {
     SYS_openat: "KVM, kernel, firmware, its variables: Landlock and the private root leave no other files";
@@ -181,7 +186,6 @@ const MACHINES: &[Call] = calls! {
     SYS_lseek: "reading kernels; which parts of the guest's memory hold anything, when it is saved";
     SYS_pread64: "reading kernels and variables";
     SYS_readv: "reading kernels";
-    SYS_fallocate [Is(1, HOLE)]: "pages of a guest that moves here which have become zeroes";
     SYS_memfd_create: "the guest's memory; the record of what backends write to it";
     SYS_ftruncate: "the size of the guest's memory, of that record, of a new store of variables";
     SYS_socketpair: "how the runtime of the orders hears of signals";
@@ -194,11 +198,11 @@ const MACHINES: &[Call] = calls! {
 pub(super) fn of(kind: ThreadKind) -> Vec<Call> {
     let groups: &[&[Call]] = match kind {
         ThreadKind::Main => {
-            &[COMMON, THREADS, KVM_REQUESTS, EVENTS, STREAMS, DIAL, VARIABLES, SERVE, KICKS, MACHINES]
+            &[COMMON, THREADS, KVM_REQUESTS, EVENTS, STREAMS, DIAL, VARIABLES, SERVE, KICKS, HOLES, MACHINES]
         }
         // It starts the devices' threads, which inherit its filter.
-        ThreadKind::Vcpu => &[COMMON, THREADS, KVM_REQUESTS, EVENTS, STREAMS, VARIABLES],
-        ThreadKind::Device => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS],
+        ThreadKind::Vcpu => &[COMMON, THREADS, KVM_REQUESTS, EVENTS, STREAMS, VARIABLES, HOLES],
+        ThreadKind::Device => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS, HOLES],
         ThreadKind::Backend => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS, DIAL],
         ThreadKind::Console => &[COMMON, EVENTS, STREAMS],
         ThreadKind::Watchdog => &[COMMON],

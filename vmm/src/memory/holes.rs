@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Memory, PAGE};
 
@@ -110,7 +110,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use proptest::prelude::*;
-    use vm_memory::Bytes;
+    use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
     use crate::layout::{GIB, LOW_RAM_MAX, MIB};

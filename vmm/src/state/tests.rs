@@ -24,6 +24,8 @@ use crate::pci::host_bridge::HostBridge;
 use crate::pci::root::ConfigPorts;
 use crate::vcpu::gate::Gate;
 use crate::vcpu::model::CpuModel;
+use crate::virtio::balloon::Balloon;
+use crate::virtio::device::VirtioDevice;
 use crate::virtio::pci::{Parts, VirtioPci};
 use crate::virtio::rng::Rng;
 use crate::watchdog::Watchdog;
@@ -92,9 +94,13 @@ fn subjects() -> Vec<Subject> {
     ];
     if let Ok(kvm) = crate::kvm::create(&memory, CpuModel::Host) {
         let interrupts = Arc::new(Interrupts::new(kvm.vm.clone()).unwrap());
-        let parts = Parts::new(kvm.vm, memory, interrupts.clone(), 1, BAR).unwrap();
+        let virtio: [Box<dyn VirtioDevice>; 2] = [Box::new(Rng::default()), Box::new(Balloon::new(MIB))];
+        for device in virtio {
+            let queues = device.queue_sizes().len();
+            let parts = Parts::new(kvm.vm.clone(), memory.clone(), interrupts.clone(), queues, BAR).unwrap();
+            all.push(Subject::Pci(Box::new(VirtioPci::new(device, parts).unwrap())));
+        }
         all.push(Subject::Io(Box::new(PowerDevice::new(interrupts, lifecycle()))));
-        all.push(Subject::Pci(Box::new(VirtioPci::new(Box::new(Rng::default()), parts).unwrap())));
     }
     all
 }

@@ -78,11 +78,7 @@ pub(super) fn write(
     Ok(())
 }
 
-fn write_zeroes(
-    address: u64,
-    length: u64,
-    to: &mut FrameWriter<impl Write>,
-) -> Result<(), TransferError> {
+fn write_zeroes(address: u64, length: u64, to: &mut FrameWriter<impl Write>) -> Result<(), TransferError> {
     to.frame(Kind::Zeroes, VERSION, &[&address.to_le_bytes(), &length.to_le_bytes()])
 }
 

@@ -32,6 +32,7 @@ fn config(dir: &Path) -> VmConfig {
         nics: vec![],
         seed: None,
         agent_socket: Some(dir.join("agent.sock")),
+        balloon: Some(Default::default()),
         console_socket: dir.join("console.sock"),
         backend_timeout_ms: 300,
     }

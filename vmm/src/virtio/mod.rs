@@ -1,7 +1,8 @@
 //! Virtio devices: what a device is ([`device`]), the register model of the modern PCI transport ([`transport`]), the PCI function that carries
 //! both ([`pci`]), and the devices: disks and NICs in vhost-user backends ([`vhost_user`]), the others here in the VMM ([`local`]): the random number
-//! generator ([`rng`]), the guest agent's port ([`port`]) and the seed disk ([`seed`]).
+//! generator ([`rng`]), the balloon ([`balloon`]), the guest agent's port ([`port`]) and the seed disk ([`seed`]).
 
+pub(crate) mod balloon;
 pub(crate) mod device;
 mod local;
 pub(crate) mod pci;

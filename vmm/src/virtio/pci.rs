@@ -208,6 +208,7 @@ impl VirtioPci {
         match offset - at {
             COMMON => self.write_common(inner, at, data),
             NOTIFY => self.ring_doorbell(at),
+            DEVICE => inner.device.write_config(at, data),
             MSIX_TABLE => inner.msix.write_table(at, data),
             _ => {}
         }
@@ -401,7 +402,7 @@ fn config_space(kind: DeviceType) -> ConfigSpace {
         DeviceType::Net => [0x02, 0x00, 0x00],
         DeviceType::Block => [0x01, 0x80, 0x00],
         DeviceType::Console => [0x07, 0x80, 0x00],
-        DeviceType::Rng => [0xff, 0x00, 0x00],
+        DeviceType::Rng | DeviceType::Balloon => [0xff, 0x00, 0x00],
     };
     ConfigSpace::new(Identity {
         vendor: VIRTIO_VENDOR,

@@ -47,6 +47,7 @@ impl Lab {
             nics: vec![],
             seed: None,
             agent_socket: None,
+            balloon: None,
             console_socket: self.path("console.sock"),
             backend_timeout_ms: 300,
         }

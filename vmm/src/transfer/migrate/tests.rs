@@ -38,6 +38,7 @@ fn config(dir: &Path) -> VmConfig {
         nics: vec![NicConfig { id: "n".into(), socket: dir.join("n.sock"), mac, mtu: None }],
         seed: None,
         agent_socket: None,
+        balloon: None,
         console_socket: dir.join("console"),
         backend_timeout_ms: 20_000,
     }
