@@ -28,6 +28,9 @@ const MAX_QUEUES: u16 = 64;
 /// Range that virtio-net allows for the MTU.
 const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=65535;
 
+/// Addresses of guests: those below are of hypervisor, loopback and host, the last one is any.
+const CIDS: std::ops::Range<u32> = 3..u32::MAX;
+
 /// One guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -61,6 +64,9 @@ pub struct VmConfig {
     /// A balloon, by which a guest gives back memory that it does not need. Without one it keeps what it has ever used.
     #[serde(default)]
     pub balloon: Option<BalloonConfig>,
+    /// Sockets between programs in the guest and programs of the node.
+    #[serde(default)]
+    pub vsock: Option<VsockConfig>,
     /// Unix socket on which the serial console is served; made by the VMM.
     pub console_socket: PathBuf,
     /// How long a start waits for the vhost-user sockets to answer before it fails. A running guest waits for ever.
@@ -132,6 +138,17 @@ pub struct BalloonConfig {
     /// Bytes that it takes from the start: whole pages of 4 KiB, at most `memory_bytes`.
     #[serde(default)]
     pub bytes: u64,
+}
+
+/// Sockets between programs in the guest and programs of the node (`AF_VSOCK`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's address: 3 or more.
+    pub cid: u32,
+    /// Unix socket by which programs of the node connect to the guest; made by the VMM. They write `CONNECT <port>` and a line feed, and read `OK <number>` and a
+    /// line feed. Where the guest connects to port P of its host, it gets who listens on this path with `_P` behind it.
+    pub socket: PathBuf,
 }
 
 fn default_queues() -> u16 {
@@ -206,6 +223,9 @@ pub enum ConfigError {
     /// The balloon is larger than the guest's memory, or no whole pages.
     #[error("the balloon has {0} bytes; it must be a multiple of 4 KiB, at most memory_bytes")]
     Balloon(u64),
+    /// The guest's address is one that is kept for others.
+    #[error("vsock cid is {0}; it must be 3 to 4294967294")]
+    Cid(u32),
     /// A file that the guest needs cannot be read.
     #[error("{what} {path}: {error}")]
     File {
@@ -268,6 +288,9 @@ impl VmConfig {
             && (balloon.bytes > self.memory_bytes || !balloon.bytes.is_multiple_of(PAGE))
         {
             errors.push(ConfigError::Balloon(balloon.bytes));
+        }
+        if let Some(vsock) = self.vsock.as_ref().filter(|vsock| !CIDS.contains(&vsock.cid)) {
+            errors.push(ConfigError::Cid(vsock.cid));
         }
         let mut files = vec![("seed", self.seed.as_ref())];
         match &self.boot {
@@ -354,6 +377,7 @@ mod tests {
             seed: None,
             agent_socket: None,
             balloon: Some(BalloonConfig { bytes: MIB }),
+            vsock: Some(VsockConfig { cid: 3, socket: "/v".into() }),
             console_socket: "/c".into(),
             backend_timeout_ms: 1000,
         }
@@ -382,9 +406,10 @@ mod tests {
         bad.disks[0].queues = 0;
         bad.nics[0].mac = MacAddr([1, 0, 0, 0, 0, 1]);
         bad.nics[0].mtu = Some(10);
+        bad.vsock = Some(VsockConfig { cid: 2, socket: "/v".into() });
         bad.balloon = Some(BalloonConfig { bytes: PAGE / 2 });
         let errors = bad.validate().unwrap_err();
-        assert_eq!(errors.len(), 10, "{errors:?}");
+        assert_eq!(errors.len(), 11, "{errors:?}");
     }
 
     #[test]

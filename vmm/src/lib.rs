@@ -13,6 +13,7 @@
 //! - `console`: feeds the console's clients.
 //! - one for each disk and NIC: keeps the connection to the backend (`virtio::vhost_user`), for ever.
 //! - `rng`, `balloon`, `seed`, `agent-port`: serve the random number generator, the balloon, the seed disk and the guest agent's port.
+//! - `vsock`: moves bytes between sockets of the guest and of the node.
 //! - `throttle`: while the guest moves and writes faster than can be sent, holds it for a part of the time.
 //! - `watchdog`: sleeps until the guest arms its watchdog and does not feed it.
 //!
@@ -60,7 +61,9 @@ mod watchdog;
 mod test_guest;
 
 pub use boot::BootError;
-pub use config::{BalloonConfig, Boot, ConfigError, DiskConfig, MacAddr, NicConfig, ParseMacError, VmConfig};
+pub use config::{
+    BalloonConfig, Boot, ConfigError, DiskConfig, MacAddr, NicConfig, ParseMacError, VmConfig, VsockConfig,
+};
 pub use error::VmError;
 pub use handle::{BackendState, DeviceStatus, VmHandle, VmState, VmStatus};
 pub use lifecycle::ExitReason;

@@ -50,6 +50,7 @@ use crate::virtio::vhost_user::blk::Disk;
 use crate::virtio::vhost_user::device::VhostUser;
 use crate::virtio::vhost_user::net::Nic;
 use crate::virtio::vhost_user::worker::{self, WorkerHandle};
+use crate::virtio::vsock::Vsock;
 use crate::watchdog::Watchdog;
 
 /// Where the QEMU guest agent looks for its host.
@@ -358,6 +359,10 @@ impl<'a> Builder<'a> {
             let parts = self.parts(&balloon, slots::BALLOON)?;
             balloon.set_change(parts.change.clone());
             devices.push((slots::BALLOON, Arc::new(VirtioPci::new(Box::new(balloon), parts)?)));
+        }
+        if let Some(config) = &self.config.vsock {
+            let vsock = Vsock::new(config.cid, &config.socket).map_err(resource("vsock"))?;
+            devices.push((slots::VSOCK, self.function(slots::VSOCK, vsock)?));
         }
         if let Some(path) = &self.config.seed {
             let seed = Seed::read(path).map_err(resource("seed disk"))?;

@@ -144,10 +144,10 @@ const STREAMS: &[Call] = calls! {
     SYS_setsockopt: "deadlines";
 };
 
-/// Connecting to a backend, again and again.
+/// Connecting to a backend, again and again, or to who listens for the guest.
 const DIAL: &[Call] = calls! {
-    SYS_socket [Is(0, UNIX)]: "a connection to a backend";
-    SYS_connect: "a connection to a backend";
+    SYS_socket [Is(0, UNIX)]: "a connection to a backend; one that the guest wants";
+    SYS_connect: "a connection to a backend; one that the guest wants";
 };
 
 /// What firmware keeps, into a file that is open.
@@ -204,6 +204,7 @@ pub(super) fn of(kind: ThreadKind) -> Vec<Call> {
         ThreadKind::Vcpu => &[COMMON, THREADS, KVM_REQUESTS, EVENTS, STREAMS, VARIABLES, HOLES],
         ThreadKind::Device => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS, HOLES],
         ThreadKind::Backend => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS, DIAL],
+        ThreadKind::Vsock => &[COMMON, EVENTS, STREAMS, DIAL],
         ThreadKind::Console => &[COMMON, EVENTS, STREAMS],
         ThreadKind::Watchdog => &[COMMON],
         ThreadKind::Throttle => &[COMMON, KICKS],
@@ -216,11 +217,12 @@ pub(super) fn of(kind: ThreadKind) -> Vec<Call> {
 mod tests {
     use super::*;
 
-    const ALL: [ThreadKind; 8] = [
+    const ALL: [ThreadKind; 9] = [
         ThreadKind::Main,
         ThreadKind::Vcpu,
         ThreadKind::Device,
         ThreadKind::Backend,
+        ThreadKind::Vsock,
         ThreadKind::Console,
         ThreadKind::Watchdog,
         ThreadKind::Throttle,

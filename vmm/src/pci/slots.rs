@@ -7,6 +7,8 @@ use std::ops::Range;
 pub(crate) const RNG: usize = 1;
 /// Disks, then NICs; the rest is free.
 pub(crate) const DISKS_AND_NICS: Range<usize> = 2..24;
+/// Sockets between guest and node.
+pub(crate) const VSOCK: usize = 25;
 /// Balloon.
 pub(crate) const BALLOON: usize = 27;
 /// Seed disk.

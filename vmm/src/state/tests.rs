@@ -28,6 +28,7 @@ use crate::virtio::balloon::Balloon;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::pci::{Parts, VirtioPci};
 use crate::virtio::rng::Rng;
+use crate::virtio::vsock::Vsock;
 use crate::watchdog::Watchdog;
 
 const BAR: u64 = 0xe000_0000;
@@ -94,7 +95,10 @@ fn subjects() -> Vec<Subject> {
     ];
     if let Ok(kvm) = crate::kvm::create(&memory, CpuModel::Host) {
         let interrupts = Arc::new(Interrupts::new(kvm.vm.clone()).unwrap());
-        let virtio: [Box<dyn VirtioDevice>; 2] = [Box::new(Rng::default()), Box::new(Balloon::new(MIB))];
+        let dir = tempfile::tempdir().unwrap();
+        let vsock = Vsock::new(3, &dir.path().join("vsock")).unwrap();
+        let virtio: [Box<dyn VirtioDevice>; 3] =
+            [Box::new(Rng::default()), Box::new(Balloon::new(MIB)), Box::new(vsock)];
         for device in virtio {
             let queues = device.queue_sizes().len();
             let parts = Parts::new(kvm.vm.clone(), memory.clone(), interrupts.clone(), queues, BAR).unwrap();

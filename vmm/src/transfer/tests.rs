@@ -33,6 +33,7 @@ fn config(dir: &Path) -> VmConfig {
         seed: None,
         agent_socket: Some(dir.join("agent.sock")),
         balloon: Some(Default::default()),
+        vsock: Some(crate::VsockConfig { cid: 3, socket: dir.join("vsock.sock") }),
         console_socket: dir.join("console.sock"),
         backend_timeout_ms: 300,
     }

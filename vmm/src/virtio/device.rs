@@ -20,6 +20,7 @@ pub(crate) enum DeviceType {
     Console = 3,
     Rng = 4,
     Balloon = 5,
+    Vsock = 19,
 }
 
 /// No vector: the event raises no interrupt.

@@ -1,6 +1,6 @@
 //! Virtio devices: what a device is ([`device`]), the register model of the modern PCI transport ([`transport`]), the PCI function that carries
 //! both ([`pci`]), and the devices: disks and NICs in vhost-user backends ([`vhost_user`]), the others here in the VMM ([`local`]): the random number
-//! generator ([`rng`]), the balloon ([`balloon`]), the guest agent's port ([`port`]) and the seed disk ([`seed`]).
+//! generator ([`rng`]), the balloon ([`balloon`]), the guest agent's port ([`port`]), sockets ([`vsock`]) and the seed disk ([`seed`]).
 
 pub(crate) mod balloon;
 pub(crate) mod device;
@@ -13,3 +13,4 @@ pub(crate) mod seed;
 mod test_driver;
 pub(crate) mod transport;
 pub(crate) mod vhost_user;
+pub(crate) mod vsock;

@@ -401,7 +401,7 @@ fn config_space(kind: DeviceType) -> ConfigSpace {
     let class = match kind {
         DeviceType::Net => [0x02, 0x00, 0x00],
         DeviceType::Block => [0x01, 0x80, 0x00],
-        DeviceType::Console => [0x07, 0x80, 0x00],
+        DeviceType::Console | DeviceType::Vsock => [0x07, 0x80, 0x00],
         DeviceType::Rng | DeviceType::Balloon => [0xff, 0x00, 0x00],
     };
     ConfigSpace::new(Identity {

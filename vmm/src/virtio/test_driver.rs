@@ -87,6 +87,11 @@ impl Driver {
         self.activate(new, Start::Resumed);
     }
 
+    /// Has a device that was stopped go on.
+    pub(crate) fn go_on(&self, device: &mut dyn VirtioDevice) {
+        self.activate(device, Start::Resumed);
+    }
+
     fn activate(&self, device: &mut dyn VirtioDevice, start: Start) {
         let active = (0..).zip(&self.queues).map(|(index, queue)| ActiveQueue {
             index,

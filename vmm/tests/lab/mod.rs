@@ -48,6 +48,7 @@ impl Lab {
             seed: None,
             agent_socket: None,
             balloon: None,
+            vsock: None,
             console_socket: self.path("console.sock"),
             backend_timeout_ms: 300,
         }

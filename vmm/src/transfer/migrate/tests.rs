@@ -39,6 +39,7 @@ fn config(dir: &Path) -> VmConfig {
         seed: None,
         agent_socket: None,
         balloon: None,
+        vsock: None,
         console_socket: dir.join("console"),
         backend_timeout_ms: 20_000,
     }
