@@ -11,9 +11,10 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::layout::{CMDLINE_MAX, MIB};
-use crate::memory::PAGE;
+use crate::memory::{Layout, PAGE};
 use crate::pci::slots;
 use crate::vcpu::model::CpuModel;
+use crate::virtio::mem::BLOCK;
 
 /// Disks and NICs.
 const MAX_DEVICES: usize = slots::DISKS_AND_NICS.end - slots::DISKS_AND_NICS.start;
@@ -47,6 +48,13 @@ pub struct VmConfig {
     pub cpu_model: CpuModel,
     /// Guest memory in bytes; a multiple of 1 MiB.
     pub memory_bytes: u64,
+    /// Bytes of memory that the guest may have at most: it can plug what is beyond `memory_bytes`, in blocks of 2 MiB, when it is asked to. None: it keeps
+    /// what it boots with. A guest that was saved or moves finds the same here.
+    #[serde(default)]
+    pub max_memory_bytes: Option<u64>,
+    /// Of what it may plug, how many bytes it is asked to plug as soon as its driver is there.
+    #[serde(default)]
+    pub plugged_bytes: u64,
     /// What runs first.
     pub boot: Boot,
     /// Disks, in the order in which the guest finds them.
@@ -220,6 +228,14 @@ pub enum ConfigError {
     /// The memory size is out of range or not aligned.
     #[error("memory_bytes is {0}; it must be a multiple of 1 MiB from 16 MiB to 4 TiB")]
     Memory(u64),
+    /// The most memory is less than the memory, too much, or not so many blocks more.
+    #[error("max_memory_bytes is {0}; it must be memory_bytes or a multiple of 2 MiB more, up to 4 TiB")]
+    MaxMemory(u64),
+    /// More is to be plugged than there can be, or no whole blocks.
+    #[error(
+        "plugged_bytes is {0}; it must be a multiple of 2 MiB, at most what max_memory_bytes is beyond memory_bytes"
+    )]
+    Plugged(u64),
     /// The balloon is larger than the guest's memory, or no whole pages.
     #[error("the balloon has {0} bytes; it must be a multiple of 4 KiB, at most memory_bytes")]
     Balloon(u64),
@@ -284,6 +300,15 @@ impl VmConfig {
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory_bytes) || !self.memory_bytes.is_multiple_of(MIB) {
             errors.push(ConfigError::Memory(self.memory_bytes));
         }
+        let layout = self.memory_layout();
+        if let Some(most) = self.max_memory_bytes
+            && (most > MAX_MEMORY || most < self.memory_bytes || !layout.pluggable.is_multiple_of(BLOCK))
+        {
+            errors.push(ConfigError::MaxMemory(most));
+        }
+        if self.plugged_bytes > layout.pluggable || !self.plugged_bytes.is_multiple_of(BLOCK) {
+            errors.push(ConfigError::Plugged(self.plugged_bytes));
+        }
         if let Some(balloon) = &self.balloon
             && (balloon.bytes > self.memory_bytes || !balloon.bytes.is_multiple_of(PAGE))
         {
@@ -345,6 +370,12 @@ impl VmConfig {
         }
     }
 
+    /// How much memory it has, and may have.
+    pub(crate) fn memory_layout(&self) -> Layout {
+        let most = self.max_memory_bytes.unwrap_or(self.memory_bytes);
+        Layout { boot: self.memory_bytes, pluggable: most.saturating_sub(self.memory_bytes) }
+    }
+
     /// How long a start waits for backends.
     pub(crate) fn backend_timeout(&self) -> Duration {
         Duration::from_millis(self.backend_timeout_ms)
@@ -362,6 +393,8 @@ mod tests {
             cpu_model: CpuModel::Host,
             vcpus: 2,
             memory_bytes: 256 * MIB,
+            max_memory_bytes: Some(1024 * MIB),
+            plugged_bytes: 768 * MIB,
             boot: Boot::Kernel {
                 kernel: "/proc/self/exe".into(),
                 initramfs: None,
@@ -406,10 +439,11 @@ mod tests {
         bad.disks[0].queues = 0;
         bad.nics[0].mac = MacAddr([1, 0, 0, 0, 0, 1]);
         bad.nics[0].mtu = Some(10);
+        bad.max_memory_bytes = Some(4 * MIB);
         bad.vsock = Some(VsockConfig { cid: 2, socket: "/v".into() });
         bad.balloon = Some(BalloonConfig { bytes: PAGE / 2 });
         let errors = bad.validate().unwrap_err();
-        assert_eq!(errors.len(), 11, "{errors:?}");
+        assert_eq!(errors.len(), 13, "{errors:?}");
     }
 
     #[test]

@@ -171,6 +171,18 @@ impl VmHandle {
         }
     }
 
+    /// Asks the guest to have so many bytes of memory in all: from `memory_bytes` to `max_memory_bytes` of its configuration, in steps of 2 MiB. Returns at once:
+    /// [`VmHandle::status`] says how far it is. A guest that has no driver for it, or uses what it is to unplug, has more or less.
+    ///
+    /// # Errors
+    /// The guest has ended, or cannot have so much or little.
+    pub fn set_memory(&self, bytes: u64) -> Result<(), MemoryError> {
+        match self.machine.lifecycle.ended() {
+            Some(_) => Err(MemoryError::Ended),
+            None => self.machine.memories.set_memory(bytes),
+        }
+    }
+
     /// Asks the guest's balloon to take so many bytes of memory from it, for the node; less than before gives some back. Returns at once:
     /// [`VmHandle::status`] says how far it is. A guest that has no driver for it, or can spare less, gives less.
     ///

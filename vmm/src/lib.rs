@@ -12,7 +12,8 @@
 //! - `vcpuN`: runs one vCPU and handles its exits on the buses (`bus`). Nothing it calls waits for a client or, beyond a bound, for a backend.
 //! - `console`: feeds the console's clients.
 //! - one for each disk and NIC: keeps the connection to the backend (`virtio::vhost_user`), for ever.
-//! - `rng`, `balloon`, `seed`, `agent-port`: serve the random number generator, the balloon, the seed disk and the guest agent's port.
+//! - `rng`, `balloon`, `memory`, `seed`, `agent-port`: serve the random number generator, the balloon, the memory that is plugged, the seed disk and the
+//!   guest agent's port.
 //! - `vsock`: moves bytes between sockets of the guest and of the node.
 //! - `throttle`: while the guest moves and writes faster than can be sent, holds it for a part of the time.
 //! - `watchdog`: sleeps until the guest arms its watchdog and does not feed it.

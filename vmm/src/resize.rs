@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::memory::PAGE;
 use crate::virtio::balloon::Wishes;
+use crate::virtio::mem::{BLOCK, Pluggable};
 
 /// The guest cannot be asked for that much memory.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -16,6 +17,16 @@ pub enum MemoryError {
     /// There is no balloon in its configuration.
     #[error("the guest has no balloon")]
     NoBalloon,
+    /// There is no memory in its configuration that it may plug, as much or little as that is, or no whole blocks of it.
+    #[error("{bytes} bytes of memory: it must be {least} to {most} bytes, in steps of {BLOCK} bytes")]
+    Memory {
+        /// What was asked for.
+        bytes: u64,
+        /// What it boots with.
+        least: u64,
+        /// What it may have.
+        most: u64,
+    },
     /// More than the guest has, or no whole pages.
     #[error("a balloon of {bytes} bytes: it must be whole pages of {PAGE} bytes, at most {most} bytes")]
     Balloon {
@@ -48,13 +59,33 @@ pub(crate) struct Memories {
     /// Bytes that the guest boots with.
     pub(crate) boot_bytes: u64,
     pub(crate) balloon: Option<Arc<Wishes>>,
+    pub(crate) pluggable: Option<Arc<Pluggable>>,
 }
 
 impl Memories {
+    /// Asks the guest to have so much in all.
+    pub(crate) fn set_memory(&self, bytes: u64) -> Result<(), MemoryError> {
+        let (least, most) = (self.boot_bytes, self.most());
+        let plugged = bytes.checked_sub(least).filter(|plugged| plugged.is_multiple_of(BLOCK));
+        match (plugged, &self.pluggable) {
+            (Some(0), None) => Ok(()),
+            (Some(plugged), Some(pluggable)) if bytes <= most => {
+                pluggable.ask(plugged);
+                Ok(())
+            }
+            _ => Err(MemoryError::Memory { bytes, least, most }),
+        }
+    }
+
+    /// Bytes that it may have.
+    fn most(&self) -> u64 {
+        self.boot_bytes + self.pluggable.as_ref().map_or(0, |pluggable| pluggable.size())
+    }
+
     /// Asks the balloon to take so much.
     pub(crate) fn set_balloon(&self, bytes: u64) -> Result<(), MemoryError> {
         let balloon = self.balloon.as_ref().ok_or(MemoryError::NoBalloon)?;
-        let most = self.boot_bytes;
+        let most = self.most();
         if bytes > most || !bytes.is_multiple_of(PAGE) {
             return Err(MemoryError::Balloon { bytes, most });
         }
@@ -65,9 +96,11 @@ impl Memories {
     pub(crate) fn status(&self) -> MemoryStatus {
         let (balloon_bytes, reported_bytes) =
             self.balloon.as_ref().map_or((0, 0), |balloon| (balloon.taken(), balloon.reported()));
+        let (requested, plugged) =
+            self.pluggable.as_ref().map_or((0, 0), |pluggable| (pluggable.requested(), pluggable.plugged()));
         MemoryStatus {
-            requested_bytes: self.boot_bytes,
-            present_bytes: self.boot_bytes,
+            requested_bytes: self.boot_bytes + requested,
+            present_bytes: self.boot_bytes + plugged,
             balloon_bytes,
             reported_bytes,
         }

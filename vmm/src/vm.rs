@@ -42,6 +42,7 @@ use crate::vcpu::gate::{Gate, Wanted, install_kick_handler};
 use crate::vcpu::{self, VcpuContext, registers};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::device::VirtioDevice;
+use crate::virtio::mem::Mem;
 use crate::virtio::pci::{Parts, VirtioPci};
 use crate::virtio::port::Port;
 use crate::virtio::rng::Rng;
@@ -185,7 +186,7 @@ struct Builder<'a> {
 
 impl<'a> Builder<'a> {
     fn new(config: &'a VmConfig, gate: Gate) -> Result<Self, VmError> {
-        let memory = memory::create(config.memory_bytes)?;
+        let memory = memory::create(config.memory_layout())?;
         let kvm = kvm_guest::create(&memory, config.cpu_model)?;
         let interrupts = Arc::new(Interrupts::new(kvm.vm.clone())?);
         let (lifecycle, gate) = (Arc::default(), Arc::new(gate));
@@ -266,7 +267,9 @@ impl<'a> Builder<'a> {
     /// Puts a kernel in place and returns where it is entered. Firmware is entered where processors begin.
     fn load(&self) -> Result<Option<boot::Entry>, VmError> {
         let Boot::Kernel { kernel, initramfs, cmdline } = &self.config.boot else { return Ok(None) };
-        let tables = Tables::build(&Description::initial(self.config.vcpus));
+        let description =
+            Description { pluggable: self.pluggable(), ..Description::initial(self.config.vcpus) };
+        let tables = Tables::build(&description);
         let rsdp = tables.write(&self.memory).map_err(BootError::from)?;
         let initramfs = initramfs.as_deref();
         let memory_size = self.config.memory_bytes;
@@ -293,20 +296,28 @@ impl<'a> Builder<'a> {
         Ok(Some(code))
     }
 
+    /// Where its memory is, if some of that is plugged later.
+    fn pluggable(&self) -> Option<memory::Layout> {
+        Some(self.config.memory_layout()).filter(|layout| layout.pluggable > 0)
+    }
+
     /// What firmware is told.
     fn machine(&self, pci: &Pci) -> items::Machine {
         let (root, bridge, vcpus) = (pci.root.clone(), pci.bridge.clone(), self.config.vcpus);
-        let above_ram = memory::end(self.config.memory_bytes).next_multiple_of(GIB);
+        let above_ram = self.config.memory_layout().end().next_multiple_of(GIB);
+        let pluggable = self.pluggable();
         // There always is a window: firmware learns the size of the tables before it asks for them.
         let describe = move || Description {
             vcpus,
             ecam: bridge.ecam().map_or(layout::ECAM_START, |ecam| ecam.start),
             high_window: Some(root.high_window().unwrap_or(above_ram..above_ram + GIB)),
+            pluggable,
         };
         items::Machine {
             id: self.config.id,
             vcpus,
             memory_size: self.config.memory_bytes,
+            reserved_end: pluggable.map(|_| above_ram),
             boot_slots: pci.boot_slots.clone(),
             describe: Arc::new(describe),
         }
@@ -363,6 +374,13 @@ impl<'a> Builder<'a> {
         if let Some(config) = &self.config.vsock {
             let vsock = Vsock::new(config.cid, &config.socket).map_err(resource("vsock"))?;
             devices.push((slots::VSOCK, self.function(slots::VSOCK, vsock)?));
+        }
+        if let Some(region) = self.config.memory_layout().region() {
+            let memory = Mem::new(region, self.config.plugged_bytes);
+            memories.pluggable = Some(memory.pluggable());
+            let parts = self.parts(&memory, slots::MEMORY)?;
+            memory.set_change(parts.change.clone());
+            devices.push((slots::MEMORY, Arc::new(VirtioPci::new(Box::new(memory), parts)?)));
         }
         if let Some(path) = &self.config.seed {
             let seed = Seed::read(path).map_err(resource("seed disk"))?;

@@ -5,4 +5,5 @@ mod dsdt;
 pub(crate) mod loader;
 pub(crate) mod panic;
 pub(crate) mod power;
+mod srat;
 pub(crate) mod tables;

@@ -9,6 +9,8 @@ pub(crate) const RNG: usize = 1;
 pub(crate) const DISKS_AND_NICS: Range<usize> = 2..24;
 /// Sockets between guest and node.
 pub(crate) const VSOCK: usize = 25;
+/// Memory that the guest plugs and unplugs.
+pub(crate) const MEMORY: usize = 26;
 /// Balloon.
 pub(crate) const BALLOON: usize = 27;
 /// Seed disk.

@@ -26,6 +26,7 @@ use crate::vcpu::gate::Gate;
 use crate::vcpu::model::CpuModel;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::device::VirtioDevice;
+use crate::virtio::mem::Mem;
 use crate::virtio::pci::{Parts, VirtioPci};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
@@ -97,8 +98,9 @@ fn subjects() -> Vec<Subject> {
         let interrupts = Arc::new(Interrupts::new(kvm.vm.clone()).unwrap());
         let dir = tempfile::tempdir().unwrap();
         let vsock = Vsock::new(3, &dir.path().join("vsock")).unwrap();
-        let virtio: [Box<dyn VirtioDevice>; 3] =
-            [Box::new(Rng::default()), Box::new(Balloon::new(MIB)), Box::new(vsock)];
+        let plugged = Mem::new(4 * MIB..12 * MIB, 2 * MIB);
+        let virtio: [Box<dyn VirtioDevice>; 4] =
+            [Box::new(Rng::default()), Box::new(Balloon::new(MIB)), Box::new(vsock), Box::new(plugged)];
         for device in virtio {
             let queues = device.queue_sizes().len();
             let parts = Parts::new(kvm.vm.clone(), memory.clone(), interrupts.clone(), queues, BAR).unwrap();

@@ -247,6 +247,28 @@ mod tests {
     }
 
     #[test]
+    fn a_large_region_of_which_little_is_plugged_costs_little_and_comes_back() {
+        let layout = memory::Layout { boot: 64 * MIB, pluggable: 256 * GIB };
+        let memory = memory::create(layout).unwrap();
+        let region = layout.region().unwrap();
+        let plugged = region.start + 200 * GIB;
+        memory.write_slice(&vec![7; MIB as usize], GuestAddress(plugged)).unwrap();
+        // Unplugged again.
+        memory.write_slice(&vec![8; MIB as usize], GuestAddress(region.start)).unwrap();
+        release(&memory, region.start..region.start + 2 * MIB).unwrap();
+        let bytes = saved(&memory);
+        assert!(bytes.len() < 2 * MIB as usize, "{} bytes", bytes.len());
+        let mut from = &bytes[..];
+        let mut reader = FrameReader::new(&mut from);
+        let copy = memory::create(layout).unwrap();
+        restore(&copy, &mut reader).unwrap();
+        assert_eq!((taken(&memory), taken(&copy)), (MIB / 512, MIB / 512));
+        let mut content = vec![0; MIB as usize];
+        copy.read_slice(&mut content, GuestAddress(plugged)).unwrap();
+        assert!(content.iter().all(|byte| *byte == 7));
+    }
+
+    #[test]
     fn a_mostly_empty_guest_is_small_and_stays_unallocated() {
         let memory = memory::create(6 * GIB).unwrap();
         let places = [0, MIB + 5, 2 * GIB, 4 * GIB, 7 * GIB];

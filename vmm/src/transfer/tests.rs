@@ -27,6 +27,8 @@ fn config(dir: &Path) -> VmConfig {
         vcpus: 2,
         cpu_model: Default::default(),
         memory_bytes: 32 << 20,
+        max_memory_bytes: Some(96 << 20),
+        plugged_bytes: 2 << 20,
         boot: Boot::Kernel { kernel, initramfs: None, cmdline: String::new() },
         disks: vec![],
         nics: vec![],

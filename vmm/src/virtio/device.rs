@@ -21,6 +21,7 @@ pub(crate) enum DeviceType {
     Rng = 4,
     Balloon = 5,
     Vsock = 19,
+    Memory = 24,
 }
 
 /// No vector: the event raises no interrupt.

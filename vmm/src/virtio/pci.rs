@@ -402,7 +402,7 @@ fn config_space(kind: DeviceType) -> ConfigSpace {
         DeviceType::Net => [0x02, 0x00, 0x00],
         DeviceType::Block => [0x01, 0x80, 0x00],
         DeviceType::Console | DeviceType::Vsock => [0x07, 0x80, 0x00],
-        DeviceType::Rng | DeviceType::Balloon => [0xff, 0x00, 0x00],
+        DeviceType::Rng | DeviceType::Balloon | DeviceType::Memory => [0xff, 0x00, 0x00],
     };
     ConfigSpace::new(Identity {
         vendor: VIRTIO_VENDOR,

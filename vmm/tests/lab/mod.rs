@@ -42,6 +42,8 @@ impl Lab {
             vcpus,
             cpu_model: Default::default(),
             memory_bytes: 32 << 20,
+            max_memory_bytes: None,
+            plugged_bytes: 0,
             boot,
             disks: vec![],
             nics: vec![],

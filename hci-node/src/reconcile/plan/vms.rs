@@ -194,6 +194,8 @@ fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
         vcpus: make.vcpus,
         cpu_model: make.cpu_model,
         memory_bytes: make.memory_bytes,
+        max_memory_bytes: None,
+        plugged_bytes: 0,
         boot: boot(view, vm)?,
         disks: disks.collect::<Result<_, String>>()?,
         nics: nics.collect::<Result<_, String>>()?,

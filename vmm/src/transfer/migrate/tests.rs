@@ -33,6 +33,8 @@ fn config(dir: &Path) -> VmConfig {
         vcpus: 1,
         cpu_model: Default::default(),
         memory_bytes: 32 << 20,
+        max_memory_bytes: None,
+        plugged_bytes: 0,
         boot: Boot::Kernel { kernel, initramfs: None, cmdline: String::new() },
         disks: vec![],
         nics: vec![NicConfig { id: "n".into(), socket: dir.join("n.sock"), mac, mtu: None }],
