@@ -97,7 +97,8 @@ impl Blocks {
     /// Takes over what was saved of a region like this one.
     pub(super) fn adopt(&mut self, bits: Vec<u64>, requested: u64) -> Result<(), Invalid> {
         let blocks = self.size() / BLOCK;
-        let beyond = bits.last().is_some_and(|last| blocks % BITS != 0 && last >> (blocks % BITS) != 0);
+        let beyond =
+            bits.last().is_some_and(|last| !blocks.is_multiple_of(BITS) && last >> (blocks % BITS) != 0);
         if bits.len() != self.plugged.len() || beyond {
             return Err(Invalid::because("another number of blocks of memory"));
         }
