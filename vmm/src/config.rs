@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::layout::{CMDLINE_MAX, MIB};
+use crate::memory::{Layout, PAGE};
 use crate::pci::slots;
 use crate::vcpu::model::CpuModel;
+use crate::virtio::mem::BLOCK;
 
 /// Disks and NICs.
 const MAX_DEVICES: usize = slots::DISKS_AND_NICS.end - slots::DISKS_AND_NICS.start;
@@ -26,6 +28,9 @@ const MAX_MEMORY: u64 = 4 << 40;
 const MAX_QUEUES: u16 = 64;
 /// Range that virtio-net allows for the MTU.
 const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=65535;
+
+/// Addresses of guests: those below are of hypervisor, loopback and host, the last one is any.
+const CIDS: std::ops::Range<u32> = 3..u32::MAX;
 
 /// One guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +51,13 @@ pub struct VmConfig {
     pub cpu_model: CpuModel,
     /// Guest memory in bytes; a multiple of 1 MiB.
     pub memory_bytes: u64,
+    /// Bytes of memory that the guest may have at most: it can plug what is beyond `memory_bytes`, in blocks of 2 MiB, when it is asked to. None: it keeps
+    /// what it boots with. A guest that was saved or moves finds the same here.
+    #[serde(default)]
+    pub max_memory_bytes: Option<u64>,
+    /// Of what it may plug, how many bytes it is asked to plug as soon as its driver is there.
+    #[serde(default)]
+    pub plugged_bytes: u64,
     /// What runs first.
     pub boot: Boot,
     /// Disks, in the order in which the guest finds them.
@@ -60,6 +72,12 @@ pub struct VmConfig {
     /// Unix socket on which the QEMU guest agent's port is served; made by the VMM.
     #[serde(default)]
     pub agent_socket: Option<PathBuf>,
+    /// A balloon, by which a guest gives back memory that it does not need. Without one it keeps what it has ever used.
+    #[serde(default)]
+    pub balloon: Option<BalloonConfig>,
+    /// Sockets between programs in the guest and programs of the node.
+    #[serde(default)]
+    pub vsock: Option<VsockConfig>,
     /// Unix socket on which the serial console is served; made by the VMM.
     pub console_socket: PathBuf,
     /// How long a start waits for the vhost-user sockets to answer before it fails. A running guest waits for ever.
@@ -193,6 +211,26 @@ impl DeviceConfig {
     }
 }
 
+/// A balloon.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// Bytes that it takes from the start: whole pages of 4 KiB, at most `memory_bytes`.
+    #[serde(default)]
+    pub bytes: u64,
+}
+
+/// Sockets between programs in the guest and programs of the node (`AF_VSOCK`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's address: 3 or more.
+    pub cid: u32,
+    /// Unix socket by which programs of the node connect to the guest; made by the VMM. They write `CONNECT <port>` and a line feed, and read `OK <number>` and a
+    /// line feed. Where the guest connects to port P of its host, it gets who listens on this path with `_P` behind it.
+    pub socket: PathBuf,
+}
+
 fn default_queues() -> u16 {
     1
 }
@@ -270,6 +308,20 @@ pub enum ConfigError {
     /// The memory size is out of range or not aligned.
     #[error("memory_bytes is {0}; it must be a multiple of 1 MiB from 16 MiB to 4 TiB")]
     Memory(u64),
+    /// The most memory is less than the memory, too much, or not so many blocks more.
+    #[error("max_memory_bytes is {0}; it must be memory_bytes or a multiple of 2 MiB more, up to 4 TiB")]
+    MaxMemory(u64),
+    /// More is to be plugged than there can be, or no whole blocks.
+    #[error(
+        "plugged_bytes is {0}; it must be a multiple of 2 MiB, at most what max_memory_bytes is beyond memory_bytes"
+    )]
+    Plugged(u64),
+    /// The balloon is larger than the guest's memory, or no whole pages.
+    #[error("the balloon has {0} bytes; it must be a multiple of 4 KiB, at most memory_bytes")]
+    Balloon(u64),
+    /// The guest's address is one that is kept for others.
+    #[error("vsock cid is {0}; it must be 3 to 4294967294")]
+    Cid(u32),
     /// A file that the guest needs cannot be read.
     #[error("{what} {path}: {error}")]
     File {
@@ -342,6 +394,23 @@ impl VmConfig {
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory_bytes) || !self.memory_bytes.is_multiple_of(MIB) {
             errors.push(ConfigError::Memory(self.memory_bytes));
         }
+        let layout = self.memory_layout();
+        if let Some(most) = self.max_memory_bytes
+            && (most > MAX_MEMORY || most < self.memory_bytes || !layout.pluggable.is_multiple_of(BLOCK))
+        {
+            errors.push(ConfigError::MaxMemory(most));
+        }
+        if self.plugged_bytes > layout.pluggable || !self.plugged_bytes.is_multiple_of(BLOCK) {
+            errors.push(ConfigError::Plugged(self.plugged_bytes));
+        }
+        if let Some(balloon) = &self.balloon
+            && (balloon.bytes > self.memory_bytes || !balloon.bytes.is_multiple_of(PAGE))
+        {
+            errors.push(ConfigError::Balloon(balloon.bytes));
+        }
+        if let Some(vsock) = self.vsock.as_ref().filter(|vsock| !CIDS.contains(&vsock.cid)) {
+            errors.push(ConfigError::Cid(vsock.cid));
+        }
         let mut files = vec![("seed", self.seed.as_ref())];
         match &self.boot {
             Boot::Kernel { kernel, initramfs, cmdline } => {
@@ -407,6 +476,12 @@ impl VmConfig {
         self.max_vcpus.unwrap_or(self.vcpus)
     }
 
+    /// How much memory it has, and may have.
+    pub(crate) fn memory_layout(&self) -> Layout {
+        let most = self.max_memory_bytes.unwrap_or(self.memory_bytes);
+        Layout { boot: self.memory_bytes, pluggable: most.saturating_sub(self.memory_bytes) }
+    }
+
     /// How long a start waits for backends.
     pub(crate) fn backend_timeout(&self) -> Duration {
         Duration::from_millis(self.backend_timeout_ms)
@@ -429,6 +504,8 @@ mod tests {
             vcpus: 2,
             max_vcpus: None,
             memory_bytes: 256 * MIB,
+            max_memory_bytes: Some(1024 * MIB),
+            plugged_bytes: 768 * MIB,
             boot: Boot::Kernel {
                 kernel: "/proc/self/exe".into(),
                 initramfs: None,
@@ -444,6 +521,8 @@ mod tests {
             }],
             seed: None,
             agent_socket: None,
+            balloon: Some(BalloonConfig { bytes: MIB }),
+            vsock: Some(VsockConfig { cid: 3, socket: "/v".into() }),
             console_socket: "/c".into(),
             backend_timeout_ms: 1000,
         }
@@ -472,10 +551,13 @@ mod tests {
         bad.disks[0].queues = 0;
         bad.nics[0].mac = MacAddr([1, 0, 0, 0, 0, 1]);
         bad.nics[0].mtu = Some(10);
+        bad.max_memory_bytes = Some(4 * MIB);
+        bad.vsock = Some(VsockConfig { cid: 2, socket: "/v".into() });
+        bad.balloon = Some(BalloonConfig { bytes: PAGE / 2 });
         bad.nics[0].slot = Some(24);
         bad.max_vcpus = Some(255);
         let errors = bad.validate().unwrap_err();
-        assert_eq!(errors.len(), 11, "{errors:?}");
+        assert_eq!(errors.len(), 15, "{errors:?}");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::VmError;
 use crate::hotplug::Attached;
 use crate::lifecycle::ExitReason;
+use crate::resize::{MemoryError, MemoryStatus};
 use crate::state::{DevicesState, StateError};
 use crate::transfer::TransferError;
 use crate::transfer::migrate::{self, Destination, Migrated, MigrationOptions, MigrationProgress};
@@ -75,6 +76,8 @@ pub struct VmStatus {
     pub vcpus: u8,
     /// Its disks and NICs.
     pub devices: Vec<DeviceStatus>,
+    /// How much memory it has.
+    pub memory: MemoryStatus,
 }
 
 /// Controls a guest. Clones control the same one; all stay valid after its end.
@@ -186,6 +189,30 @@ impl VmHandle {
         }
     }
 
+    /// Asks the guest to have so many bytes of memory in all: from `memory_bytes` to `max_memory_bytes` of its configuration, in steps of 2 MiB. Returns at once:
+    /// [`VmHandle::status`] says how far it is. A guest that has no driver for it, or uses what it is to unplug, has more or less.
+    ///
+    /// # Errors
+    /// The guest has ended, or cannot have so much or little.
+    pub fn set_memory(&self, bytes: u64) -> Result<(), MemoryError> {
+        match self.machine.lifecycle.ended() {
+            Some(_) => Err(MemoryError::Ended),
+            None => self.machine.memories.set_memory(bytes),
+        }
+    }
+
+    /// Asks the guest's balloon to take so many bytes of memory from it, for the node; less than before gives some back. Returns at once:
+    /// [`VmHandle::status`] says how far it is. A guest that has no driver for it, or can spare less, gives less.
+    ///
+    /// # Errors
+    /// The guest has no balloon or has ended, or the number is not one of whole pages up to all of its memory.
+    pub fn set_balloon(&self, bytes: u64) -> Result<(), MemoryError> {
+        match self.machine.lifecycle.ended() {
+            Some(_) => Err(MemoryError::Ended),
+            None => self.machine.memories.set_balloon(bytes),
+        }
+    }
+
     /// What the guest is doing now.
     pub fn status(&self) -> VmStatus {
         let state = match (self.machine.lifecycle.ended(), self.machine.gate.wanted()) {
@@ -205,8 +232,12 @@ impl VmHandle {
                 reconnects,
             }
         };
-        let devices = self.machine.backends.read().iter().map(device).collect();
-        VmStatus { state, vcpus: self.machine.hotplug.vcpus(), devices }
+        VmStatus {
+            state,
+            vcpus: self.machine.hotplug.vcpus(),
+            devices: self.machine.backends.read().iter().map(device).collect(),
+            memory: self.machine.memories.status(),
+        }
     }
 
     fn set_gate(&self, wanted: Wanted, what: &'static str) -> Result<(), VmError> {

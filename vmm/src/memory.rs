@@ -1,7 +1,8 @@
 //! Guest memory: one sealed memfd, mapped shared here and in the backends.
 //!
 //! The seals (no shrinking, no growing, no further seals) let a backend map it without fear of `SIGBUS`. The memfd is one file; RAM
-//! below the PCI hole is its beginning, RAM above 4 GiB the rest.
+//! below the PCI hole is its beginning, RAM above 4 GiB comes next, and last the region of what the guest may plug ([`Layout`]), all of it a hole
+//! at first.
 //!
 //! The kernel is asked for huge pages: each saves the guest 511 exits when it touches its memory first, and two steps of each walk
 //! through nested page tables later. It gives them when it is set to (`shmem_enabled` of transparent huge pages, which nodes set to
@@ -10,11 +11,13 @@
 //! What this process itself writes there can be asked for ([`begin_marks`], [`take_marks`]): all of it goes through `vm-memory`, never through a
 //! bare address.
 
+pub(crate) mod holes;
 mod marks;
 
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
@@ -25,10 +28,14 @@ use vm_memory::{
 
 use crate::error::VmError;
 use crate::layout::{HIGH_RAM_START, LOW_RAM_MAX};
+use crate::virtio::mem::BLOCK;
 use marks::Marks;
 
 /// Bytes of a page, the unit in which memory is transferred and in which writes are marked.
 pub(crate) const PAGE: u64 = 4096;
+
+/// Guests plug memory in blocks of their own, which are aligned so; the largest that Linux uses.
+const REGION_ALIGNMENT: u64 = 2 << 30;
 
 /// All of a guest's RAM.
 pub(crate) type Memory = GuestMemoryMmap<Marks>;
@@ -65,13 +72,49 @@ pub(crate) fn end(size: u64) -> u64 {
     HIGH_RAM_START + (size - low_ram_end(size))
 }
 
+/// How much memory a guest has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Layout {
+    /// Bytes that it boots with.
+    pub(crate) boot: u64,
+    /// Bytes that it may plug beyond that.
+    pub(crate) pluggable: u64,
+}
+
+impl From<u64> for Layout {
+    fn from(boot: u64) -> Self {
+        Self { boot, pluggable: 0 }
+    }
+}
+
+impl Layout {
+    /// Where memory is that the guest may plug: above all other.
+    pub(crate) fn region(self) -> Option<Range<u64>> {
+        let start = end(self.boot).next_multiple_of(REGION_ALIGNMENT);
+        (self.pluggable > 0).then_some(start..start + self.pluggable)
+    }
+
+    /// End of all memory that there may ever be, or of what is reserved for devices below 4 GiB.
+    pub(crate) fn end(self) -> u64 {
+        self.region().map_or(end(self.boot), |region| region.end)
+    }
+}
+
 /// Creates the memory of a guest.
-pub(crate) fn create(size: u64) -> Result<Memory, VmError> {
+pub(crate) fn create(layout: impl Into<Layout>) -> Result<Memory, VmError> {
+    let layout = layout.into();
+    // Blocks of the region are whole huge pages of the file.
+    let region_at = layout.boot.next_multiple_of(BLOCK);
+    let size = if layout.pluggable > 0 { region_at + layout.pluggable } else { layout.boot };
     let fail = |what| move |source| VmError::Memory { what, source };
     let file = Arc::new(sealed_memfd(c"guest-memory", size).map_err(fail("memfd"))?);
     let mut offset = 0;
     let mut regions = Vec::new();
-    for (start, len) in ram_ranges(size) {
+    let region = layout.region().map(|region| (region.start, layout.pluggable));
+    for (start, len) in ram_ranges(layout.boot).into_iter().chain(region) {
+        if region == Some((start, len)) {
+            offset = region_at;
+        }
         let mapping = MmapRegionBuilder::new_with_bitmap(len as usize, Marks::default())
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
@@ -127,6 +170,22 @@ mod tests {
     fn memory_skips_the_pci_hole() {
         assert_eq!(ram_ranges(64 * MIB), [(0, 64 * MIB)]);
         assert_eq!(ram_ranges(4 * GIB), [(0, LOW_RAM_MAX), (4 * GIB, 4 * GIB - LOW_RAM_MAX)]);
+    }
+
+    #[test]
+    fn what_may_be_plugged_lies_above_all_else_and_costs_nothing() {
+        let layout = Layout { boot: 5 * GIB + MIB, pluggable: 512 * GIB };
+        let memory = create(layout).unwrap();
+        let region = layout.region().unwrap();
+        assert_eq!((region.start, region.end, layout.end()), (8 * GIB, 520 * GIB, 520 * GIB));
+        let found: Vec<_> = memory.iter().map(|found| (found.start_addr().0, found.len())).collect();
+        let rest = 5 * GIB + MIB - LOW_RAM_MAX;
+        assert_eq!(found, [(0, LOW_RAM_MAX), (4 * GIB, rest), (8 * GIB, 512 * GIB)]);
+        let place = memory.iter().last().unwrap().file_offset().unwrap();
+        assert_eq!(place.start(), 5 * GIB + 2 * MIB);
+        assert_eq!(std::os::unix::fs::MetadataExt::blocks(&place.file().metadata().unwrap()), 0);
+        memory.write_obj(7u64, GuestAddress(region.end - 8)).unwrap();
+        assert_eq!(Layout::from(64 * MIB).region(), None);
     }
 
     #[test]

@@ -2,8 +2,10 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::os::fd::FromRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 /// Listens on `path`, without blocking. A socket left by a VMM that was killed goes; anything else at that path is not ours to remove.
@@ -19,6 +21,33 @@ pub(crate) fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+/// Connects to who listens on `path`; does not wait, neither for that nor later. Fails when nobody does, or when too many others wait to be let in.
+pub(crate) fn connect(path: &Path) -> io::Result<UnixStream> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: takes plain numbers; the result is checked.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `fd` was just made and belongs to nobody else.
+    let stream = unsafe { UnixStream::from_raw_fd(fd) };
+    // SAFETY: a structure of numbers, for which zeroes are values.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    let bytes = path.as_os_str().as_bytes();
+    // One byte is left for the zero at the end.
+    if bytes.len() >= address.sun_path.len() || bytes.contains(&0) {
+        return Err(io::Error::new(ErrorKind::InvalidInput, "no path of a socket"));
+    }
+    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
+        *to = *from as libc::c_char;
+    }
+    let length = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: the address is a `sockaddr_un` of that length, and outlives the call.
+    let connected = unsafe { libc::connect(fd, std::ptr::from_ref(&address).cast(), length) };
+    if connected < 0 { Err(io::Error::last_os_error()) } else { Ok(stream) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -32,5 +61,20 @@ mod tests {
         fs::remove_file(&path).unwrap();
         fs::write(&path, "precious").unwrap();
         assert!(listen(&path).is_err());
+    }
+
+    #[test]
+    fn connecting_never_waits() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.sock");
+        assert_eq!(connect(&path).unwrap_err().kind(), ErrorKind::NotFound);
+        let listener = listen(&path).unwrap();
+        let streams: Vec<_> = std::iter::from_fn(|| connect(&path).ok()).take(100_000).collect();
+        assert!(!streams.is_empty());
+        assert_eq!(connect(&path).unwrap_err().kind(), ErrorKind::WouldBlock);
+        let (stream, _) = listener.accept().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        drop(streams);
+        assert!(connect(&dir.path().join("x".repeat(200))).is_err());
     }
 }

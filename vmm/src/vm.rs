@@ -38,15 +38,19 @@ use crate::memory::{self, Memory};
 use crate::pci::host_bridge::HostBridge;
 use crate::pci::root::{self, ConfigPorts};
 use crate::pci::{PciDevice, PciRoot, slots};
+use crate::resize::Memories;
 use crate::state::Devices;
 use crate::transfer::{Core, TransferError};
 use crate::vcpu::cpuid::Topology;
 use crate::vcpu::gate::{Gate, Wanted, install_kick_handler};
 use crate::vcpu::{self, VcpuContext, registers};
+use crate::virtio::balloon::Balloon;
+use crate::virtio::mem::Mem;
 use crate::virtio::port::Port;
 use crate::virtio::rng::Rng;
 use crate::virtio::seed::Seed;
 use crate::virtio::vhost_user::worker::{self, WorkerHandle};
+use crate::virtio::vsock::Vsock;
 use crate::watchdog::Watchdog;
 
 /// Where the QEMU guest agent looks for its host.
@@ -63,6 +67,7 @@ pub(crate) struct Machine {
     /// Its disks and NICs.
     pub(crate) backends: RwLock<Vec<Attached>>,
     pub(crate) devices: Devices,
+    pub(crate) memories: Memories,
     pub(crate) vcpu_threads: Mutex<Vec<JoinHandle<()>>>,
     /// What there is beside the devices, as long as the guest has not been taken apart.
     pub(crate) core: Mutex<Option<Core>>,
@@ -118,6 +123,7 @@ struct Pci {
     bridge: Arc<HostBridge>,
     /// The slots of the disks.
     boot_slots: Vec<usize>,
+    memories: Memories,
 }
 
 impl Vm {
@@ -191,7 +197,7 @@ struct Builder<'a> {
 
 impl<'a> Builder<'a> {
     fn new(config: &'a VmConfig, gate: Gate) -> Result<Self, VmError> {
-        let memory = memory::create(config.memory_bytes)?;
+        let memory = memory::create(config.memory_layout())?;
         let kvm = kvm_guest::create(&memory, config.cpu_model)?;
         let interrupts = Arc::new(Interrupts::new(kvm.vm.clone())?);
         let (lifecycle, gate) = (Arc::default(), Arc::new(gate));
@@ -243,6 +249,7 @@ impl<'a> Builder<'a> {
             hotplug,
             backends: RwLock::new(backends),
             devices,
+            memories: pci.memories,
             vcpu_threads: Mutex::default(),
             core: Mutex::default(),
             plant: Mutex::new(Some(Plant {
@@ -287,7 +294,8 @@ impl<'a> Builder<'a> {
     /// Puts a kernel in place and returns where it is entered. Firmware is entered where processors begin.
     fn load(&self) -> Result<Option<boot::Entry>, VmError> {
         let Boot::Kernel { kernel, initramfs, cmdline } = &self.config.boot else { return Ok(None) };
-        let tables = Tables::build(&Description::initial(self.config.vcpus, self.config.most_vcpus()));
+        let vcpus = Description::initial(self.config.vcpus, self.config.most_vcpus());
+        let tables = Tables::build(&Description { pluggable: self.pluggable(), ..vcpus });
         let rsdp = tables.write(&self.memory).map_err(BootError::from)?;
         let initramfs = initramfs.as_deref();
         let memory_size = self.config.memory_bytes;
@@ -314,23 +322,31 @@ impl<'a> Builder<'a> {
         Ok(Some(code))
     }
 
+    /// Where its memory is, if some of that is plugged later.
+    fn pluggable(&self) -> Option<memory::Layout> {
+        Some(self.config.memory_layout()).filter(|layout| layout.pluggable > 0)
+    }
+
     /// What firmware is told.
     fn machine(&self, pci: &Pci) -> items::Machine {
         let (root, bridge) = (pci.root.clone(), pci.bridge.clone());
         let (vcpus, max_vcpus) = (self.config.vcpus, self.config.most_vcpus());
-        let above_ram = memory::end(self.config.memory_bytes).next_multiple_of(GIB);
+        let above_ram = self.config.memory_layout().end().next_multiple_of(GIB);
+        let pluggable = self.pluggable();
         // There always is a window: firmware learns the size of the tables before it asks for them.
         let describe = move || Description {
             vcpus,
             max_vcpus,
             ecam: bridge.ecam().map_or(layout::ECAM_START, |ecam| ecam.start),
             high_window: Some(root.high_window().unwrap_or(above_ram..above_ram + GIB)),
+            pluggable,
         };
         items::Machine {
             id: self.config.id,
             vcpus,
             max_vcpus,
             memory_size: self.config.memory_bytes,
+            reserved_end: pluggable.map(|_| above_ram),
             boot_slots: pci.boot_slots.clone(),
             describe: Arc::new(describe),
         }
@@ -382,6 +398,22 @@ impl<'a> Builder<'a> {
             let left = deadline.saturating_duration_since(Instant::now());
             devices.push((slot, self.maker.vhost_user(slot, worker, left)?));
         }
+        let mut memories = Memories { boot_bytes: self.config.memory_bytes, ..Memories::default() };
+        if let Some(config) = &self.config.balloon {
+            let balloon = Balloon::new(config.bytes);
+            memories.balloon = Some(balloon.wishes());
+            let function = self.maker.telling(slots::BALLOON, balloon, Balloon::set_change)?;
+            devices.push((slots::BALLOON, function));
+        }
+        if let Some(config) = &self.config.vsock {
+            let vsock = Vsock::new(config.cid, &config.socket).map_err(resource("vsock"))?;
+            devices.push((slots::VSOCK, self.maker.function(slots::VSOCK, vsock)?));
+        }
+        if let Some(region) = self.config.memory_layout().region() {
+            let memory = Mem::new(region, self.config.plugged_bytes);
+            memories.pluggable = Some(memory.pluggable());
+            devices.push((slots::MEMORY, self.maker.telling(slots::MEMORY, memory, Mem::set_change)?));
+        }
         if let Some(path) = &self.config.seed {
             let seed = Seed::read(path).map_err(resource("seed disk"))?;
             devices.push((slots::SEED, self.maker.function(slots::SEED, seed)?));
@@ -401,7 +433,7 @@ impl<'a> Builder<'a> {
             Arc::new(ConfigPorts::new(root.clone(), self.lifecycle.clone())),
         );
         root::connect(mmio, &root, &bridge);
-        Ok(Pci { root, bridge, boot_slots })
+        Ok(Pci { root, bridge, boot_slots, memories })
     }
 
     /// Makes the vCPUs.

@@ -20,6 +20,8 @@ const MAX_CPUS: u16 = 0x0f;
 /// How long the firmware waits for a key, in milliseconds.
 const BOOT_MENU_WAIT_FILE: &str = "etc/boot-menu-wait";
 const BOOT_ORDER_FILE: &str = "bootorder";
+/// Up to where memory may be plugged: memory of PCI functions lies above.
+const RESERVED_END_FILE: &str = "etc/reserved-memory-end";
 const E820_FILE: &str = "etc/e820";
 const SYSTEM_STATES_FILE: &str = "etc/system-states";
 /// Of the sleep states S0 to S5, those that are there (bit 7), with their sleep types: no suspend to memory or disk.
@@ -31,6 +33,8 @@ pub(crate) struct Machine {
     pub(crate) vcpus: u8,
     pub(crate) max_vcpus: u8,
     pub(crate) memory_size: u64,
+    /// End of memory that may be plugged, if there is any, rounded up as windows of PCI functions begin.
+    pub(crate) reserved_end: Option<u64>,
     /// PCI slots to boot from, first one first.
     pub(crate) boot_slots: Vec<usize>,
     /// The machine as the firmware has set it up by the time that it asks for the tables.
@@ -41,7 +45,11 @@ pub(crate) struct Machine {
 pub(crate) fn build(machine: &Machine, memory: &Memory) -> FwCfg {
     let count = |vcpus: u8| u16::from(vcpus).to_le_bytes().to_vec();
     let tables = smbios::build(machine.id);
-    FwCfgBuilder::default()
+    let mut items = FwCfgBuilder::default();
+    if let Some(end) = machine.reserved_end {
+        items = items.file(RESERVED_END_FILE, Content::Bytes(end.to_le_bytes().to_vec()));
+    }
+    items
         .item(CPUS, count(machine.vcpus))
         .item(MAX_CPUS, count(machine.max_vcpus))
         .item(BOOT_MENU, 1u16.to_le_bytes().to_vec())

@@ -16,7 +16,7 @@ use crate::pci::{PciDevice, PciRoot};
 use crate::transfer::Vcpu;
 use crate::vcpu::cpuid::{self, Topology};
 use crate::vcpu::registers;
-use crate::virtio::device::VirtioDevice;
+use crate::virtio::device::{ConfigChange, VirtioDevice};
 use crate::virtio::pci::{Parts, VirtioPci};
 use crate::virtio::vhost_user::blk::Disk;
 use crate::virtio::vhost_user::device::{Kind, VhostUser};
@@ -60,7 +60,18 @@ impl Maker {
         slot: usize,
         device: impl VirtioDevice + 'static,
     ) -> Result<Arc<dyn PciDevice>, VmError> {
+        self.telling(slot, device, |_, _| {})
+    }
+
+    /// One whose configuration changes: `tell` hands it what it tells its driver by.
+    pub(crate) fn telling<D: VirtioDevice + 'static>(
+        &self,
+        slot: usize,
+        device: D,
+        tell: impl FnOnce(&D, Arc<ConfigChange>),
+    ) -> Result<Arc<dyn PciDevice>, VmError> {
         let parts = self.parts(&device, slot)?;
+        tell(&device, parts.change.clone());
         Ok(Arc::new(VirtioPci::new(Box::new(device), parts)?))
     }
 
@@ -71,10 +82,7 @@ impl Maker {
         worker: WorkerHandle,
         timeout: Duration,
     ) -> Result<Arc<dyn PciDevice>, VmError> {
-        let device = VhostUser::new(worker, timeout)?;
-        let parts = self.parts(&device, slot)?;
-        device.set_change(parts.change.clone());
-        Ok(Arc::new(VirtioPci::new(Box::new(device), parts)?))
+        self.telling(slot, VhostUser::new(worker, timeout)?, VhostUser::set_change)
     }
 
     fn parts(&self, device: &dyn VirtioDevice, slot: usize) -> Result<Parts, VmError> {

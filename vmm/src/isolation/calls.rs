@@ -144,10 +144,10 @@ const STREAMS: &[Call] = calls! {
     SYS_setsockopt: "deadlines";
 };
 
-/// Connecting to a backend, again and again.
+/// Connecting to a backend, again and again, or to who listens for the guest.
 const DIAL: &[Call] = calls! {
-    SYS_socket [Is(0, UNIX)]: "a connection to a backend";
-    SYS_connect: "a connection to a backend";
+    SYS_socket [Is(0, UNIX)]: "a connection to a backend; one that the guest wants";
+    SYS_connect: "a connection to a backend; one that the guest wants";
 };
 
 /// What firmware keeps, into a file that is open.
@@ -171,6 +171,11 @@ const KICKS: &[Call] = calls! {
     SYS_tgkill [OwnProcess(0), Is(2, KICK)]: "a vCPU out of its guest";
 };
 
+/// Giving guest memory back to the node, in the file that is the guest's memory.
+const HOLES: &[Call] = calls! {
+    SYS_fallocate [Is(1, HOLE)]: "pages that the guest gives back; those of one that moves here which have become zeroes";
+};
+
 /// Making a machine, and the end of the process.
 const MACHINES: &[Call] = calls! {
     SYS_openat: "KVM, kernel, firmware, its variables: Landlock and the private root leave no other files";
@@ -181,7 +186,6 @@ const MACHINES: &[Call] = calls! {
     SYS_lseek: "reading kernels; which parts of the guest's memory hold anything, when it is saved";
     SYS_pread64: "reading kernels and variables";
     SYS_readv: "reading kernels";
-    SYS_fallocate [Is(1, HOLE)]: "pages of a guest that moves here which have become zeroes";
     SYS_memfd_create: "the guest's memory; the record of what backends write to it";
     SYS_ftruncate: "the size of the guest's memory, of that record, of a new store of variables";
     SYS_socketpair: "how the runtime of the orders hears of signals";
@@ -194,12 +198,13 @@ const MACHINES: &[Call] = calls! {
 pub(super) fn of(kind: ThreadKind) -> Vec<Call> {
     let groups: &[&[Call]] = match kind {
         ThreadKind::Main => {
-            &[COMMON, THREADS, KVM_REQUESTS, EVENTS, STREAMS, DIAL, VARIABLES, SERVE, KICKS, MACHINES]
+            &[COMMON, THREADS, KVM_REQUESTS, EVENTS, STREAMS, DIAL, VARIABLES, SERVE, KICKS, HOLES, MACHINES]
         }
         // It starts the devices' threads, which inherit its filter.
-        ThreadKind::Vcpu => &[COMMON, THREADS, KVM_REQUESTS, EVENTS, STREAMS, VARIABLES],
-        ThreadKind::Device => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS],
+        ThreadKind::Vcpu => &[COMMON, THREADS, KVM_REQUESTS, EVENTS, STREAMS, VARIABLES, HOLES],
+        ThreadKind::Device => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS, HOLES],
         ThreadKind::Backend => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS, DIAL],
+        ThreadKind::Vsock => &[COMMON, EVENTS, STREAMS, DIAL],
         ThreadKind::Console => &[COMMON, EVENTS, STREAMS],
         ThreadKind::Watchdog => &[COMMON],
         ThreadKind::Throttle => &[COMMON, KICKS],
@@ -212,11 +217,12 @@ pub(super) fn of(kind: ThreadKind) -> Vec<Call> {
 mod tests {
     use super::*;
 
-    const ALL: [ThreadKind; 8] = [
+    const ALL: [ThreadKind; 9] = [
         ThreadKind::Main,
         ThreadKind::Vcpu,
         ThreadKind::Device,
         ThreadKind::Backend,
+        ThreadKind::Vsock,
         ThreadKind::Console,
         ThreadKind::Watchdog,
         ThreadKind::Throttle,

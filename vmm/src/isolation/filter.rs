@@ -124,9 +124,15 @@ mod tests {
     }
 
     #[test]
-    fn making_a_machine_may_make_holes_in_a_file_and_not_fill_it() {
+    fn holes_may_be_made_in_a_file_and_not_filled() {
+        for kind in [ThreadKind::Main, ThreadKind::Vcpu, ThreadKind::Device] {
+            holes_may_be_made_in_a_file(kind);
+        }
+    }
+
+    fn holes_may_be_made_in_a_file(kind: ThreadKind) {
         let file = tempfile::tempfile().unwrap();
-        let (hole, fill) = confined(ThreadKind::Main, move || {
+        let (hole, fill) = confined(kind, move || {
             let refused = |mode| {
                 // SAFETY: takes plain numbers; the descriptor is that of `file`.
                 let outcome = unsafe { libc::fallocate(file.as_raw_fd(), mode, 0, 4096) };

@@ -32,6 +32,8 @@ pub enum ThreadKind {
     Device,
     /// Keeps the connection to a vhost-user backend.
     Backend,
+    /// Connects the guest's sockets to those of the node.
+    Vsock,
     /// Serves the clients of the serial console.
     Console,
     /// Waits for the guest's watchdog.

@@ -26,8 +26,12 @@ use crate::pci::host_bridge::HostBridge;
 use crate::pci::root::ConfigPorts;
 use crate::vcpu::gate::Gate;
 use crate::vcpu::model::CpuModel;
+use crate::virtio::balloon::Balloon;
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::mem::Mem;
 use crate::virtio::pci::{Parts, VirtioPci};
 use crate::virtio::rng::Rng;
+use crate::virtio::vsock::Vsock;
 use crate::watchdog::Watchdog;
 
 const BAR: u64 = 0xe000_0000;
@@ -94,15 +98,23 @@ fn subjects() -> Vec<Subject> {
     ];
     if let Ok(kvm) = crate::kvm::create(&memory, CpuModel::Host) {
         let interrupts = Arc::new(Interrupts::new(kvm.vm.clone()).unwrap());
-        let parts = Parts::new(kvm.vm, memory, interrupts.clone(), 1, BAR).unwrap();
-        let sci = Arc::new(Sci::new(interrupts));
+        let sci = Arc::new(Sci::new(interrupts.clone()));
         all.push(Subject::Io(Box::new(PowerDevice::new(sci.clone(), lifecycle()))));
         let hotplug = Controller::new(2, sci, std::sync::Weak::new());
         hotplug.plug(2);
         hotplug.ask(3);
         hotplug.set_vcpus(3);
         all.push(Subject::Io(Box::new(hotplug)));
-        all.push(Subject::Pci(Box::new(VirtioPci::new(Box::new(Rng::default()), parts).unwrap())));
+        let dir = tempfile::tempdir().unwrap();
+        let vsock = Vsock::new(3, &dir.path().join("vsock")).unwrap();
+        let plugged = Mem::new(4 * MIB..12 * MIB, 2 * MIB);
+        let virtio: [Box<dyn VirtioDevice>; 4] =
+            [Box::new(Rng::default()), Box::new(Balloon::new(MIB)), Box::new(vsock), Box::new(plugged)];
+        for device in virtio {
+            let queues = device.queue_sizes().len();
+            let parts = Parts::new(kvm.vm.clone(), memory.clone(), interrupts.clone(), queues, BAR).unwrap();
+            all.push(Subject::Pci(Box::new(VirtioPci::new(device, parts).unwrap())));
+        }
     }
     all
 }

@@ -1,18 +1,17 @@
 //! The guest's memory: runs of pages, each behind its guest address. Pages of zeroes are left out, as they are what new memory holds, unless
 //! something else may have been sent for them before: then a frame says how many there are where.
 //!
-//! What the guest never touched is not even looked at: reading a hole of the memfd through its mapping would fill it.
+//! Holes of the memfd are not even looked at, whether the guest never touched them or has given them back: reading one through its mapping would
+//! fill it.
 
-use std::fs::File;
 use std::io::{self, Write};
-use std::ops::Range;
-use std::os::fd::AsRawFd;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::TransferError;
 use super::dirty::DirtyPages;
 use super::frame::{FrameReader, FrameWriter, Kind};
+use crate::memory::holes::{next_extent, release};
 use crate::memory::{self, Memory};
 
 const VERSION: u16 = 1;
@@ -44,22 +43,12 @@ pub(super) fn save(memory: &Memory, to: &mut FrameWriter<impl Write>) -> Result<
 
 /// Adds all pages that may hold anything.
 pub(super) fn add_present(memory: &Memory, pages: &mut DirtyPages) -> Result<(), TransferError> {
-    for region in memory.iter() {
-        let (file, offset) = place(region)?;
-        let mut at = offset;
-        while let Some(extent) = next_extent(file, at..offset + region.len())? {
-            at = extent.end;
-            let start = region.start_addr().0;
-            pages.add_addresses(start + (extent.start - offset)..start + (extent.end - offset));
-        }
+    let mut at = 0;
+    while let Some(extent) = next_extent(memory, at..u64::MAX)? {
+        at = extent.end;
+        pages.add_addresses(extent);
     }
     Ok(())
-}
-
-/// Where in which file a stretch of memory is.
-fn place(region: &<Memory as GuestMemoryBackend>::R) -> Result<(&File, u64), TransferError> {
-    let place = region.file_offset().ok_or(TransferError::Damaged("its memory is no file"))?;
-    Ok((place.file(), place.start()))
 }
 
 /// Writes these pages. `after` hears of each piece how many bytes of memory it was.
@@ -72,39 +61,25 @@ pub(super) fn write(
 ) -> Result<(), TransferError> {
     let mut buffer = vec![0; PIECE];
     for stretch in pages.stretches(PIECE as u64) {
-        let length = stretch.end - stretch.start;
-        let piece = &mut buffer[..length as usize];
-        memory.read_slice(piece, GuestAddress(stretch.start)).map_err(io::Error::other)?;
-        write_piece(stretch.start, piece, zeroes, to)?;
-        after(length)?;
+        let mut at = stretch.start;
+        while at < stretch.end {
+            let rest = stretch.end..stretch.end;
+            let extent = next_extent(memory, at..stretch.end)?.unwrap_or(rest);
+            if at < extent.start && zeroes == ZeroPages::Told {
+                write_zeroes(at, extent.start - at, to)?;
+            }
+            let piece = &mut buffer[..(extent.end - extent.start) as usize];
+            memory.read_slice(piece, GuestAddress(extent.start)).map_err(io::Error::other)?;
+            write_piece(extent.start, piece, zeroes, to)?;
+            at = extent.end;
+        }
+        after(stretch.end - stretch.start)?;
     }
     Ok(())
 }
 
-/// The first part of a range of a file that is no hole, in whole pages.
-fn next_extent(file: &File, within: Range<u64>) -> io::Result<Option<Range<u64>>> {
-    let page = PAGE as u64;
-    let seek = |from: u64, what| -> io::Result<Option<u64>> {
-        // SAFETY: takes plain numbers; the descriptor is that of `file`.
-        let found = unsafe { libc::lseek(file.as_raw_fd(), from as libc::off_t, what) };
-        match u64::try_from(found) {
-            Ok(found) => Ok(Some(found)),
-            Err(_) => match io::Error::last_os_error() {
-                error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-                error => Err(error),
-            },
-        }
-    };
-    if within.is_empty() {
-        return Ok(None);
-    }
-    let Some(start) = seek(within.start, libc::SEEK_DATA)? else { return Ok(None) };
-    let start = start - start % page;
-    if start >= within.end {
-        return Ok(None);
-    }
-    let end = seek(start, libc::SEEK_HOLE)?.unwrap_or(within.end).next_multiple_of(page);
-    Ok(Some(start.max(within.start)..end.min(within.end)))
+fn write_zeroes(address: u64, length: u64, to: &mut FrameWriter<impl Write>) -> Result<(), TransferError> {
+    to.frame(Kind::Zeroes, VERSION, &[&address.to_le_bytes(), &length.to_le_bytes()])
 }
 
 /// Writes the runs of pages of one piece: those that hold anything, and those of zeroes if the other side is told.
@@ -123,12 +98,10 @@ fn write_piece(
         while let Some(next) = pages.next_if(|next| is_zero(next) == zero) {
             at += next.len();
         }
-        let place = (address + start as u64).to_le_bytes();
+        let place = address + start as u64;
         match (zero, zeroes) {
-            (false, _) => to.frame(Kind::Memory, VERSION, &[&place, &piece[start..at]])?,
-            (true, ZeroPages::Told) => {
-                to.frame(Kind::Zeroes, VERSION, &[&place, &((at - start) as u64).to_le_bytes()])?;
-            }
+            (false, _) => to.frame(Kind::Memory, VERSION, &[&place.to_le_bytes(), &piece[start..at]])?,
+            (true, ZeroPages::Told) => write_zeroes(place, (at - start) as u64, to)?,
             (true, ZeroPages::LeftOut) => {}
         }
     }
@@ -158,31 +131,11 @@ pub(super) fn restore(memory: &Memory, from: &mut FrameReader<'_>) -> Result<(),
             return Err(DAMAGED);
         }
         match kind {
-            Kind::Zeroes => clear(memory, place, length)?,
+            // Not written: that would allocate those that were never sent.
+            Kind::Zeroes => drop(release(memory, place.0..place.0 + length)?),
             _ => memory.write_slice(pages, place).map_err(io::Error::other)?,
         }
     }
-}
-
-/// Makes pages holes again, which read as zeroes: writing zeroes would allocate those that were never sent.
-fn clear(memory: &Memory, place: GuestAddress, length: u64) -> Result<(), TransferError> {
-    let (mut at, end) = (place.0, place.0 + length);
-    while at < end {
-        let region = memory
-            .find_region(GuestAddress(at))
-            .ok_or(TransferError::Damaged("a part of its memory makes no sense"))?;
-        let (file, offset) = self::place(region)?;
-        let within = at - region.start_addr().0;
-        let length = (end - at).min(region.len() - within);
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        let from = (offset + within) as libc::off_t;
-        // SAFETY: takes plain numbers; the descriptor is that of `file`. The guest's memory is shared bytes, to which zeroes may come at any time.
-        if unsafe { libc::fallocate(file.as_raw_fd(), mode, from, length as libc::off_t) } < 0 {
-            return Err(io::Error::last_os_error().into());
-        }
-        at += length;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -291,6 +244,28 @@ mod tests {
             let full = content(&memory).chunks(PAGE).filter(|page| page[0] != 0).count() as u64;
             prop_assert!(blocks <= full * PAGE as u64 / 512, "zeroes take memory");
         }
+    }
+
+    #[test]
+    fn a_large_region_of_which_little_is_plugged_costs_little_and_comes_back() {
+        let layout = memory::Layout { boot: 64 * MIB, pluggable: 256 * GIB };
+        let memory = memory::create(layout).unwrap();
+        let region = layout.region().unwrap();
+        let plugged = region.start + 200 * GIB;
+        memory.write_slice(&vec![7; MIB as usize], GuestAddress(plugged)).unwrap();
+        // Unplugged again.
+        memory.write_slice(&vec![8; MIB as usize], GuestAddress(region.start)).unwrap();
+        release(&memory, region.start..region.start + 2 * MIB).unwrap();
+        let bytes = saved(&memory);
+        assert!(bytes.len() < 2 * MIB as usize, "{} bytes", bytes.len());
+        let mut from = &bytes[..];
+        let mut reader = FrameReader::new(&mut from);
+        let copy = memory::create(layout).unwrap();
+        restore(&copy, &mut reader).unwrap();
+        assert_eq!((taken(&memory), taken(&copy)), (MIB / 512, MIB / 512));
+        let mut content = vec![0; MIB as usize];
+        copy.read_slice(&mut content, GuestAddress(plugged)).unwrap();
+        assert!(content.iter().all(|byte| *byte == 7));
     }
 
     #[test]

@@ -25,6 +25,9 @@ pub(crate) const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO
 /// Buffers of one request.
 pub(crate) type Chain<'a> = DescriptorChain<&'a Memory>;
 
+/// What a device does with a request: returns how many bytes it wrote to its buffers.
+pub(crate) type Step<S> = fn(&mut S, Chain<'_>) -> u32;
+
 /// Why a device is not served any more, until its driver resets it.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ServiceError {
@@ -164,20 +167,31 @@ impl Worker {
     /// A thread for a device with one queue: `step` gets each of its buffers.
     pub(crate) fn spawn_single<S: Send + 'static>(
         name: &'static str,
-        mut ring: Ring,
+        ring: Ring,
+        state: S,
+        step: Step<S>,
+    ) -> io::Result<Self> {
+        Self::spawn_several(name, vec![(ring, step)], state)
+    }
+
+    /// A thread for a device whose queues each have a step of their own.
+    pub(crate) fn spawn_several<S: Send + 'static>(
+        name: &'static str,
+        mut rings: Vec<(Ring, Step<S>)>,
         mut state: S,
-        step: fn(&mut S, Chain<'_>) -> u32,
     ) -> io::Result<Self> {
         Self::spawn(name, move |stop| {
             let epoll = Epoll::new()?;
-            for fd in [ring.kick_fd(), stop.fd()] {
+            for fd in rings.iter().map(|(ring, _)| ring.kick_fd()).chain([stop.fd()]) {
                 epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))?;
             }
             let mut events = [EpollEvent::default(); 2];
             while !stop.is_asked() {
                 wait(&epoll, &mut events)?;
-                ring.take_kick();
-                ring.serve(&mut state, |_| stop.appetite(), step)?;
+                for (ring, step) in &mut rings {
+                    ring.take_kick();
+                    ring.serve(&mut state, |_| stop.appetite(), *step)?;
+                }
             }
             Ok(())
         })

@@ -208,6 +208,7 @@ impl VirtioPci {
         match offset - at {
             COMMON => self.write_common(inner, at, data),
             NOTIFY => self.ring_doorbell(at),
+            DEVICE => inner.device.write_config(at, data),
             MSIX_TABLE => inner.msix.write_table(at, data),
             _ => {}
         }
@@ -410,8 +411,8 @@ fn config_space(kind: DeviceType) -> ConfigSpace {
     let class = match kind {
         DeviceType::Net => [0x02, 0x00, 0x00],
         DeviceType::Block => [0x01, 0x80, 0x00],
-        DeviceType::Console => [0x07, 0x80, 0x00],
-        DeviceType::Rng => [0xff, 0x00, 0x00],
+        DeviceType::Console | DeviceType::Vsock => [0x07, 0x80, 0x00],
+        DeviceType::Rng | DeviceType::Balloon | DeviceType::Memory => [0xff, 0x00, 0x00],
     };
     ConfigSpace::new(Identity {
         vendor: VIRTIO_VENDOR,

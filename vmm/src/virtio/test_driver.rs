@@ -30,6 +30,8 @@ pub(crate) enum Buffer {
     Writable(usize),
     /// So much that the device may read, behind the end of memory.
     Outside(usize),
+    /// So much that the device may write, at an address of the driver's choice. It is left as it is, and not read.
+    At(u64, usize),
 }
 
 /// What the device did with a request.
@@ -85,6 +87,11 @@ impl Driver {
         self.activate(new, Start::Resumed);
     }
 
+    /// Has a device that was stopped go on.
+    pub(crate) fn go_on(&self, device: &mut dyn VirtioDevice) {
+        self.activate(device, Start::Resumed);
+    }
+
     fn activate(&self, device: &mut dyn VirtioDevice, start: Start) {
         let active = (0..).zip(&self.queues).map(|(index, queue)| ActiveQueue {
             index,
@@ -124,6 +131,7 @@ impl Driver {
                     (data_at, *len, WRITE)
                 }
                 Buffer::Outside(len) => (MEMORY, *len, 0),
+                Buffer::At(at, len) => (*at, *len, WRITE),
             };
             data_at += len as u64;
             let more = if number + 1 < buffers.len() as u64 { NEXT } else { 0 };
