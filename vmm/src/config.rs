@@ -59,6 +59,10 @@ pub struct VmConfig {
     pub agent_socket: Option<PathBuf>,
     /// Unix socket on which the serial console is served; made by the VMM.
     pub console_socket: PathBuf,
+    /// Unix socket on which the display is served by RFB (VNC), without a password; made by the VMM. With it the guest has a frame buffer, a keyboard and
+    /// a tablet. Firmware only: a kernel that is booted directly would have no picture.
+    #[serde(default)]
+    pub display_socket: Option<PathBuf>,
     /// How long a start waits for the vhost-user sockets to answer before it fails. A running guest waits for ever.
     #[serde(default = "default_backend_timeout_ms")]
     pub backend_timeout_ms: u64,
@@ -203,6 +207,9 @@ pub enum ConfigError {
     /// The command line is too long or holds a NUL.
     #[error("the kernel command line must be shorter than {CMDLINE_MAX} bytes and hold no NUL")]
     Cmdline,
+    /// A display without firmware to drive it.
+    #[error("display_socket: a kernel that is booted directly has no display")]
+    Display,
     /// More devices than the bus takes.
     #[error("{0} disks and NICs; at most {MAX_DEVICES} fit on the bus")]
     TooManyDevices(usize),
@@ -252,6 +259,9 @@ impl VmConfig {
         match &self.boot {
             Boot::Kernel { kernel, initramfs, cmdline } => {
                 files.extend([("kernel", Some(kernel)), ("initramfs", initramfs.as_ref())]);
+                if self.display_socket.is_some() {
+                    errors.push(ConfigError::Display);
+                }
                 if cmdline.len() >= CMDLINE_MAX || cmdline.contains('\0') {
                     errors.push(ConfigError::Cmdline);
                 }
@@ -333,6 +343,7 @@ mod tests {
             seed: None,
             agent_socket: None,
             console_socket: "/c".into(),
+            display_socket: None,
             backend_timeout_ms: 1000,
         }
     }
@@ -360,8 +371,9 @@ mod tests {
         bad.disks[0].queues = 0;
         bad.nics[0].mac = MacAddr([1, 0, 0, 0, 0, 1]);
         bad.nics[0].mtu = Some(10);
+        bad.display_socket = Some("/d".into());
         let errors = bad.validate().unwrap_err();
-        assert_eq!(errors.len(), 9, "{errors:?}");
+        assert_eq!(errors.len(), 10, "{errors:?}");
     }
 
     #[test]

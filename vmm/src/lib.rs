@@ -11,6 +11,7 @@
 //! # Threads
 //! - `vcpuN`: runs one vCPU and handles its exits on the buses (`bus`). Nothing it calls waits for a client or, beyond a bound, for a backend.
 //! - `console`: feeds the console's clients.
+//! - `display`: shows the screen to the display's clients, if the guest has a display; `tablet`: serves its pointer.
 //! - one for each disk and NIC: keeps the connection to the backend (`virtio::vhost_user`), for ever.
 //! - `rng`, `seed`, `agent-port`: serve the random number generator, the seed disk and the guest agent's port.
 //! - `throttle`: while the guest moves and writes faster than can be sent, holds it for a part of the time.
@@ -28,7 +29,7 @@
 //!
 //! # Where to start reading
 //! `vm` puts everything together. Then by subject: `config`, `layout` (the address map), `boot`, `firmware`, `vcpu`, `acpi`, `chipset`, `pci`,
-//! `virtio`, `console`, `state` (what devices save), `transfer` (a whole guest as a stream); what threads may ask of the kernel is in [`isolation`].
+//! `virtio`, `console`, `display`, `state` (what devices save), `transfer` (a whole guest as a stream); what threads may ask of the kernel is in [`isolation`].
 
 mod acpi;
 mod boot;
@@ -36,6 +37,7 @@ mod bus;
 mod chipset;
 mod config;
 mod console;
+mod display;
 mod error;
 mod firmware;
 mod handle;

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::acpi::panic::PanicDevice;
 use crate::acpi::power::{self, KeyboardController, PowerDevice};
-use crate::acpi::tables::{Description, Tables};
+use crate::acpi::tables::{Description, Keyboard, Tables};
 use crate::boot::{self, BootError, BootSource};
 use crate::bus::Bus;
 use crate::chipset::cmos::Cmos;
@@ -22,6 +22,7 @@ use crate::chipset::pm_timer::PmTimer;
 use crate::config::{Boot, VmConfig};
 use crate::console::serial::{IrqTrigger, SerialPort};
 use crate::console::server::{ConsoleServer, Output};
+use crate::display::{self, DisplayServer};
 use crate::error::{VmError, kvm, resource};
 use crate::firmware::store::VariableStore;
 use crate::firmware::{flash, fw_cfg, items};
@@ -97,9 +98,10 @@ impl Machine {
 pub struct Vm {
     machine: Arc<Machine>,
     name: String,
-    // Dropped in this order, by `stop`: devices (with their workers), console.
+    // Dropped in this order, by `stop`: devices (with their workers), console, display.
     devices: Vec<Arc<dyn PciDevice>>,
     console: Option<ConsoleServer>,
+    display: Option<DisplayServer>,
     /// The guest's processors read it as long as they run.
     _firmware: Option<flash::Code>,
 }
@@ -150,6 +152,7 @@ impl Vm {
         self.machine.core.lock().take();
         self.devices.clear();
         self.console.take();
+        self.display.take();
     }
 }
 
@@ -194,8 +197,10 @@ impl<'a> Builder<'a> {
         let mut mmio = Bus::default();
         let console = self.add_console(&mut ports)?;
         let power = self.add_power(&mut ports);
-        let pci = self.add_pci(workers, &mut ports, &mut mmio)?;
-        let firmware = self.add_firmware(&pci, &mut ports, &mut mmio)?;
+        let display = self.add_keyboard(&mut ports)?;
+        let pci = self.add_pci(workers, display.as_ref(), &mut ports, &mut mmio)?;
+        let firmware = self.add_firmware(&pci, display.as_ref(), &mut ports, &mut mmio)?;
+        let display = self.serve_display(display)?;
         let entry = match origin {
             Origin::Boot => self.load()?,
             Origin::Saved(_) => None,
@@ -223,6 +228,7 @@ impl<'a> Builder<'a> {
             name: self.config.name.clone(),
             devices: pci.devices,
             console: Some(console),
+            display,
             _firmware: firmware,
         };
         let core = self.core(entry)?;
@@ -274,6 +280,7 @@ impl<'a> Builder<'a> {
     fn add_firmware(
         &self,
         pci: &Pci,
+        display: Option<&display::Devices>,
         ports: &mut Bus,
         mmio: &mut Bus,
     ) -> Result<Option<flash::Code>, VmError> {
@@ -282,20 +289,22 @@ impl<'a> Builder<'a> {
         let (store, content) = VariableStore::open(variables, template)?;
         let (start, len, chip) = flash::install(&self.kvm.vm, &code, store, content)?;
         mmio.insert(start, len, chip);
-        let told = Arc::new(items::build(&self.machine(pci), &self.memory));
+        let told = Arc::new(items::build(&self.machine(pci, display), &self.memory));
         ports.insert(layout::FW_CFG_PORT.into(), fw_cfg::PORTS_LEN, told);
         Ok(Some(code))
     }
 
     /// What firmware is told.
-    fn machine(&self, pci: &Pci) -> items::Machine {
+    fn machine(&self, pci: &Pci, display: Option<&display::Devices>) -> items::Machine {
         let (root, bridge, vcpus) = (pci.root.clone(), pci.bridge.clone(), self.config.vcpus);
         let above_ram = memory::end(self.config.memory_bytes).next_multiple_of(GIB);
         // There always is a window: firmware learns the size of the tables before it asks for them.
+        let keyboard = if display.is_some() { Keyboard::Present } else { Keyboard::Absent };
         let describe = move || Description {
             vcpus,
             ecam: bridge.ecam().map_or(layout::ECAM_START, |ecam| ecam.start),
             high_window: Some(root.high_window().unwrap_or(above_ram..above_ram + GIB)),
+            keyboard,
         };
         items::Machine {
             id: self.config.id,
@@ -303,6 +312,7 @@ impl<'a> Builder<'a> {
             memory_size: self.config.memory_bytes,
             boot_slots: pci.boot_slots.clone(),
             describe: Arc::new(describe),
+            ramfb: display.map(|devices| devices.ramfb.clone()),
         }
     }
 
@@ -323,8 +333,6 @@ impl<'a> Builder<'a> {
     fn add_power(&self, ports: &mut Bus) -> Arc<PowerDevice> {
         let device = Arc::new(PowerDevice::new(self.interrupts.clone(), self.lifecycle.clone()));
         ports.insert(layout::PM1_EVENT_PORT.into(), power::PM1_LEN, device.clone());
-        let keyboard = Arc::new(KeyboardController::new(self.lifecycle.clone()));
-        ports.insert(layout::I8042_COMMAND_PORT.into(), 1, keyboard);
         ports.insert(layout::PANIC_PORT.into(), 1, Arc::new(PanicDevice::new(self.lifecycle.clone())));
         ports.insert(layout::PM_TIMER_PORT.into(), 4, Arc::new(PmTimer::new()));
         let low = memory::low_ram_end(self.config.memory_bytes);
@@ -333,8 +341,35 @@ impl<'a> Builder<'a> {
         device
     }
 
+    /// The keyboard controller: with a keyboard, and the other devices of a display, if the guest has one.
+    fn add_keyboard(&self, ports: &mut Bus) -> Result<Option<display::Devices>, VmError> {
+        if self.config.display_socket.is_none() {
+            let controller = KeyboardController::new(self.lifecycle.clone());
+            ports.insert(layout::I8042_COMMAND_PORT.into(), 1, Arc::new(controller));
+            return Ok(None);
+        }
+        let interrupt = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(resource("eventfd"))?;
+        self.interrupts.connect(&interrupt, Gsi(layout::KEYBOARD_IRQ))?;
+        let devices =
+            display::Devices::new(interrupt, self.lifecycle.clone()).map_err(resource("eventfd"))?;
+        ports.insert(layout::I8042_DATA_PORT.into(), display::PORTS_LEN, devices.keyboard.clone());
+        Ok(Some(devices))
+    }
+
+    fn serve_display(&self, devices: Option<display::Devices>) -> Result<Option<DisplayServer>, VmError> {
+        let (Some(devices), Some(path)) = (devices, &self.config.display_socket) else { return Ok(None) };
+        let served = devices.serve(path, self.memory.clone());
+        served.map(Some).map_err(|source| VmError::Display { path: path.clone(), source })
+    }
+
     /// Fills the bus: host bridge, random number generator, disks, NICs and what else is configured.
-    fn add_pci(&self, workers: Vec<WorkerHandle>, ports: &mut Bus, mmio: &mut Bus) -> Result<Pci, VmError> {
+    fn add_pci(
+        &self,
+        workers: Vec<WorkerHandle>,
+        display: Option<&display::Devices>,
+        ports: &mut Bus,
+        mmio: &mut Bus,
+    ) -> Result<Pci, VmError> {
         let bridge = Arc::new(HostBridge::new());
         let mut devices: Vec<(usize, Arc<dyn PciDevice>)> = vec![(0, bridge.clone())];
         devices.push((slots::RNG, self.function(slots::RNG, Rng::default())?));
@@ -345,6 +380,9 @@ impl<'a> Builder<'a> {
             let parts = self.parts(&device, slot)?;
             device.set_change(parts.change.clone());
             devices.push((slot, Arc::new(VirtioPci::new(Box::new(device), parts)?)));
+        }
+        if let Some(display) = display {
+            devices.push((slots::TABLET, self.function(slots::TABLET, display.tablet())?));
         }
         if let Some(path) = &self.config.seed {
             let seed = Seed::read(path).map_err(resource("seed disk"))?;

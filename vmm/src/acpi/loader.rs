@@ -135,7 +135,8 @@ mod tests {
 
     #[test]
     fn files_are_as_long_wherever_firmware_puts_things() {
-        let machine = |ecam, window| Description { vcpus: 3, ecam, high_window: Some(window) };
+        let machine =
+            |ecam, window| Description { high_window: Some(window), ecam, ..Description::initial(3) };
         let early = files(Tables::build(&machine(0xe000_0000, 1 << 32..2 << 32)));
         let late = files(Tables::build(&machine(0xb000_0000, 0xc0_0000_0000..0xff_ffff_f000)));
         let lens = |files: &Files| [files.rsdp.len(), files.tables.len(), files.commands.len()];

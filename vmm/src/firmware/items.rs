@@ -9,6 +9,7 @@ use super::smbios;
 use crate::acpi::loader::{self, Files, LOADER_FILE, RSDP_FILE, TABLES_FILE};
 use crate::acpi::tables::{Description, Tables};
 use crate::boot::e820;
+use crate::display::{RAMFB_FILE, Ramfb};
 use crate::memory::{Memory, ram_ranges};
 
 /// Selector of the number of processors that are there at the start.
@@ -34,13 +35,19 @@ pub(crate) struct Machine {
     pub(crate) boot_slots: Vec<usize>,
     /// The machine as the firmware has set it up by the time that it asks for the tables.
     pub(crate) describe: Arc<dyn Fn() -> Description + Send + Sync>,
+    /// Its frame buffer, if it has one.
+    pub(crate) ramfb: Option<Arc<Ramfb>>,
 }
 
 /// Makes the device that tells it.
 pub(crate) fn build(machine: &Machine, memory: &Memory) -> FwCfg {
     let vcpus = u16::from(machine.vcpus).to_le_bytes().to_vec();
     let tables = smbios::build(machine.id);
-    FwCfgBuilder::default()
+    let builder = match &machine.ramfb {
+        Some(ramfb) => FwCfgBuilder::default().file(RAMFB_FILE, Content::Writable(ramfb.clone())),
+        None => FwCfgBuilder::default(),
+    };
+    builder
         .item(CPUS, vcpus.clone())
         .item(MAX_CPUS, vcpus)
         .item(BOOT_MENU, 1u16.to_le_bytes().to_vec())

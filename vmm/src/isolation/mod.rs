@@ -34,6 +34,8 @@ pub enum ThreadKind {
     Backend,
     /// Serves the clients of the serial console.
     Console,
+    /// Serves the clients of the display.
+    Display,
     /// Waits for the guest's watchdog.
     Watchdog,
     /// Has the guest run a part of the time only.

@@ -7,6 +7,8 @@ use std::ops::Range;
 pub(crate) const RNG: usize = 1;
 /// Disks, then NICs; the rest is free.
 pub(crate) const DISKS_AND_NICS: Range<usize> = 2..24;
+/// The display's tablet.
+pub(crate) const TABLET: usize = 24;
 /// Seed disk.
 pub(crate) const SEED: usize = 28;
 /// The QEMU guest agent's port.

@@ -15,6 +15,7 @@ use crate::chipset::pm_timer::PmTimer;
 
 use crate::console::serial::{IrqTrigger, SerialPort};
 use crate::console::server::Output;
+use crate::display;
 use crate::firmware::fw_cfg::{Content, FwCfgBuilder};
 use crate::interrupts::Interrupts;
 use crate::layout::{GIB, MIB};
@@ -72,7 +73,12 @@ fn subjects() -> Vec<Subject> {
     let event = || EventFd::new(EFD_NONBLOCK).unwrap();
     let memory = memory::create(16 * MIB).unwrap();
     let lifecycle = Arc::default;
-    let fw_cfg = FwCfgBuilder::default().file("some", Content::Bytes(vec![1, 2, 3])).build(memory.clone());
+    let display = display::Devices::new(event(), lifecycle()).unwrap();
+    let fw_cfg = FwCfgBuilder::default()
+        .file("some", Content::Bytes(vec![1, 2, 3]))
+        .file(display::RAMFB_FILE, Content::Writable(display.ramfb.clone()))
+        .build(memory.clone());
+    let i8042 = display::I8042::new(event(), lifecycle());
     let root = Arc::new(PciRoot::new([(0, Arc::new(HostBridge::new()) as _)]));
     let mut all = vec![
         Subject::Io(Box::new(SerialPort::new(
@@ -85,6 +91,7 @@ fn subjects() -> Vec<Subject> {
         Subject::Io(Box::new(fw_cfg)),
         Subject::Io(Box::new(PanicDevice::new(lifecycle()))),
         Subject::Io(Box::new(KeyboardController::new(lifecycle()))),
+        Subject::Io(Box::new(i8042)),
         Subject::Io(Box::new(ConfigPorts::new(root, lifecycle()))),
         Subject::Pci(Box::new(HostBridge::new())),
         Subject::Pci(Box::new(LpcBridge::new())),
@@ -92,9 +99,11 @@ fn subjects() -> Vec<Subject> {
     ];
     if let Ok(kvm) = crate::kvm::create(&memory, CpuModel::Host) {
         let interrupts = Arc::new(Interrupts::new(kvm.vm.clone()).unwrap());
-        let parts = Parts::new(kvm.vm, memory, interrupts.clone(), 1, BAR).unwrap();
+        let parts =
+            |queues| Parts::new(kvm.vm.clone(), memory.clone(), interrupts.clone(), queues, BAR).unwrap();
+        all.push(Subject::Pci(Box::new(VirtioPci::new(Box::new(Rng::default()), parts(1)).unwrap())));
+        all.push(Subject::Pci(Box::new(VirtioPci::new(Box::new(display.tablet()), parts(2)).unwrap())));
         all.push(Subject::Io(Box::new(PowerDevice::new(interrupts, lifecycle()))));
-        all.push(Subject::Pci(Box::new(VirtioPci::new(Box::new(Rng::default()), parts).unwrap())));
     }
     all
 }

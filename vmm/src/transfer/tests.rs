@@ -33,6 +33,7 @@ fn config(dir: &Path) -> VmConfig {
         seed: None,
         agent_socket: Some(dir.join("agent.sock")),
         console_socket: dir.join("console.sock"),
+        display_socket: None,
         backend_timeout_ms: 300,
     }
 }

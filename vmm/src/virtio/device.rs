@@ -19,6 +19,7 @@ pub(crate) enum DeviceType {
     Block = 2,
     Console = 3,
     Rng = 4,
+    Input = 18,
 }
 
 /// No vector: the event raises no interrupt.
@@ -84,8 +85,10 @@ pub(crate) trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// The largest size of each queue.
     fn queue_sizes(&self) -> Vec<u16>;
-    /// Reads device configuration. What lies beyond stays as it is: zeroes. No device here has writable configuration.
+    /// Reads device configuration. What lies beyond stays as it is: zeroes.
     fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Takes what the driver writes to device configuration, where a device has fields for that.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
     /// The driver is ready. Not called again before [`VirtioDevice::reset`].
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
     /// State of its own, beside registers and rings, of a device that [`VirtioDevice::reset`] has stopped.

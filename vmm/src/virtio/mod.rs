@@ -3,12 +3,12 @@
 //! generator ([`rng`]), the guest agent's port ([`port`]) and the seed disk ([`seed`]).
 
 pub(crate) mod device;
-mod local;
+pub(crate) mod local;
 pub(crate) mod pci;
 pub(crate) mod port;
 pub(crate) mod rng;
 pub(crate) mod seed;
 #[cfg(test)]
-mod test_driver;
+pub(crate) mod test_driver;
 pub(crate) mod transport;
 pub(crate) mod vhost_user;

@@ -48,6 +48,7 @@ impl Lab {
             seed: None,
             agent_socket: None,
             console_socket: self.path("console.sock"),
+            display_socket: None,
             backend_timeout_ms: 300,
         }
     }

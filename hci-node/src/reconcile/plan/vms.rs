@@ -200,6 +200,7 @@ fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
         seed: vm.cloud_init.is_some().then(|| view.paths.vm(vm.id).seed()),
         agent_socket: Some(view.paths.vm(vm.id).agent()),
         console_socket: view.paths.vm(vm.id).console(),
+        display_socket: None,
         backend_timeout_ms: u64::try_from(BACKEND_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
     })
 }

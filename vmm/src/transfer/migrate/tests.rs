@@ -39,6 +39,7 @@ fn config(dir: &Path) -> VmConfig {
         seed: None,
         agent_socket: None,
         console_socket: dir.join("console"),
+        display_socket: None,
         backend_timeout_ms: 20_000,
     }
 }
