@@ -80,6 +80,10 @@ pub struct VmConfig {
     pub vsock: Option<VsockConfig>,
     /// Unix socket on which the serial console is served; made by the VMM.
     pub console_socket: PathBuf,
+    /// Unix socket on which the display is served by RFB (VNC), without a password; made by the VMM. With it the guest has a frame buffer, a keyboard and
+    /// a tablet. Firmware only: a kernel that is booted directly would have no picture.
+    #[serde(default)]
+    pub display_socket: Option<PathBuf>,
     /// How long a start waits for the vhost-user sockets to answer before it fails. A running guest waits for ever.
     #[serde(default = "default_backend_timeout_ms")]
     pub backend_timeout_ms: u64,
@@ -335,6 +339,9 @@ pub enum ConfigError {
     /// The command line is too long or holds a NUL.
     #[error("the kernel command line must be shorter than {CMDLINE_MAX} bytes and hold no NUL")]
     Cmdline,
+    /// A display without firmware to drive it.
+    #[error("display_socket: a kernel that is booted directly has no display")]
+    Display,
     /// More devices than the bus takes.
     #[error("{0} disks and NICs; at most {MAX_DEVICES} fit on the bus")]
     TooManyDevices(usize),
@@ -415,6 +422,9 @@ impl VmConfig {
         match &self.boot {
             Boot::Kernel { kernel, initramfs, cmdline } => {
                 files.extend([("kernel", Some(kernel)), ("initramfs", initramfs.as_ref())]);
+                if self.display_socket.is_some() {
+                    errors.push(ConfigError::Display);
+                }
                 if cmdline.len() >= CMDLINE_MAX || cmdline.contains('\0') {
                     errors.push(ConfigError::Cmdline);
                 }
@@ -524,6 +534,7 @@ mod tests {
             balloon: Some(BalloonConfig { bytes: MIB }),
             vsock: Some(VsockConfig { cid: 3, socket: "/v".into() }),
             console_socket: "/c".into(),
+            display_socket: None,
             backend_timeout_ms: 1000,
         }
     }
@@ -556,8 +567,9 @@ mod tests {
         bad.balloon = Some(BalloonConfig { bytes: PAGE / 2 });
         bad.nics[0].slot = Some(24);
         bad.max_vcpus = Some(255);
+        bad.display_socket = Some("/d".into());
         let errors = bad.validate().unwrap_err();
-        assert_eq!(errors.len(), 15, "{errors:?}");
+        assert_eq!(errors.len(), 16, "{errors:?}");
     }
 
     #[test]

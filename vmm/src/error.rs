@@ -66,6 +66,14 @@ pub enum VmError {
         /// The cause.
         source: io::Error,
     },
+    /// The display's socket could not be served.
+    #[error("display socket {path}")]
+    Display {
+        /// The socket.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// A device's backend did not answer in time, or not in a usable way.
     #[error("device {id:?}: backend {socket} not usable within {waited:?}")]
     Backend {

@@ -78,7 +78,11 @@ pub(crate) const COM1_IRQ: u32 = 4;
 pub(crate) const PCI_CONFIG_PORT: u16 = 0xcf8;
 /// Reset control register, inside the ports of the former.
 pub(crate) const RESET_PORT: u16 = 0xcf9;
-/// Keyboard controller: command and status (reset pulse only).
+/// Keyboard controller: data.
+pub(crate) const I8042_DATA_PORT: u16 = 0x60;
+/// The keyboard's interrupt line.
+pub(crate) const KEYBOARD_IRQ: u32 = 1;
+/// Keyboard controller: command and status. Without a display, the reset pulse only.
 pub(crate) const I8042_COMMAND_PORT: u16 = 0x64;
 /// ACPI PM1 event block (status and enable).
 pub(crate) const PM1_EVENT_PORT: u16 = 0x600;

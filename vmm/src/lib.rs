@@ -11,6 +11,7 @@
 //! # Threads
 //! - `vcpuN`: runs one vCPU and handles its exits on the buses (`bus`). Nothing it calls waits for a client or, beyond a bound, for a backend.
 //! - `console`: feeds the console's clients.
+//! - `display`: shows the screen to the display's clients, if the guest has a display; `tablet`: serves its pointer.
 //! - one for each disk and NIC: keeps the connection to the backend (`virtio::vhost_user`), for ever.
 //! - `rng`, `balloon`, `memory`, `seed`, `agent-port`: serve the random number generator, the balloon, the memory that is plugged, the seed disk and the
 //!   guest agent's port.
@@ -30,7 +31,8 @@
 //!
 //! # Where to start reading
 //! `vm` puts everything together. Then by subject: `config`, `layout` (the address map), `boot`, `firmware`, `vcpu`, `acpi`, `chipset`, `pci`,
-//! `virtio`, `console`, `hotplug`, `state` (what devices save), `transfer` (a whole guest as a stream); what threads may ask of the kernel is in [`isolation`].
+//! `virtio`, `console`, `display`, `hotplug`, `state` (what devices save), `transfer` (a whole guest as a stream); what threads may ask of the kernel is in
+//! [`isolation`].
 
 mod acpi;
 mod boot;
@@ -38,6 +40,7 @@ mod bus;
 mod chipset;
 mod config;
 mod console;
+mod display;
 mod error;
 mod firmware;
 mod handle;

@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::acpi::panic::PanicDevice;
 use crate::acpi::power::{self, KeyboardController, PowerDevice};
 use crate::acpi::sci::Sci;
-use crate::acpi::tables::{Description, Tables};
+use crate::acpi::tables::{Description, Keyboard, Tables};
 use crate::boot::{self, BootError, BootSource};
 use crate::bus::Bus;
 use crate::chipset::cmos::Cmos;
@@ -23,6 +23,7 @@ use crate::chipset::pm_timer::PmTimer;
 use crate::config::{Boot, VmConfig};
 use crate::console::serial::{IrqTrigger, SerialPort};
 use crate::console::server::{ConsoleServer, Output};
+use crate::display::{self, DisplayServer};
 use crate::error::{VmError, resource};
 use crate::firmware::store::VariableStore;
 use crate::firmware::{flash, fw_cfg, items};
@@ -110,9 +111,10 @@ impl Machine {
 pub struct Vm {
     machine: Arc<Machine>,
     name: String,
-    // Dropped in this order, by `stop`: devices (with their workers), console.
+    // Dropped in this order, by `stop`: devices (with their workers), console, display.
     pci: Option<Arc<PciRoot>>,
     console: Option<ConsoleServer>,
+    display: Option<DisplayServer>,
     /// The guest's processors read it as long as they run.
     _firmware: Option<flash::Code>,
 }
@@ -165,6 +167,7 @@ impl Vm {
         self.machine.core.lock().take();
         self.pci.take();
         self.console.take();
+        self.display.take();
     }
 }
 
@@ -225,11 +228,13 @@ impl<'a> Builder<'a> {
         let mut mmio = Bus::default();
         let console = self.add_console(&mut ports)?;
         let power = self.add_power(&mut ports);
-        let pci = self.add_pci(workers, &mut ports, &mut mmio)?;
+        let display = self.add_keyboard(&mut ports)?;
+        let pci = self.add_pci(workers, display.as_ref(), &mut ports, &mut mmio)?;
         let hotplug =
             Arc::new(Controller::new(self.config.vcpus, self.sci.clone(), Arc::downgrade(&pci.root)));
         ports.insert(layout::HOTPLUG_PORT.into(), hotplug::registers::LEN, hotplug.clone());
-        let firmware = self.add_firmware(&pci, &mut ports, &mut mmio)?;
+        let firmware = self.add_firmware(&pci, display.as_ref(), &mut ports, &mut mmio)?;
+        let display = self.serve_display(display)?;
         let entry = match origin {
             Origin::Boot => self.load()?,
             Origin::Saved(_) => None,
@@ -266,6 +271,7 @@ impl<'a> Builder<'a> {
             name: self.config.name.clone(),
             pci: Some(pci.root),
             console: Some(console),
+            display,
             _firmware: firmware,
         };
         let core = self.core(entry)?;
@@ -309,6 +315,7 @@ impl<'a> Builder<'a> {
     fn add_firmware(
         &self,
         pci: &Pci,
+        display: Option<&display::Devices>,
         ports: &mut Bus,
         mmio: &mut Bus,
     ) -> Result<Option<flash::Code>, VmError> {
@@ -317,7 +324,7 @@ impl<'a> Builder<'a> {
         let (store, content) = VariableStore::open(variables, template)?;
         let (start, len, chip) = flash::install(&self.kvm.vm, &code, store, content)?;
         mmio.insert(start, len, chip);
-        let told = Arc::new(items::build(&self.machine(pci), &self.memory));
+        let told = Arc::new(items::build(&self.machine(pci, display), &self.memory));
         ports.insert(layout::FW_CFG_PORT.into(), fw_cfg::PORTS_LEN, told);
         Ok(Some(code))
     }
@@ -328,18 +335,20 @@ impl<'a> Builder<'a> {
     }
 
     /// What firmware is told.
-    fn machine(&self, pci: &Pci) -> items::Machine {
+    fn machine(&self, pci: &Pci, display: Option<&display::Devices>) -> items::Machine {
         let (root, bridge) = (pci.root.clone(), pci.bridge.clone());
         let (vcpus, max_vcpus) = (self.config.vcpus, self.config.most_vcpus());
         let above_ram = self.config.memory_layout().end().next_multiple_of(GIB);
         let pluggable = self.pluggable();
         // There always is a window: firmware learns the size of the tables before it asks for them.
+        let keyboard = if display.is_some() { Keyboard::Present } else { Keyboard::Absent };
         let describe = move || Description {
             vcpus,
             max_vcpus,
             ecam: bridge.ecam().map_or(layout::ECAM_START, |ecam| ecam.start),
             high_window: Some(root.high_window().unwrap_or(above_ram..above_ram + GIB)),
             pluggable,
+            keyboard,
         };
         items::Machine {
             id: self.config.id,
@@ -349,6 +358,7 @@ impl<'a> Builder<'a> {
             reserved_end: pluggable.map(|_| above_ram),
             boot_slots: pci.boot_slots.clone(),
             describe: Arc::new(describe),
+            ramfb: display.map(|devices| devices.ramfb.clone()),
         }
     }
 
@@ -369,8 +379,6 @@ impl<'a> Builder<'a> {
     fn add_power(&self, ports: &mut Bus) -> Arc<PowerDevice> {
         let device = Arc::new(PowerDevice::new(self.sci.clone(), self.lifecycle.clone()));
         ports.insert(layout::PM1_EVENT_PORT.into(), power::PM1_LEN, device.clone());
-        let keyboard = Arc::new(KeyboardController::new(self.lifecycle.clone()));
-        ports.insert(layout::I8042_COMMAND_PORT.into(), 1, keyboard);
         ports.insert(layout::PANIC_PORT.into(), 1, Arc::new(PanicDevice::new(self.lifecycle.clone())));
         ports.insert(layout::PM_TIMER_PORT.into(), 4, Arc::new(PmTimer::new()));
         let low = memory::low_ram_end(self.config.memory_bytes);
@@ -379,10 +387,32 @@ impl<'a> Builder<'a> {
         device
     }
 
+    /// The keyboard controller: with a keyboard, and the other devices of a display, if the guest has one.
+    fn add_keyboard(&self, ports: &mut Bus) -> Result<Option<display::Devices>, VmError> {
+        if self.config.display_socket.is_none() {
+            let controller = KeyboardController::new(self.lifecycle.clone());
+            ports.insert(layout::I8042_COMMAND_PORT.into(), 1, Arc::new(controller));
+            return Ok(None);
+        }
+        let interrupt = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(resource("eventfd"))?;
+        self.interrupts.connect(&interrupt, Gsi(layout::KEYBOARD_IRQ))?;
+        let devices =
+            display::Devices::new(interrupt, self.lifecycle.clone()).map_err(resource("eventfd"))?;
+        ports.insert(layout::I8042_DATA_PORT.into(), display::PORTS_LEN, devices.keyboard.clone());
+        Ok(Some(devices))
+    }
+
+    fn serve_display(&self, devices: Option<display::Devices>) -> Result<Option<DisplayServer>, VmError> {
+        let (Some(devices), Some(path)) = (devices, &self.config.display_socket) else { return Ok(None) };
+        let served = devices.serve(path, self.memory.clone());
+        served.map(Some).map_err(|source| VmError::Display { path: path.clone(), source })
+    }
+
     /// Fills the bus: host bridge, random number generator, disks, NICs and what else is configured.
     fn add_pci(
         &self,
         workers: Vec<(u8, WorkerHandle)>,
+        display: Option<&display::Devices>,
         ports: &mut Bus,
         mmio: &mut Bus,
     ) -> Result<Pci, VmError> {
@@ -413,6 +443,9 @@ impl<'a> Builder<'a> {
             let memory = Mem::new(region, self.config.plugged_bytes);
             memories.pluggable = Some(memory.pluggable());
             devices.push((slots::MEMORY, self.maker.telling(slots::MEMORY, memory, Mem::set_change)?));
+        }
+        if let Some(display) = display {
+            devices.push((slots::TABLET, self.maker.function(slots::TABLET, display.tablet())?));
         }
         if let Some(path) = &self.config.seed {
             let seed = Seed::read(path).map_err(resource("seed disk"))?;

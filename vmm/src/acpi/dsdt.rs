@@ -10,11 +10,11 @@ use acpi_tables::{Aml, AmlSink};
 
 use super::hotplug;
 use super::power::SLEEP_TYPE_S5;
-use super::tables::{Description, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::tables::{Description, Keyboard, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::hotplug::registers::LEN as HOTPLUG_LEN;
 use crate::layout::{
-    COM1_IRQ, COM1_PORT, ECAM_SIZE, HOTPLUG_PORT, PANIC_PORT, PCI_CONFIG_PORT, PCI_MMIO_END, PCI_MMIO_START,
-    PM1_EVENT_PORT,
+    COM1_IRQ, COM1_PORT, ECAM_SIZE, HOTPLUG_PORT, I8042_COMMAND_PORT, I8042_DATA_PORT, KEYBOARD_IRQ,
+    PANIC_PORT, PCI_CONFIG_PORT, PCI_MMIO_END, PCI_MMIO_START, PM1_EVENT_PORT,
 };
 
 /// Builds the DSDT of a machine.
@@ -24,6 +24,9 @@ pub(super) fn build(machine: &Description) -> Sdt {
     pci_root(&mut aml, machine);
     motherboard(&mut aml, machine.ecam);
     serial_port(&mut aml);
+    if machine.keyboard == Keyboard::Present {
+        keyboard(&mut aml);
+    }
     panic_port(&mut aml);
     processors(&mut aml, machine);
     hotplug::build(&mut aml, machine);
@@ -93,6 +96,25 @@ fn serial_port(aml: &mut dyn AmlSink) {
                 &ResourceTemplate::new(vec![
                     &Interrupt::new(true, true, false, false, COM1_IRQ),
                     &IO::new(COM1_PORT, COM1_PORT, 1, 8),
+                ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+fn keyboard(aml: &mut dyn AmlSink) {
+    Device::new(
+        Path::new("_SB_.KBD_"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0303")),
+            &Name::new(Path::new("_STA"), &0x0fu8),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![
+                    &IO::new(I8042_DATA_PORT, I8042_DATA_PORT, 1, 1),
+                    &IO::new(I8042_COMMAND_PORT, I8042_COMMAND_PORT, 1, 1),
+                    &Interrupt::new(true, true, false, false, KEYBOARD_IRQ),
                 ]),
             ),
         ],

@@ -28,8 +28,16 @@ use crate::memory::{self, Memory};
 pub(super) const OEM_ID: [u8; 6] = *b"HCI   ";
 pub(super) const OEM_TABLE_ID: [u8; 8] = *b"HCIVMM  ";
 pub(super) const OEM_REVISION: u32 = 1;
-/// FADT `IAPC_BOOT_ARCH`: no VGA to probe, and none of the older devices but the clock.
+/// FADT `IAPC_BOOT_ARCH`: no VGA to probe, and none of the older devices but the clock, and the keyboard controller if there is a keyboard.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
+const BOOT_ARCH_8042: u16 = 1 << 1;
+
+/// Whether there is a PS/2 keyboard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Keyboard {
+    Absent,
+    Present,
+}
 
 /// What the tables tell of a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,12 +52,14 @@ pub(crate) struct Description {
     pub(crate) high_window: Option<Range<u64>>,
     /// Its memory, if some of it is plugged later.
     pub(crate) pluggable: Option<memory::Layout>,
+    pub(crate) keyboard: Keyboard,
 }
 
 impl Description {
     /// Of a machine whose devices are where the VMM put them.
     pub(crate) fn initial(vcpus: u8, max_vcpus: u8) -> Self {
-        Self { vcpus, max_vcpus, ecam: ECAM_START, high_window: None, pluggable: None }
+        let keyboard = Keyboard::Absent;
+        Self { vcpus, max_vcpus, ecam: ECAM_START, high_window: None, pluggable: None, keyboard }
     }
 }
 
@@ -80,7 +90,7 @@ impl Tables {
         let mut tables = Self { blob: Vec::new(), pointers: Vec::new(), summed: Vec::new(), xsdt: 0 };
         let facs = tables.place(&FACS::new());
         let dsdt = tables.place_summed(&dsdt::build(machine));
-        let fadt = tables.place_summed(&fadt(dsdt as u64, facs as u64));
+        let fadt = tables.place_summed(&fadt(machine.keyboard, dsdt as u64, facs as u64));
         let pointers = [(FADT_FACS, 4), (FADT_DSDT, 4), (FADT_X_DSDT, 8)];
         tables.pointers.extend(pointers.map(|(at, size)| (fadt + at, size)));
         let mut others = vec![tables.place_summed(&madt(machine)), tables.place_summed(&mcfg(machine.ecam))];
@@ -148,7 +158,7 @@ fn io_register(port: u16, bits: u8, access: AccessSize) -> GAS {
     GAS::new(AddressSpace::SystemIo, bits, 0, access, port.into())
 }
 
-fn fadt(dsdt: u64, facs: u64) -> FADT {
+fn fadt(keyboard: Keyboard, dsdt: u64, facs: u64) -> FADT {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt)
         .preferred_pm_profile(PmProfile::EnterpriseServer)
@@ -179,7 +189,10 @@ fn fadt(dsdt: u64, facs: u64) -> FADT {
     // C2 and C3 do not exist: latencies above these bounds say so.
     fadt.p_lvl2_lat = 101.into();
     fadt.p_lvl3_lat = 1001.into();
-    fadt.iapc_boot_arch = BOOT_ARCH_NO_VGA.into();
+    fadt.iapc_boot_arch = match keyboard {
+        Keyboard::Absent => BOOT_ARCH_NO_VGA.into(),
+        Keyboard::Present => (BOOT_ARCH_NO_VGA | BOOT_ARCH_8042).into(),
+    };
     fadt.finalize()
 }
 
@@ -256,6 +269,18 @@ mod tests {
             signatures.push(table[..4].to_vec());
         }
         assert_eq!(signatures, [b"FACP", b"APIC", b"MCFG"]);
+    }
+
+    #[test]
+    fn a_keyboard_is_told_of_only_where_there_is_one() {
+        let arch_and_name = |keyboard| {
+            let tables = Tables::build(&Description { keyboard, ..Description::initial(1, 1) });
+            let fadt = tables.blob.windows(4).position(|at| at == b"FACP").unwrap();
+            let named = tables.blob.windows(4).any(|at| at == b"KBD_");
+            (u16::from_le_bytes([tables.blob[fadt + 109], tables.blob[fadt + 110]]), named)
+        };
+        assert_eq!(arch_and_name(Keyboard::Absent), (BOOT_ARCH_NO_VGA, false));
+        assert_eq!(arch_and_name(Keyboard::Present), (BOOT_ARCH_NO_VGA | BOOT_ARCH_8042, true));
     }
 
     #[test]

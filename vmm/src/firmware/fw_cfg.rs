@@ -1,5 +1,5 @@
 //! fw_cfg: how firmware asks the machine what it is made of (QEMU, docs/specs/fw_cfg). Items have numbers, files are items that a directory
-//! names. The guest selects an item and reads it byte by byte, or has it copied into its memory (DMA).
+//! names. The guest selects an item and reads it byte by byte, or has it copied into its memory (DMA). Some files take what it writes, by DMA only.
 //!
 //! A hostile guest chooses selectors, addresses and lengths: what it reads past an item's end is zeroes, a transfer that leaves its memory
 //! fails, and the work of one transfer is bounded by the size of its memory.
@@ -50,6 +50,26 @@ pub(crate) enum Content {
     Bytes(Vec<u8>),
     /// Made each time that it is selected, always with the same size.
     OnSelect(Arc<dyn Fn() -> Vec<u8> + Send + Sync>),
+    /// A device's, which the guest may write.
+    Writable(Arc<dyn WritableFile>),
+}
+
+impl Content {
+    fn bytes(&self) -> Vec<u8> {
+        match self {
+            Self::Bytes(bytes) => bytes.clone(),
+            Self::OnSelect(make) => make(),
+            Self::Writable(file) => file.content(),
+        }
+    }
+}
+
+/// A file that is a device's register block. Its length never changes.
+pub(crate) trait WritableFile: Send + Sync {
+    /// What is in it now.
+    fn content(&self) -> Vec<u8>;
+    /// Takes what the guest, or saved state, puts there; it lies inside of the file.
+    fn write(&self, offset: usize, data: &[u8]);
 }
 
 /// Collects items.
@@ -79,11 +99,7 @@ impl FwCfgBuilder {
         self.items.insert(ID_ITEM, Content::Bytes(ID.to_le_bytes().to_vec()));
         let mut directory = (self.files.len() as u32).to_be_bytes().to_vec();
         for (selector, (name, content)) in (FIRST_FILE..).zip(self.files) {
-            let size = match &content {
-                Content::Bytes(bytes) => bytes.len(),
-                Content::OnSelect(make) => make().len(),
-            };
-            directory.extend((size as u32).to_be_bytes());
+            directory.extend((content.bytes().len() as u32).to_be_bytes());
             directory.extend(selector.to_be_bytes());
             directory.extend([0; 2]);
             let mut field = [0; MAX_NAME + 1];
@@ -104,6 +120,18 @@ pub(crate) struct State {
     offset: usize,
     /// The upper half of the address of the next DMA request.
     dma_high: u32,
+    /// The number of the selected item.
+    selector: u16,
+    /// Contents of the files that the guest may write; filled in when state is saved.
+    files: Vec<Vec<u8>>,
+}
+
+/// Version 1, from when no file could be written.
+#[derive(Deserialize)]
+struct StateV1 {
+    selected: Vec<u8>,
+    offset: usize,
+    dma_high: u32,
 }
 
 /// The device.
@@ -115,13 +143,32 @@ pub(crate) struct FwCfg {
 
 impl Stateful for FwCfg {
     const KIND: &'static str = "fw-cfg";
+    const VERSION: u16 = 2;
     type State = State;
 
-    fn capture(&self) -> Result<State, Invalid> {
-        Ok(self.state.lock().clone())
+    fn decode(version: u16, body: &[u8]) -> Result<State, Invalid> {
+        if version > 1 {
+            return postcard::from_bytes(body).map_err(Invalid::because);
+        }
+        let StateV1 { selected, offset, dma_high } = postcard::from_bytes(body).map_err(Invalid::because)?;
+        Ok(State { selected, offset, dma_high, ..State::default() })
     }
 
-    fn adopt(&self, state: State) -> Result<(), Invalid> {
+    fn capture(&self) -> Result<State, Invalid> {
+        let files = self.writable().map(|file| file.content()).collect();
+        Ok(State { files, ..self.state.lock().clone() })
+    }
+
+    fn adopt(&self, mut state: State) -> Result<(), Invalid> {
+        let files = std::mem::take(&mut state.files);
+        let lengths = |files: &[Vec<u8>]| files.iter().map(Vec::len).collect::<Vec<_>>();
+        let own: Vec<_> = self.writable().map(|file| file.content()).collect();
+        if lengths(&files) != lengths(&own) {
+            return Err(Invalid::because("files of other lengths"));
+        }
+        for (file, content) in self.writable().zip(&files) {
+            file.write(0, content);
+        }
         *self.state.lock() = state;
         Ok(())
     }
@@ -133,11 +180,15 @@ struct DmaError;
 impl FwCfg {
     fn select(&self, state: &mut State, selector: u16) {
         state.offset = 0;
-        state.selected = match self.items.get(&(selector & !WRITE_CHANNEL)) {
-            Some(Content::Bytes(bytes)) => bytes.clone(),
-            Some(Content::OnSelect(make)) => make(),
-            None => Vec::new(),
-        };
+        state.selector = selector & !WRITE_CHANNEL;
+        state.selected = self.items.get(&state.selector).map(Content::bytes).unwrap_or_default();
+    }
+
+    fn writable(&self) -> impl Iterator<Item = &dyn WritableFile> {
+        self.items.values().filter_map(|content| match content {
+            Content::Writable(file) => Some(file.as_ref()),
+            Content::Bytes(_) | Content::OnSelect(_) => None,
+        })
     }
 
     /// Carries out the request at this address of guest memory, and writes there how it went.
@@ -173,14 +224,25 @@ impl FwCfg {
         if control & CONTROL_READ != 0 {
             self.copy(state, len as usize, target)
         } else if control & CONTROL_WRITE != 0 {
-            // No item can be written.
-            Err(DmaError)
+            self.take(state, len as usize, target)
         } else {
             if control & CONTROL_SKIP != 0 {
                 state.offset = state.offset.saturating_add(len as usize);
             }
             Ok(())
         }
+    }
+
+    /// Writes to the selected file what is in memory at `source`: all of it or nothing.
+    fn take(&self, state: &mut State, len: usize, source: u64) -> Result<(), DmaError> {
+        let Some(Content::Writable(file)) = self.items.get(&state.selector) else { return Err(DmaError) };
+        let end = state.offset.checked_add(len).filter(|end| *end <= file.content().len()).ok_or(DmaError)?;
+        let mut data = vec![0; len];
+        self.memory.read_slice(&mut data, GuestAddress(source)).map_err(|_| DmaError)?;
+        file.write(state.offset, &data);
+        state.offset = end;
+        state.selected = file.content();
+        Ok(())
     }
 
     fn copy(&self, state: &mut State, len: usize, target: u64) -> Result<(), DmaError> {
@@ -251,6 +313,22 @@ mod tests {
     use super::*;
     use crate::layout::MIB;
 
+    /// Two bytes that the guest may write.
+    #[derive(Default)]
+    struct Register(Mutex<[u8; 2]>);
+
+    impl WritableFile for Register {
+        fn content(&self) -> Vec<u8> {
+            self.0.lock().to_vec()
+        }
+
+        fn write(&self, offset: usize, data: &[u8]) {
+            self.0.lock()[offset..offset + data.len()].copy_from_slice(data);
+        }
+    }
+
+    const REGISTER: u16 = FIRST_FILE + 2;
+
     fn device() -> FwCfg {
         let count = AtomicU8::new(0);
         let made = move || vec![count.fetch_add(1, Ordering::Relaxed); 3];
@@ -258,6 +336,7 @@ mod tests {
             .item(5, vec![7, 0])
             .file("etc/b", Content::Bytes(b"hello".to_vec()))
             .file("etc/a", Content::OnSelect(Arc::new(made)))
+            .file("etc/c", Content::Writable(Arc::new(Register::default())))
             .build(crate::memory::create(16 * MIB).unwrap())
     }
 
@@ -283,9 +362,9 @@ mod tests {
         assert_eq!(read(&device, SIGNATURE_ITEM, 6), *b"QEMU\0\0");
         assert_eq!(read(&device, ID_ITEM, 4), 3u32.to_le_bytes());
         assert_eq!(read(&device, 5, 2), [7, 0]);
-        let directory = read(&device, DIRECTORY_ITEM, 4 + 2 * 64);
-        assert_eq!(directory[..4], 2u32.to_be_bytes());
-        let entry = &directory[4 + 64..];
+        let directory = read(&device, DIRECTORY_ITEM, 4 + 3 * 64);
+        assert_eq!(directory[..4], 3u32.to_be_bytes());
+        let entry = &directory[4 + 64..4 + 128];
         assert_eq!((&entry[..4], &entry[8..13]), (5u32.to_be_bytes().as_slice(), b"etc/b".as_slice()));
         let selector = u16::from_be_bytes([entry[4], entry[5]]);
         assert_eq!(read(&device, selector, 5), b"hello");
@@ -322,6 +401,38 @@ mod tests {
         assert_eq!(dma(&device, CONTROL_READ, 16, u64::MAX - 3), CONTROL_ERROR);
         assert_eq!(dma(&device, CONTROL_WRITE, 1, 0x2000), CONTROL_ERROR);
         device.write(DMA_LOW, &u32::MAX.to_be_bytes());
+    }
+
+    #[test]
+    fn a_writable_file_takes_what_fits_and_is_saved() {
+        let device = device();
+        device.memory.write_slice(&[1, 2, 3], GuestAddress(0x2000)).unwrap();
+        let select = u32::from(REGISTER) << 16 | CONTROL_SELECT;
+        assert_eq!(dma(&device, select | CONTROL_WRITE, 2, 0x2000), 0);
+        assert_eq!(read(&device, REGISTER, 2), [1, 2]);
+        assert_eq!(dma(&device, select | CONTROL_WRITE, 3, 0x2000), CONTROL_ERROR, "longer than the file");
+        assert_eq!(dma(&device, select | CONTROL_WRITE, 2, 16 * MIB - 1), CONTROL_ERROR, "not in memory");
+        assert_eq!(dma(&device, select | CONTROL_SKIP, 1, 0), 0);
+
+        // Which item is selected, and how far it was written, moves along.
+        let other = self::device();
+        other.adopt(device.capture().unwrap()).unwrap();
+        other.memory.write_slice(&[9], GuestAddress(0x2000)).unwrap();
+        assert_eq!(dma(&other, CONTROL_WRITE, 1, 0x2000), 0);
+        assert_eq!(read(&other, REGISTER, 2), [1, 9]);
+        let short = State { files: vec![vec![1]], ..device.capture().unwrap() };
+        assert!(other.adopt(short).is_err());
+    }
+
+    #[test]
+    fn what_an_earlier_release_saved_is_taken_over() {
+        let old = postcard::to_stdvec(&(vec![5u8, 6], 1usize, 7u32)).unwrap();
+        let memory = crate::memory::create(16 * MIB).unwrap();
+        let device = FwCfgBuilder::default().item(5, vec![7]).build(memory);
+        device.adopt(FwCfg::decode(1, &old).unwrap()).unwrap();
+        let mut byte = [0];
+        device.read(DATA, &mut byte);
+        assert_eq!(byte, [6]);
     }
 
     proptest! {

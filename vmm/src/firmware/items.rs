@@ -9,6 +9,7 @@ use super::smbios;
 use crate::acpi::loader::{self, Files, LOADER_FILE, RSDP_FILE, TABLES_FILE};
 use crate::acpi::tables::{Description, Tables};
 use crate::boot::e820;
+use crate::display::{RAMFB_FILE, Ramfb};
 use crate::memory::{Memory, ram_ranges};
 
 /// Selector of the number of processors that are there at the start.
@@ -39,6 +40,8 @@ pub(crate) struct Machine {
     pub(crate) boot_slots: Vec<usize>,
     /// The machine as the firmware has set it up by the time that it asks for the tables.
     pub(crate) describe: Arc<dyn Fn() -> Description + Send + Sync>,
+    /// Its frame buffer, if it has one.
+    pub(crate) ramfb: Option<Arc<Ramfb>>,
 }
 
 /// Makes the device that tells it.
@@ -46,6 +49,9 @@ pub(crate) fn build(machine: &Machine, memory: &Memory) -> FwCfg {
     let count = |vcpus: u8| u16::from(vcpus).to_le_bytes().to_vec();
     let tables = smbios::build(machine.id);
     let mut items = FwCfgBuilder::default();
+    if let Some(ramfb) = &machine.ramfb {
+        items = items.file(RAMFB_FILE, Content::Writable(ramfb.clone()));
+    }
     if let Some(end) = machine.reserved_end {
         items = items.file(RESERVED_END_FILE, Content::Bytes(end.to_le_bytes().to_vec()));
     }

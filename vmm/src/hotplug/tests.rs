@@ -60,6 +60,7 @@ impl Lab {
             plugged_bytes: 0,
             balloon: None,
             vsock: None,
+            display_socket: None,
             boot: Boot::Kernel { kernel, initramfs: None, cmdline: String::new() },
             disks: vec![],
             nics: vec![],

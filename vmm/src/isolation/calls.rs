@@ -133,7 +133,7 @@ const EVENTS: &[Call] = calls! {
 
 /// Talking to who has connected.
 const STREAMS: &[Call] = calls! {
-    SYS_accept4: "a client of the console, of the guest agent's port, of the orders";
+    SYS_accept4: "a client of the console, of the display, of the guest agent's port, of the orders";
     SYS_ioctl [Is(1, libc::FIONBIO)]: "streams that do not wait";
     SYS_recvfrom: "what the other end says";
     SYS_sendto: "what it is told";
@@ -205,7 +205,7 @@ pub(super) fn of(kind: ThreadKind) -> Vec<Call> {
         ThreadKind::Device => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS, HOLES],
         ThreadKind::Backend => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS, DIAL],
         ThreadKind::Vsock => &[COMMON, EVENTS, STREAMS, DIAL],
-        ThreadKind::Console => &[COMMON, EVENTS, STREAMS],
+        ThreadKind::Console | ThreadKind::Display => &[COMMON, EVENTS, STREAMS],
         ThreadKind::Watchdog => &[COMMON],
         ThreadKind::Throttle => &[COMMON, KICKS],
         ThreadKind::Orders => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS, SERVE, KICKS],
@@ -217,13 +217,14 @@ pub(super) fn of(kind: ThreadKind) -> Vec<Call> {
 mod tests {
     use super::*;
 
-    const ALL: [ThreadKind; 9] = [
+    const ALL: [ThreadKind; 10] = [
         ThreadKind::Main,
         ThreadKind::Vcpu,
         ThreadKind::Device,
         ThreadKind::Backend,
         ThreadKind::Vsock,
         ThreadKind::Console,
+        ThreadKind::Display,
         ThreadKind::Watchdog,
         ThreadKind::Throttle,
         ThreadKind::Orders,

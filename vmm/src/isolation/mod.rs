@@ -36,6 +36,8 @@ pub enum ThreadKind {
     Vsock,
     /// Serves the clients of the serial console.
     Console,
+    /// Serves the clients of the display.
+    Display,
     /// Waits for the guest's watchdog.
     Watchdog,
     /// Has the guest run a part of the time only.

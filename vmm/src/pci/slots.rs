@@ -9,6 +9,8 @@ pub(crate) const RNG: usize = 1;
 pub(crate) const DISKS_AND_NICS: Range<usize> = DEVICE_SLOTS.start as usize..DEVICE_SLOTS.end as usize;
 /// The slots that disks and NICs may have.
 pub const DEVICE_SLOTS: Range<u8> = 2..24;
+/// The display's tablet.
+pub(crate) const TABLET: usize = 24;
 /// Sockets between guest and node.
 pub(crate) const VSOCK: usize = 25;
 /// Memory that the guest plugs and unplugs.

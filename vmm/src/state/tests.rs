@@ -16,6 +16,7 @@ use crate::chipset::pm_timer::PmTimer;
 
 use crate::console::serial::{IrqTrigger, SerialPort};
 use crate::console::server::Output;
+use crate::display;
 use crate::firmware::fw_cfg::{Content, FwCfgBuilder};
 use crate::hotplug::controller::Controller;
 use crate::interrupts::Interrupts;
@@ -78,7 +79,12 @@ fn subjects() -> Vec<Subject> {
     let event = || EventFd::new(EFD_NONBLOCK).unwrap();
     let memory = memory::create(16 * MIB).unwrap();
     let lifecycle = Arc::default;
-    let fw_cfg = FwCfgBuilder::default().file("some", Content::Bytes(vec![1, 2, 3])).build(memory.clone());
+    let display = display::Devices::new(event(), lifecycle()).unwrap();
+    let fw_cfg = FwCfgBuilder::default()
+        .file("some", Content::Bytes(vec![1, 2, 3]))
+        .file(display::RAMFB_FILE, Content::Writable(display.ramfb.clone()))
+        .build(memory.clone());
+    let i8042 = display::I8042::new(event(), lifecycle());
     let root = Arc::new(PciRoot::new([(0, Arc::new(HostBridge::new()) as _)]));
     let mut all = vec![
         Subject::Io(Box::new(SerialPort::new(
@@ -91,6 +97,7 @@ fn subjects() -> Vec<Subject> {
         Subject::Io(Box::new(fw_cfg)),
         Subject::Io(Box::new(PanicDevice::new(lifecycle()))),
         Subject::Io(Box::new(KeyboardController::new(lifecycle()))),
+        Subject::Io(Box::new(i8042)),
         Subject::Io(Box::new(ConfigPorts::new(root, lifecycle()))),
         Subject::Pci(Box::new(HostBridge::new())),
         Subject::Pci(Box::new(LpcBridge::new())),
@@ -108,8 +115,13 @@ fn subjects() -> Vec<Subject> {
         let dir = tempfile::tempdir().unwrap();
         let vsock = Vsock::new(3, &dir.path().join("vsock")).unwrap();
         let plugged = Mem::new(4 * MIB..12 * MIB, 2 * MIB);
-        let virtio: [Box<dyn VirtioDevice>; 4] =
-            [Box::new(Rng::default()), Box::new(Balloon::new(MIB)), Box::new(vsock), Box::new(plugged)];
+        let virtio: [Box<dyn VirtioDevice>; 5] = [
+            Box::new(Rng::default()),
+            Box::new(Balloon::new(MIB)),
+            Box::new(vsock),
+            Box::new(plugged),
+            Box::new(display.tablet()),
+        ];
         for device in virtio {
             let queues = device.queue_sizes().len();
             let parts = Parts::new(kvm.vm.clone(), memory.clone(), interrupts.clone(), queues, BAR).unwrap();

@@ -38,6 +38,7 @@ fn config(dir: &Path) -> VmConfig {
         balloon: Some(Default::default()),
         vsock: Some(crate::VsockConfig { cid: 3, socket: dir.join("vsock.sock") }),
         console_socket: dir.join("console.sock"),
+        display_socket: None,
         backend_timeout_ms: 300,
     }
 }

@@ -20,6 +20,7 @@ pub(crate) enum DeviceType {
     Console = 3,
     Rng = 4,
     Balloon = 5,
+    Input = 18,
     Vsock = 19,
     Memory = 24,
 }

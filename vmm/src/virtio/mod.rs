@@ -5,14 +5,14 @@
 
 pub(crate) mod balloon;
 pub(crate) mod device;
-mod local;
+pub(crate) mod local;
 pub(crate) mod mem;
 pub(crate) mod pci;
 pub(crate) mod port;
 pub(crate) mod rng;
 pub(crate) mod seed;
 #[cfg(test)]
-mod test_driver;
+pub(crate) mod test_driver;
 pub(crate) mod transport;
 pub(crate) mod vhost_user;
 pub(crate) mod vsock;

@@ -207,8 +207,8 @@ impl VirtioPci {
         let at = offset % PAGE;
         match offset - at {
             COMMON => self.write_common(inner, at, data),
-            NOTIFY => self.ring_doorbell(at),
             DEVICE => inner.device.write_config(at, data),
+            NOTIFY => self.ring_doorbell(at),
             MSIX_TABLE => inner.msix.write_table(at, data),
             _ => {}
         }
@@ -413,6 +413,7 @@ fn config_space(kind: DeviceType) -> ConfigSpace {
         DeviceType::Block => [0x01, 0x80, 0x00],
         DeviceType::Console | DeviceType::Vsock => [0x07, 0x80, 0x00],
         DeviceType::Rng | DeviceType::Balloon | DeviceType::Memory => [0xff, 0x00, 0x00],
+        DeviceType::Input => [0x09, 0x80, 0x00],
     };
     ConfigSpace::new(Identity {
         vendor: VIRTIO_VENDOR,

@@ -53,6 +53,7 @@ impl Lab {
             balloon: None,
             vsock: None,
             console_socket: self.path("console.sock"),
+            display_socket: None,
             backend_timeout_ms: 300,
         }
     }

@@ -229,6 +229,7 @@ fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
         balloon: None,
         vsock: None,
         console_socket: view.paths.vm(vm.id).console(),
+        display_socket: None,
         backend_timeout_ms: u64::try_from(BACKEND_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
     })
 }

@@ -44,6 +44,7 @@ fn config(dir: &Path) -> VmConfig {
         balloon: None,
         vsock: None,
         console_socket: dir.join("console"),
+        display_socket: None,
         backend_timeout_ms: 20_000,
     }
 }
