@@ -149,6 +149,21 @@ impl VmPaths {
         self.dir.join("console.sock")
     }
 
+    /// Socket of the guest's screen, keyboard and pointer.
+    pub fn display(&self) -> PathBuf {
+        self.dir.join("display.sock")
+    }
+
+    /// Socket by which programs of the node connect to programs in the guest.
+    pub fn vsock(&self) -> PathBuf {
+        self.dir.join("vsock.sock")
+    }
+
+    /// All sockets that the VMM makes.
+    pub fn made_sockets(&self) -> [PathBuf; 5] {
+        [self.socket(), self.console(), self.agent(), self.display(), self.vsock()]
+    }
+
     /// Socket of the guest agent's port.
     pub fn agent(&self) -> PathBuf {
         self.dir.join("agent.sock")

@@ -80,5 +80,6 @@ pub use state::{DeviceState, DevicesState, StateError};
 pub use transfer::TransferError;
 pub use transfer::migrate::{Destination, Migrated, MigrationOptions, MigrationProgress, MigrationSnapshot};
 pub use vcpu::model::{CpuModel, Missing, ParseModelError, Processor};
+pub use virtio::mem::BLOCK as MEMORY_BLOCK;
 pub use virtio::vhost_user::SessionError;
 pub use vm::Vm;

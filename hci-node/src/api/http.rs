@@ -1,4 +1,4 @@
-//! HTTP around the API: the local socket, HTTPS, who may do what, uploads, consoles.
+//! HTTP around the API: the local socket, HTTPS, who may do what, uploads, channels into guests.
 //!
 //! The local socket is readable by root only: whoever connects may do everything. HTTPS lets in whoever has an admin
 //! token or a certificate of the cluster's CA; without one only `/healthz` and joining are served.
@@ -50,6 +50,7 @@ use crate::{
         join::token::TokenString,
         member::Member,
     },
+    reconcile::channels::ChannelKind,
     state::{ContentHash, ImagePart, Timestamp, TokenKind},
 };
 
@@ -102,6 +103,8 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/volumes/{volume}/export", get(export_volume))
         .route("/v1/vms/{vm}/console", get(console))
         .route("/v1/vms/{vm}/console/log", get(console_log))
+        .route("/v1/vms/{vm}/display", get(display))
+        .route("/v1/vms/{vm}/ports/{port}", get(port))
         .route("/v1/vms/{vm}/exec", post(guest::exec))
         .route("/v1/vms/{vm}/exec/{pid}", get(guest::exec_progress))
         .fallback(other)
@@ -334,36 +337,56 @@ pub(super) fn running(
     Ok((run.node, vm.id))
 }
 
-fn no_console(detail: String) -> Problem {
-    Problem::new(
-        ProblemKind::Unavailable,
-        format!("the console cannot be reached: {detail}"),
-        "see the VM: hci vm get",
-    )
+fn no_channel(detail: String) -> Problem {
+    Problem::new(ProblemKind::Unavailable, detail, "see the VM: hci vm get")
 }
 
 async fn console_log(State(app): State<Arc<App>>, UrlPath(vm): UrlPath<String>) -> Result<Response, Problem> {
     let member = member(&app)?;
     let (node, vm) = running(&member, &vm)?;
-    let log = member.local.console_log(node, vm).await.map_err(no_console)?;
+    let log = member.local.console_log(node, vm).await.map_err(no_channel)?;
     Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], log).into_response())
 }
 
 async fn console(
     State(app): State<Arc<App>>,
     UrlPath(vm): UrlPath<String>,
-    mut request: Request,
+    request: Request,
 ) -> Result<Response, Problem> {
-    let member = member(&app)?;
-    let (node, vm) = running(&member, &vm)?;
+    channel(&app, &vm, ChannelKind::Console, request).await
+}
+
+async fn display(
+    State(app): State<Arc<App>>,
+    UrlPath(vm): UrlPath<String>,
+    request: Request,
+) -> Result<Response, Problem> {
+    channel(&app, &vm, ChannelKind::Display, request).await
+}
+
+async fn port(
+    State(app): State<Arc<App>>,
+    UrlPath((vm, port)): UrlPath<(String, String)>,
+    request: Request,
+) -> Result<Response, Problem> {
+    let port = port.parse().map_err(|_| {
+        Problem::new(ProblemKind::Invalid, format!("{port:?} is no port"), "hci vm connect NAME --port 22")
+    })?;
+    channel(&app, &vm, ChannelKind::Port(port), request).await
+}
+
+/// Switches the connection to a channel into a guest.
+async fn channel(app: &App, vm: &str, kind: ChannelKind, mut request: Request) -> Result<Response, Problem> {
+    let member = member(app)?;
+    let (node, vm) = running(&member, vm)?;
     if !request.headers().contains_key(header::UPGRADE) {
         return Err(Problem::new(
             ProblemKind::Invalid,
-            "a console is attached by an upgrade of the connection",
-            "hci vm console NAME, or GET …/console/log for the last output",
+            format!("a {kind} is reached by an upgrade of the connection"),
+            "hci vm console NAME, hci vm display NAME, hci vm connect NAME --port PORT",
         ));
     }
-    let mut guest = member.local.attach_console(node, vm).await.map_err(no_console)?;
+    let mut guest = member.local.open_channel(node, vm, kind).await.map_err(no_channel)?;
     let upgrade = hyper::upgrade::on(&mut request);
     app.tasks().spawn(async move {
         match upgrade.await {
@@ -371,10 +394,10 @@ async fn console(
                 // Either side may go away at any time.
                 let _ = copy_bidirectional(&mut TokioIo::new(client), &mut guest).await;
             }
-            Err(error) => tracing::debug!(%error, "a console was not attached"),
+            Err(error) => tracing::debug!(%error, "a channel into a guest was not opened"),
         }
     });
-    let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, "hci-console")];
+    let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, "hci-channel")];
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers, Body::empty()).into_response())
 }
 

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`types`] | the JSON resources, shared with the command line |
 //! | [`problem`] | errors, as RFC 9457 problem documents |
-//! | [`http`] | HTTP around it: the local socket, HTTPS, who may do what, uploads, consoles |
+//! | [`http`] | HTTP around it: the local socket, HTTPS, who may do what, uploads, channels into guests |
 //! | [`service`] | the API without HTTP; what is passed on to the leader |
 //! | [`requests`] | from requests to commands |
 //! | [`views`] | from state and reports to resources: pure |

@@ -175,7 +175,7 @@ impl Client {
     /// `GET path` as a switch to a raw stream of bytes in both directions.
     pub async fn upgrade(&self, path: &str) -> Result<hyper::upgrade::Upgraded, CliError> {
         let request =
-            self.request(Method::GET, path)?.header(CONNECTION, "upgrade").header(UPGRADE, "hci-console");
+            self.request(Method::GET, path)?.header(CONNECTION, "upgrade").header(UPGRADE, "hci-channel");
         let request = build(request, Full::default().map_err(|never| match never {}).boxed())?;
         let response = self.send(request).await?;
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {

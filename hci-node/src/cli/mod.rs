@@ -12,6 +12,7 @@
 //! | [`exit`] | exit codes and the form of errors |
 //! | [`roles`] | `hci node run`, `data run`, `vmm run`, `install` |
 
+pub mod channel;
 pub mod client;
 pub mod completion;
 pub mod console;

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     lease::NODE_LEASE,
-    member::{ConsoleStream, LocalNode, Peers},
+    member::{ChannelStream, LocalNode, Peers},
     replicated::Replicated,
 };
 use crate::{
@@ -22,6 +22,7 @@ use crate::{
     paths::NodePaths,
     reconcile::{
         Options, Reconciler,
+        channels::ChannelKind,
         cluster::{Cluster, Lease, ProposeError},
     },
     state::{
@@ -162,15 +163,16 @@ impl LocalNode for Local {
         async move { client.call(&Metrics, QUICK).await }.boxed()
     }
 
-    fn attach_console(
+    fn open_channel(
         &self,
         node: NodeId,
         vm: VmId,
-    ) -> BoxFuture<'static, Result<Box<dyn ConsoleStream>, String>> {
+        kind: ChannelKind,
+    ) -> BoxFuture<'static, Result<Box<dyn ChannelStream>, String>> {
         let reconciler = self.0.clone();
         async move {
-            let attached = reconciler.attach_console(node, vm).await.map_err(|error| error.to_string())?;
-            Ok(Box::new(attached) as Box<dyn ConsoleStream>)
+            let opened = reconciler.open_channel(node, vm, kind).await.map_err(|error| error.to_string())?;
+            Ok(Box::new(opened) as Box<dyn ChannelStream>)
         }
         .boxed()
     }

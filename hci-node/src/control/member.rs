@@ -20,6 +20,7 @@ use crate::{
         service::{ApiRequest, ApiResponse},
     },
     paths::NodePaths,
+    reconcile::channels::ChannelKind,
     state::{
         ClusterState, ContentHash, NodeId, VmId, VolumeId,
         report::{CandidateDisk, LocalReport},
@@ -31,9 +32,9 @@ const FORWARD_DEADLINE: Duration = Duration::from_secs(20);
 /// How long a forwarded question may take: it is answered from memory.
 const FORWARD_READ_DEADLINE: Duration = Duration::from_secs(2);
 
-/// A guest's console as a stream of bytes, both ways.
-pub trait ConsoleStream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin + ?Sized> ConsoleStream for T {}
+/// A channel into a guest as a stream of bytes, both ways.
+pub trait ChannelStream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin + ?Sized> ChannelStream for T {}
 
 /// What runs on this node beside the control process: the data process and the VMMs, behind the reconciler.
 pub trait LocalNode: Send + Sync + 'static {
@@ -61,12 +62,13 @@ pub trait LocalNode: Send + Sync + 'static {
     fn flush_volume(&self, volume: VolumeId) -> BoxFuture<'static, Result<(), CallError>>;
     /// Metrics of the data process as text.
     fn data_metrics(&self) -> BoxFuture<'static, Result<String, CallError>>;
-    /// Attaches to the console of a VM that runs on that node.
-    fn attach_console(
+    /// Opens a channel into the guest of a VM that runs on that node.
+    fn open_channel(
         &self,
         node: NodeId,
         vm: VmId,
-    ) -> BoxFuture<'static, Result<Box<dyn ConsoleStream>, String>>;
+        kind: ChannelKind,
+    ) -> BoxFuture<'static, Result<Box<dyn ChannelStream>, String>>;
     /// The last output of a VM that runs on that node.
     fn console_log(&self, node: NodeId, vm: VmId) -> BoxFuture<'static, Result<Bytes, String>>;
     /// Asks the agent in the guest of a VM that runs on that node.

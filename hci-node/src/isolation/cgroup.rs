@@ -89,6 +89,19 @@ pub fn join(tree: &Path, name: &str, limits: Limits) -> Vec<(&'static str, io::E
     missing
 }
 
+/// Gives a group that is there other limits. Returns which could not be set, and why.
+pub fn resize(tree: &Path, name: &str, limits: Limits) -> Vec<(&'static str, io::Error)> {
+    let unified = is_unified(tree);
+    let set = |controller: &Controller| {
+        let (group, settings) = match unified {
+            true => (tree.join(PARENT).join(name), vec![(controller.v2)(limits)]),
+            false => (tree.join(controller.name).join(PARENT).join(name), (controller.v1)(limits)),
+        };
+        settings.iter().try_for_each(|(file, value)| write(&group, file, value)).err()
+    };
+    CONTROLLERS.iter().filter_map(|controller| Some((controller.name, set(controller)?))).collect()
+}
+
 /// Removes the group of a process that has ended. One that is not there is fine.
 pub fn remove(tree: &Path, name: &str) {
     let groups: Vec<PathBuf> = match is_unified(tree) {
@@ -117,15 +130,16 @@ fn make(mounted: &Path, group: &Path, settings: &[(&str, String)]) -> io::Result
         return Err(io::Error::new(io::ErrorKind::NotFound, format!("{} is not there", mounted.display())));
     }
     fs::create_dir_all(group)?;
-    for (file, value) in settings {
-        // It is there when the controller is. Making a file would hide that it is not.
-        fs::OpenOptions::new()
-            .write(true)
-            .open(group.join(file))
-            .and_then(|mut opened| io::Write::write_all(&mut opened, value.as_bytes()))
-            .map_err(|error| io::Error::new(error.kind(), format!("{file}: {error}")))?;
-    }
-    Ok(())
+    settings.iter().try_for_each(|(file, value)| write(group, file, value))
+}
+
+fn write(group: &Path, file: &str, value: &str) -> io::Result<()> {
+    // It is there when the controller is. Making a file would hide that it is not.
+    fs::OpenOptions::new()
+        .write(true)
+        .open(group.join(file))
+        .and_then(|mut opened| io::Write::write_all(&mut opened, value.as_bytes()))
+        .map_err(|error| io::Error::new(error.kind(), format!("{file}: {error}")))
 }
 
 fn enter(group: &Path) -> io::Result<()> {
@@ -165,6 +179,11 @@ mod tests {
         assert_eq!(read("cpu.max"), "300000 100000");
         assert_eq!(read("pids.max"), "20");
         assert_eq!(read("cgroup.procs"), std::process::id().to_string());
+
+        fs::write(tree.path().join("hci-vm/a/memory.max"), "").unwrap();
+        assert!(resize(tree.path(), "a", Limits { memory: 2 << 30, ..LIMITS }).is_empty());
+        assert_eq!(read("memory.max"), (2u64 << 30).to_string());
+        assert_eq!(resize(tree.path(), "b", LIMITS).len(), 3, "it is not made");
     }
 
     #[test]

@@ -110,7 +110,7 @@ pub(super) fn vmm(error: CallError) -> ActionError {
     }
 }
 
-fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> ActionError {
+pub(super) fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> ActionError {
     move |source| ActionError::Io { what, source }
 }
 

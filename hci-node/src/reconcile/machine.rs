@@ -3,17 +3,22 @@
 //! Whatever is done is told to the cluster at once, each thing by itself. What the guest has still to do (let go of a device, give memory back) is
 //! looked for a moment, and the guest is asked again with the next attempt.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use netfabric::rpc::CallError;
 use tokio::time::{Instant, sleep};
 use vmm::DeviceConfig;
 
-use super::actions::{ActionError, Tools, vmm};
+use super::actions::{ActionError, Tools, io, vmm};
 use crate::{
+    isolation::cgroup,
     paths::VmPaths,
     state::{Goal, Op, RunEpoch, Shape, TaskState, VmDevice, VmId},
-    vmm_role::protocol::{self, MachineStatus, Plug, Reshape, Status, Unplug},
+    vmm_role::{
+        jail,
+        protocol::{self, MachineStatus, Plug, Reshape, Status, Unplug},
+        record,
+    },
 };
 
 /// How long the guest is watched before it is asked again.
@@ -49,6 +54,10 @@ impl Tools {
             self.or_say(&Goal::DeviceSettled(vm, *device), asked).await?;
         }
         if let Some(shape) = shape {
+            // Its guest takes no more than that, and may take that much from now on.
+            let now = self.machine(&files).await?.shape;
+            let memory_bytes = shape.memory_bytes.max(now.memory_bytes);
+            self.limit(&files, Shape { memory_bytes, ..shape }).map_err(io("read what a VM is made of"))?;
             let asked = protocol::call(&files.socket(), &Reshape { shape }).await;
             self.or_say(&Goal::VmReshaped(vm), asked).await?;
         }
@@ -93,6 +102,7 @@ impl Tools {
                 self.propose(Op::DeviceLeft { vm, epoch, device }).await?;
             }
             if let Some(to) = shape.take_if(|to| machine.shape == *to) {
+                self.limit(&files, to).map_err(io("read what a VM is made of"))?;
                 self.propose(Op::VmReshaped { vm, epoch, shape: to }).await?;
             }
             match (leave.first(), shape) {
@@ -111,6 +121,17 @@ impl Tools {
                 }
             }
         }
+    }
+
+    /// Limits what the VMM may use to what a machine of this size is worth.
+    fn limit(&self, files: &VmPaths, shape: Shape) -> std::io::Result<()> {
+        let Some(run) = record::run_file(files)? else { return Ok(()) };
+        let most = run.config.max_vcpus.unwrap_or(run.config.vcpus);
+        let missing = cgroup::resize(Path::new(cgroup::TREE), &run.cgroup(), jail::limits_of(shape, most));
+        for (controller, error) in missing {
+            tracing::debug!(vm = %run.vm, controller, %error, "this host does not limit what a VMM uses of it");
+        }
+        Ok(())
     }
 
     async fn machine(&self, files: &VmPaths) -> Result<MachineStatus, ActionError> {

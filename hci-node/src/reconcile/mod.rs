@@ -17,7 +17,7 @@
 //! | `moving`, `arrivals` | runs that move to another node while their guests run |
 //! | `variables` | what the firmware of VMs keeps |
 //! | [`boot_files`] | kernels and initramfs on this node |
-//! | [`console`] | guests' consoles on any node |
+//! | [`channels`] | consoles, screens and sockets of guests on any node |
 //! | [`peers`] | what reconcilers of different nodes ask each other |
 //! | [`cluster`] | what is needed of the rest of the control process |
 //!
@@ -29,9 +29,9 @@
 mod actions;
 mod arrivals;
 pub mod boot_files;
+pub mod channels;
 pub mod cluster;
 pub mod commits;
-pub mod console;
 mod executor;
 pub mod link;
 mod machine;
@@ -57,9 +57,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use self::{
     actions::Tools,
     arrivals::Arrivals,
+    channels::{Channel, ChannelError, ChannelKind},
     cluster::{Cluster, Lease},
     commits::{CommitHandler, CommitServer},
-    console::{Console, ConsoleError},
     executor::{Executor, Shown},
     peers::{AskAgent, PeerHandler},
 };
@@ -161,14 +161,19 @@ impl Reconciler {
         Arc::new(self.peers.clone())
     }
 
-    /// Attaches to the console of a VM that runs on `node`.
-    pub async fn attach_console(&self, node: NodeId, vm: VmId) -> Result<Box<dyn Console>, ConsoleError> {
-        console::attach(self.cluster.clone(), &self.paths, self.me, node, vm).await
+    /// Opens a channel into the guest of a VM that runs on `node`.
+    pub async fn open_channel(
+        &self,
+        node: NodeId,
+        vm: VmId,
+        kind: ChannelKind,
+    ) -> Result<Box<dyn Channel>, ChannelError> {
+        channels::open(self.cluster.clone(), &self.paths, self.me, node, vm, kind).await
     }
 
     /// The last output of a VM that runs on `node`.
-    pub async fn console_log(&self, node: NodeId, vm: VmId) -> Result<Bytes, ConsoleError> {
-        console::log(self.cluster.clone(), &self.paths, self.me, node, vm).await
+    pub async fn console_log(&self, node: NodeId, vm: VmId) -> Result<Bytes, ChannelError> {
+        channels::log(self.cluster.clone(), &self.paths, self.me, node, vm).await
     }
 
     /// Asks the agent in the guest of a VM that runs on `node`.

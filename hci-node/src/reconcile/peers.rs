@@ -1,7 +1,7 @@
-//! What reconcilers of different nodes ask each other over the control mesh: boot files, guests' consoles and agents, VMs on their way.
+//! What reconcilers of different nodes ask each other over the control mesh: boot files, channels into guests, their agents, VMs on their way.
 //!
-//! A call is one request and one answer, so a console that is attached from another node is a session: its reads wait
-//! for output, up to [`CONSOLE_WAIT`], and a session that nobody reads from ends by itself.
+//! A call is one request and one answer, so a channel that is opened from another node is a session: its reads wait
+//! for output, up to [`CHANNEL_WAIT`], and a session that nobody reads from ends by itself.
 
 use std::{ops::RangeInclusive, sync::Arc, time::Duration};
 
@@ -14,8 +14,8 @@ use uuid::Uuid;
 use super::{
     arrivals::{Arrival, ArrivalStatus, Arrivals, BringPiece, TakeOver},
     boot_files,
+    channels::{ChannelKind, Sessions},
     cluster::Cluster,
-    console::Sessions,
 };
 use crate::{
     agent::{self, AgentFailure, Agents},
@@ -25,8 +25,8 @@ use crate::{
 
 /// The methods that [`PeerHandler`] serves. The control process sends these calls to it.
 pub const METHODS: RangeInclusive<u16> = 0x0400..=0x04ff;
-/// How long a read of a console waits for output.
-pub const CONSOLE_WAIT: Duration = Duration::from_secs(5);
+/// How long a read of a channel waits for output.
+pub const CHANNEL_WAIT: Duration = Duration::from_secs(5);
 /// Deadline of a call: longer than any wait in it.
 const DEADLINE: Duration = Duration::from_secs(15);
 
@@ -56,36 +56,38 @@ pub struct HasBootFile {
     pub file: ContentHash,
 }
 
-/// Attaches to the console of a VM that runs on the called node.
+/// Opens a channel into the guest of a VM that runs on the called node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OpenConsole {
+pub struct OpenChannel {
     /// The VM.
     pub vm: VmId,
+    /// Which.
+    pub kind: ChannelKind,
 }
 
-/// Name of an attached console.
+/// Name of an open channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct ConsoleId(pub Uuid);
+pub struct ChannelId(pub Uuid);
 
 /// Waits for output, which comes as bulk data; none came in time when that is empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ReadConsole {
+pub struct ReadChannel {
     /// Which.
-    pub console: ConsoleId,
+    pub channel: ChannelId,
 }
 
 /// Types the bulk data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WriteConsole {
+pub struct WriteChannel {
     /// Which.
-    pub console: ConsoleId,
+    pub channel: ChannelId,
 }
 
 /// Detaches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CloseConsole {
+pub struct CloseChannel {
     /// Which.
-    pub console: ConsoleId,
+    pub channel: ChannelId,
 }
 
 /// Asks the agent in the guest of a VM that runs on the called node.
@@ -97,9 +99,9 @@ pub struct AskAgent {
     pub request: agent::Request,
 }
 
-/// Whether a console goes on after a read.
+/// Whether a channel goes on after a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum ConsoleFlow {
+pub enum ChannelFlow {
     /// It does.
     Open,
     /// The VM is gone.
@@ -127,10 +129,10 @@ macro_rules! peer_calls {
 peer_calls! {
     0x0401 ReadBootFile => ();
     0x0402 HasBootFile => Holding;
-    0x0411 OpenConsole => ConsoleId;
-    0x0412 ReadConsole => ConsoleFlow;
-    0x0413 WriteConsole => ();
-    0x0414 CloseConsole => ();
+    0x0411 OpenChannel => ChannelId;
+    0x0412 ReadChannel => ChannelFlow;
+    0x0413 WriteChannel => ();
+    0x0414 CloseChannel => ();
     0x0421 AskAgent => Result<agent::Answer, AgentFailure>;
     0x0431 ArrivalStatus => Arrival;
     0x0432 BringPiece => ();
@@ -153,7 +155,7 @@ pub async fn call<C: PeerCall>(
 #[derive(Clone)]
 pub struct PeerHandler {
     paths: NodePaths,
-    consoles: Arc<Sessions>,
+    channels: Arc<Sessions>,
     agents: Agents,
     arrivals: Arrivals,
 }
@@ -161,7 +163,7 @@ pub struct PeerHandler {
 impl PeerHandler {
     /// A handler for this node.
     pub(super) fn new(paths: NodePaths, agents: Agents, arrivals: Arrivals) -> Self {
-        Self { consoles: Arc::new(Sessions::new(paths.clone())), paths, agents, arrivals }
+        Self { channels: Arc::new(Sessions::new(paths.clone())), paths, agents, arrivals }
     }
 
     async fn dispatch(self, from: Caller, request: Request) -> Result<Response, RpcError> {
@@ -178,23 +180,23 @@ impl PeerHandler {
                 let there = self.paths.boot_file(file).exists();
                 Ok(Response::new(&if there { Holding::Complete } else { Holding::Missing })?)
             }
-            OpenConsole::METHOD => {
-                let OpenConsole { vm } = request.decode()?;
-                Ok(Response::new(&self.consoles.open(vm).await?)?)
+            OpenChannel::METHOD => {
+                let OpenChannel { vm, kind } = request.decode()?;
+                Ok(Response::new(&self.channels.open(vm, kind).await?)?)
             }
-            ReadConsole::METHOD => {
-                let ReadConsole { console } = request.decode()?;
-                let (flow, output) = self.consoles.read(console).await?;
+            ReadChannel::METHOD => {
+                let ReadChannel { channel } = request.decode()?;
+                let (flow, output) = self.channels.read(channel).await?;
                 Ok(Response::new(&flow)?.with_bulk(output))
             }
-            WriteConsole::METHOD => {
-                let WriteConsole { console } = request.decode()?;
-                self.consoles.write(console, &request.bulk).await?;
+            WriteChannel::METHOD => {
+                let WriteChannel { channel } = request.decode()?;
+                self.channels.write(channel, &request.bulk).await?;
                 Ok(Response::new(&())?)
             }
-            CloseConsole::METHOD => {
-                let CloseConsole { console } = request.decode()?;
-                self.consoles.close(console);
+            CloseChannel::METHOD => {
+                let CloseChannel { channel } = request.decode()?;
+                self.channels.close(channel);
                 Ok(Response::new(&())?)
             }
             AskAgent::METHOD => {

@@ -142,7 +142,7 @@ pub fn start(paths: &NodePaths, run: &RunFile, contents: &Contents) -> io::Resul
     // The VMM sees this directory, with what is made in it later, or nothing.
     data::make_socket_directory(&vm.backends().join("any"))?;
     // Nothing of an earlier run may be taken for this one's.
-    for stale in [vm.exit(), vm.socket(), vm.console(), vm.agent(), vm.variables()] {
+    for stale in vm.made_sockets().into_iter().chain([vm.exit(), vm.variables()]) {
         remove_if_there(&stale)?;
     }
     if let Some(content) = &contents.variables {
@@ -264,15 +264,8 @@ pub fn forget(paths: &VmPaths, log: Log) -> io::Result<()> {
     match log {
         Log::Keep => {
             // The run file last: without it there is no run.
-            for file in [
-                paths.exit(),
-                paths.socket(),
-                paths.console(),
-                paths.agent(),
-                paths.seed(),
-                paths.variables(),
-                paths.config(),
-            ] {
+            let records = [paths.exit(), paths.seed(), paths.variables(), paths.config()];
+            for file in paths.made_sockets().into_iter().chain(records) {
                 remove_if_there(&file)?;
             }
             Ok(())

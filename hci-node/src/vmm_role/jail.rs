@@ -39,7 +39,7 @@ use crate::{
         root::{self, Kept},
     },
     paths::VmPaths,
-    state::VmId,
+    state::{Shape, VmId},
 };
 
 const KVM: &str = "/dev/kvm";
@@ -56,12 +56,18 @@ const DESCRIPTORS: u64 = 16_384;
 
 /// What the VM's size makes of the limits.
 pub fn limits(config: &VmConfig) -> Limits {
-    let devices = config.disks.len() + config.nics.len();
+    let memory_bytes = config.memory_bytes + config.plugged_bytes;
+    limits_of(Shape { vcpus: config.vcpus, memory_bytes }, config.max_vcpus.unwrap_or(config.vcpus))
+}
+
+/// The limits of a machine of this size, which may get so many vCPUs.
+pub fn limits_of(shape: Shape, most_vcpus: u8) -> Limits {
     Limits {
-        memory: config.memory_bytes + config.memory_bytes / TABLES_PART + OWN_MEMORY,
+        memory: shape.memory_bytes + shape.memory_bytes / TABLES_PART + OWN_MEMORY,
         // One more, for the threads that are none of vCPUs.
-        cpus: u64::from(config.vcpus) + 1,
-        threads: u64::from(config.vcpus) + devices as u64 + OWN_THREADS,
+        cpus: u64::from(shape.vcpus) + 1,
+        // Not raised later: a limit of the process itself, too.
+        threads: u64::from(most_vcpus) + vmm::DEVICE_SLOTS.len() as u64 + OWN_THREADS,
     }
 }
 
@@ -202,7 +208,7 @@ mod tests {
     #[test]
     fn limits_follow_the_size() {
         let small = limits(&config(1 << 30));
-        assert_eq!((small.cpus, small.threads), (3, 19));
+        assert_eq!((small.cpus, small.threads), (3, 40));
         assert_eq!(small.memory, (1 << 30) + (72 << 20));
         assert!(limits(&config(2 << 30)).memory - small.memory >= 1 << 30);
     }

@@ -57,6 +57,7 @@ impl Making {
 
     fn reshaped(&mut self, shape: Shape) {
         self.config.vcpus = self.config.vcpus.max(shape.vcpus);
+        self.config.plugged_bytes = shape.memory_bytes.saturating_sub(self.config.memory_bytes);
     }
 }
 
@@ -75,16 +76,22 @@ impl Machine {
     }
 
     pub(super) async fn reshape(&self, Reshape { shape }: Reshape) -> Result<(), RpcError> {
-        self.on_main_thread(move |guest| guest.set_vcpus(shape.vcpus)).await?;
+        let guest = self.guest()?;
+        // Processors are only ever added.
+        if shape.vcpus > guest.status().vcpus {
+            self.on_main_thread(move |guest| guest.set_vcpus(shape.vcpus)).await?;
+        }
+        let asked = guest.set_memory(shape.memory_bytes);
+        asked.map_err(|error| refused(error_chain(&error)))?;
         self.now.lock().making.reshaped(shape);
         Ok(())
     }
 
     /// What the machine has.
-    pub(super) fn seen(guest: &VmHandle, making: &Making) -> MachineStatus {
+    pub(super) fn seen(guest: &VmHandle) -> MachineStatus {
         let status = guest.status();
         MachineStatus {
-            shape: Shape { vcpus: status.vcpus, memory_bytes: making.config.memory_bytes },
+            shape: Shape { vcpus: status.vcpus, memory_bytes: status.memory.present_bytes },
             devices: status.devices.into_iter().map(|device| device.id).collect(),
         }
     }
@@ -122,9 +129,10 @@ mod tests {
         making.joined(disk(3));
         making.joined(disk(4));
         making.leaves("disk3".into());
-        making.reshaped(Shape { vcpus: 3, memory_bytes: 1 << 30 });
+        making.reshaped(Shape { vcpus: 3, memory_bytes: 3 << 29 });
         let next = making.next();
         assert_eq!((ids(&next), next.vcpus), (vec!["disk2".to_owned(), "disk4".to_owned()], 3));
+        assert_eq!((next.memory_bytes, next.plugged_bytes), (1 << 30, 1 << 29));
         // One that left and came again stays.
         making.leaves("disk4".into());
         making.joined(disk(4));

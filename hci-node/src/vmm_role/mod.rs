@@ -346,7 +346,7 @@ impl Machine {
             None => taken.map_or(GuestState::Starting, GuestState::Restoring),
         };
         let migration = now.migration.as_ref().map(|progress| progress.snapshot());
-        let machine = now.handle.as_ref().map(|guest| Self::seen(guest, &now.making));
+        let machine = now.handle.as_ref().map(Self::seen);
         VmmStatus { vm: self.run.vm, epoch: self.run.epoch, guest, resets: now.resets, migration, machine }
     }
 

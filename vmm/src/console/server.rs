@@ -174,6 +174,8 @@ impl Server {
 
     /// Gives clients a last moment to take what the guest said at its end.
     fn flush_output(&mut self) {
+        // Those too that connected a moment ago.
+        self.accept();
         let deadline = Instant::now() + FLUSH_DEADLINE;
         let end = self.output.ring.lock().end();
         self.send_output();

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use vmm::CpuModel;
 
 use super::{Context, cloud_init::CloudInitArgs, devices, exec, object_path, say, snapshot};
+use crate::cli::channel;
 use crate::cli::completion::names;
 use crate::cli::console;
 use crate::cli::exit::{CliError, Exit};
@@ -158,6 +159,30 @@ pub enum Verb {
         /// Print the last output and end.
         #[arg(long)]
         log: bool,
+    },
+    /// Show a VM's screen: serves it on this machine, for a VNC viewer.
+    #[command(
+        after_help = "Examples:\n  hci vm display web1\n  hci vm display web1 --listen 127.0.0.1:5901\nAPI: GET /v1/vms/NAME/display"
+    )]
+    Display {
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
+        name: String,
+        /// Where viewers connect; a free port of this machine if not given. Who connects there sees and types.
+        #[arg(long, default_value = "127.0.0.1:0")]
+        listen: std::net::SocketAddr,
+    },
+    /// Connect standard input and output with a program in a VM's guest that listens on AF_VSOCK; no network is needed.
+    #[command(
+        after_help = "Examples:\n  hci vm connect db1 --port 1024\n  ssh -o ProxyCommand='hci vm connect web1 --port 22' root@web1\nAPI: GET /v1/vms/NAME/ports/PORT"
+    )]
+    Connect {
+        /// The VM's name or id.
+        #[arg(add = names("/v1/vms"))]
+        name: String,
+        /// The port that the program listens on.
+        #[arg(long)]
+        port: u32,
     },
     /// Run a program in a VM's guest by its guest agent, and end with the program's exit code.
     #[command(
@@ -343,6 +368,14 @@ pub async fn run(context: &Context, verb: Verb) -> Result<ExitCode, CliError> {
             }
             say(&format!("attached to {name}; Ctrl-] detaches"));
             console::attach(&context.client, &path).await
+        }
+        Verb::Display { name, listen } => {
+            let path = format!("{}/display", object_path("/v1/vms", &name));
+            channel::serve(&context.client, &name, &path, listen).await
+        }
+        Verb::Connect { name, port } => {
+            let path = format!("{}/ports/{port}", object_path("/v1/vms", &name));
+            channel::pipe(&context.client, &path).await
         }
         Verb::Disk { verb } => devices::run_disk(context, verb).await,
         Verb::Nic { verb } => devices::run_nic(context, verb).await,

@@ -10,7 +10,7 @@
 use std::time::Duration;
 
 use storage::config::Access;
-use vmm::{Boot, DeviceConfig, DiskConfig, NicConfig, VmConfig};
+use vmm::{BalloonConfig, Boot, DeviceConfig, DiskConfig, NicConfig, VmConfig, VsockConfig};
 
 use super::{Action, View, data};
 use crate::{
@@ -212,26 +212,36 @@ fn config(view: View<'_>, vm: &Vm) -> Result<VmConfig, String> {
     let disks = disks.map(|volume| disk(view, data, vm, make, *volume));
     let nics = vm.ports.iter().filter(|port| stays(&VmDevice::Nic(**port)));
     let nics = nics.map(|port| nic(data, vm, *port));
+    let (boot, files) = (boot(view, vm)?, view.paths.vm(vm.id));
     Ok(VmConfig {
         name: vm.name.clone(),
         id: vm.id.0,
         vcpus: make.vcpus,
         max_vcpus: Some(make.most.vcpus),
         cpu_model: make.cpu_model,
-        memory_bytes: make.memory_bytes,
-        max_memory_bytes: None,
-        plugged_bytes: 0,
-        boot: boot(view, vm)?,
+        memory_bytes: make.boot_memory_bytes,
+        max_memory_bytes: Some(make.most.memory_bytes),
+        plugged_bytes: make.memory_bytes.saturating_sub(make.boot_memory_bytes),
+        balloon: Some(BalloonConfig::default()),
+        vsock: Some(VsockConfig { cid: vsock_address(vm.id), socket: files.vsock() }),
+        // It takes firmware to show anything there.
+        display_socket: matches!(boot, Boot::Firmware { .. }).then(|| files.display()),
+        boot,
         disks: disks.collect::<Result<_, String>>()?,
         nics: nics.collect::<Result<_, String>>()?,
-        seed: vm.cloud_init.is_some().then(|| view.paths.vm(vm.id).seed()),
-        agent_socket: Some(view.paths.vm(vm.id).agent()),
-        balloon: None,
-        vsock: None,
-        console_socket: view.paths.vm(vm.id).console(),
-        display_socket: None,
+        seed: vm.cloud_init.is_some().then(|| files.seed()),
+        agent_socket: Some(files.agent()),
+        console_socket: files.console(),
         backend_timeout_ms: u64::try_from(BACKEND_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
     })
+}
+
+/// The address that a guest has among its node's (`AF_VSOCK`), the same wherever it runs. Those below 3 and the last one mean something else.
+fn vsock_address(vm: VmId) -> u32 {
+    const FIRST: u128 = 3;
+    const COUNT: u128 = u32::MAX as u128 - FIRST;
+    // The remainder fits.
+    (FIRST + vm.0.as_u128() % COUNT) as u32
 }
 
 fn boot(view: View<'_>, vm: &Vm) -> Result<Boot, String> {

@@ -323,9 +323,12 @@ pub(super) fn reshape(vm: &mut Vm, wanted: Shape) {
     let Some(run) = vm.assignment.as_mut().filter(|_| goes_on) else { return };
     let make = &mut run.make;
     let before = make.shape();
+    // In whole blocks beyond what it has booted with.
+    let more = wanted.memory_bytes.saturating_sub(make.boot_memory_bytes);
+    let memory_bytes = make.boot_memory_bytes + more.next_multiple_of(vmm::MEMORY_BLOCK);
     let to = Shape {
         vcpus: wanted.vcpus.clamp(make.vcpus, make.most.vcpus),
-        memory_bytes: wanted.memory_bytes.clamp(make.boot_memory_bytes, make.most.memory_bytes),
+        memory_bytes: memory_bytes.min(make.most.memory_bytes),
     };
     // What it may take is its own from now on; what it gives back is when it has.
     make.memory_bytes = make.memory_bytes.max(to.memory_bytes);

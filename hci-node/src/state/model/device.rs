@@ -79,6 +79,8 @@ impl Growth {
             let times = shape.memory_bytes.saturating_mul(USUAL_GROWTH.into());
             times.min(shape.memory_bytes.saturating_add(USUAL_MORE_MEMORY)).min(MAX_MEMORY_BYTES)
         });
-        Shape { vcpus: vcpus.max(shape.vcpus), memory_bytes: memory.max(shape.memory_bytes) }
+        let more = memory.saturating_sub(shape.memory_bytes);
+        let memory_bytes = shape.memory_bytes + (more - more % vmm::MEMORY_BLOCK);
+        Shape { vcpus: vcpus.max(shape.vcpus), memory_bytes }
     }
 }

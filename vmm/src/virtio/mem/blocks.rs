@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::state::Invalid;
 
 /// Bytes of a block: what the guest plugs and unplugs, and a huge page.
-pub(crate) const BLOCK: u64 = 2 << 20;
+pub const BLOCK: u64 = 2 << 20;
 /// Bytes of a request (virtio 1.3, 5.15.6).
 pub(super) const REQUEST_BYTES: usize = 24;
 /// Bytes of an answer.

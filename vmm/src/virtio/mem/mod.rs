@@ -25,7 +25,7 @@ use crate::memory::Memory;
 use crate::memory::holes::release;
 use crate::state::Invalid;
 
-pub(crate) use self::blocks::BLOCK;
+pub use self::blocks::BLOCK;
 
 const QUEUE_SIZE: u16 = 64;
 /// `VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE`: the driver keeps away from what is not plugged.
