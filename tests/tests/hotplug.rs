@@ -15,8 +15,8 @@ const PATIENCE: Duration = Duration::from_secs(600);
 
 #[test]
 fn parts_come_and_go_while_a_guest_runs() -> Result<()> {
-    let hci = executable()?;
-    let folder = hci.ancestors().nth(2).context("the executable is in no target directory")?.join("hotplug");
+    let program = Path::new(env!("CARGO_BIN_EXE_hotplug-guest"));
+    let folder = program.ancestors().nth(2).context("the program is in no target directory")?.join("hotplug");
     fs::create_dir_all(&folder)?;
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/hotplug");
     let tree = guest::fetch_kernel(&folder)?;

@@ -416,16 +416,19 @@ mod tests {
         };
         let nothing = (u32::MAX, u32::MAX);
         let found = (0x5678_1234, 0x0101_0101);
-        for _ in 0..2 {
+        for hidden_first in [true, false, true] {
             assert_eq!((read(config), read(memory)), nothing);
             ports.root.attach(PLAIN_SLOT, Arc::new(Plain::new()));
+            assert_eq!((read(config), read(memory)), (found.0, u32::MAX), "its memory is not enabled yet");
             mmio.write(config + 4, &[2]);
             assert_eq!((read(config), read(memory)), found);
-            ports.root.hide(PLAIN_SLOT);
-            mmio.write(config + 4, &[2]);
-            ports.root.find_windows();
-            assert_eq!((read(config), read(memory)), nothing);
-            assert_eq!(ports.root.devices().len(), 2, "it is saved as long as it is there");
+            if hidden_first {
+                ports.root.hide(PLAIN_SLOT);
+                mmio.write(config + 4, &[2]);
+                ports.root.find_windows();
+                assert_eq!((read(config), read(memory)), nothing);
+                assert_eq!(ports.root.devices().len(), 2, "it is saved as long as it is there");
+            }
             assert!(ports.root.detach(PLAIN_SLOT).is_some());
             assert!(ports.root.detach(PLAIN_SLOT).is_none());
         }
