@@ -77,6 +77,7 @@ pub struct VmStatus {
     /// Its disks and NICs.
     pub devices: Vec<DeviceStatus>,
     /// How much memory it has.
+    #[serde(default)]
     pub memory: MemoryStatus,
 }
 

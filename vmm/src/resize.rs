@@ -106,3 +106,44 @@ impl Memories {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::MIB;
+    use crate::virtio::balloon::Balloon;
+    use crate::virtio::mem::Mem;
+
+    #[test]
+    fn a_guest_is_asked_for_what_it_can_have_and_nothing_else() {
+        let region = Mem::new(4096 * MIB..4352 * MIB, 2 * MIB);
+        let memories = Memories {
+            boot_bytes: 65 * MIB,
+            balloon: Some(Balloon::new(0).wishes()),
+            pluggable: Some(region.pluggable()),
+        };
+        let (least, most) = (65 * MIB, 321 * MIB);
+        for bytes in [0, least - 1, least + MIB, most + 2 * MIB, u64::MAX] {
+            let refused = MemoryError::Memory { bytes, least, most };
+            assert_eq!(memories.set_memory(bytes), Err(refused));
+        }
+        assert_eq!(memories.status().requested_bytes, least + 2 * MIB);
+        for bytes in [most, least + 4 * MIB, least] {
+            assert_eq!(memories.set_memory(bytes), Ok(()));
+            assert_eq!((memories.status().requested_bytes, memories.status().present_bytes), (bytes, least));
+        }
+        assert_eq!(memories.set_balloon(most), Ok(()));
+        for bytes in [5, most + PAGE] {
+            assert_eq!(memories.set_balloon(bytes), Err(MemoryError::Balloon { bytes, most }));
+        }
+    }
+
+    #[test]
+    fn a_guest_without_these_devices_has_what_it_has() {
+        let memories = Memories { boot_bytes: 64 * MIB, ..Memories::default() };
+        assert_eq!(memories.set_memory(64 * MIB), Ok(()));
+        assert!(memories.set_memory(66 * MIB).is_err());
+        assert_eq!(memories.set_balloon(0), Err(MemoryError::NoBalloon));
+        assert_eq!(memories.status().present_bytes, 64 * MIB);
+    }
+}

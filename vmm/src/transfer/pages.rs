@@ -247,6 +247,37 @@ mod tests {
     }
 
     #[test]
+    fn holes_among_what_is_sent_again_are_told_and_not_filled() {
+        let page = PAGE as u64;
+        let memory = memory::create(8 * MIB).unwrap();
+        memory.write_slice(&[7; 8 * PAGE], GuestAddress(0)).unwrap();
+        let mut bytes = Vec::new();
+        let mut writer = FrameWriter::new(&mut bytes);
+        let mut pages = DirtyPages::none(&ranges(&memory));
+        pages.add_addresses(0..9 * page);
+        write(&memory, &pages, ZeroPages::LeftOut, &mut writer, |_| Ok(())).unwrap();
+        for hole in [2 * page..3 * page, 5 * page..7 * page] {
+            release(&memory, hole).unwrap();
+        }
+        memory.write_slice(&[9; PAGE], GuestAddress(7 * page)).unwrap();
+        let mut looked_at = 0;
+        let count = |bytes| {
+            looked_at += bytes;
+            Ok(())
+        };
+        write(&memory, &pages, ZeroPages::Told, &mut writer, count).unwrap();
+        writer.end().unwrap();
+        let copy = restored(8 * MIB, &bytes).unwrap();
+        assert_eq!((taken(&memory), taken(&copy), looked_at), (5 * page / 512, 5 * page / 512, 9 * page));
+        let content = |memory: &Memory| {
+            let mut bytes = vec![0; 9 * PAGE];
+            memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+            bytes
+        };
+        assert_eq!(content(&copy), content(&memory));
+    }
+
+    #[test]
     fn a_large_region_of_which_little_is_plugged_costs_little_and_comes_back() {
         let layout = memory::Layout { boot: 64 * MIB, pluggable: 256 * GIB };
         let memory = memory::create(layout).unwrap();
