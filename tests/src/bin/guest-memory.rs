@@ -73,7 +73,10 @@ struct Host {
 impl Host {
     fn guest(&self, begin: Begin) -> Result<VmHandle> {
         self.begin.send(begin)?;
-        self.handles.recv_timeout(PATIENCE).context("the guest is not made")
+        let guest = self.handles.recv_timeout(PATIENCE).context("the guest is not made")?;
+        let console = UnixStream::connect(self.socket.with_file_name("console"))?;
+        std::thread::spawn(move || std::io::copy(&mut &console, &mut std::io::stdout()));
+        Ok(guest)
     }
 
     /// A stream to the program in the guest, once it is there.
@@ -155,8 +158,6 @@ fn ask(host: Host) -> Result<()> {
 
 fn changes(host: &Host) -> Result<()> {
     let guest = host.guest(None)?;
-    let console = UnixStream::connect(host.socket.with_file_name("console"))?;
-    std::thread::spawn(move || std::io::copy(&mut &console, &mut std::io::stdout()));
     streams(host)?;
     let plugging = until("memory is plugged", || Ok(memory(&guest).present_bytes == MOST))?;
     until("the kernel has it", || Ok(host.total()? > 600 * MIB))?;
@@ -240,7 +241,7 @@ fn balloon(host: &Host, guest: &VmHandle) -> Result<()> {
     ensure!(with <= BOOT - BALLOON, "{with} bytes are taken beside the balloon");
     guest.set_balloon(0)?;
     let emptying = until("the balloon is empty", || Ok(memory(guest).balloon_bytes == 0))?;
-    host.have_done("fill 120")?;
+    host.have_done("fill 90")?;
     host.have_done("check")?;
     host.have_done("drop")?;
     println!("a balloon of {} MiB was filled in {filling:.1?} and emptied in {emptying:.1?}", BALLOON / MIB);
