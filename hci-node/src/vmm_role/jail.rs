@@ -49,8 +49,8 @@ const USERS: (u32, u32) = (0x4000_0000, 1 << 28);
 const OWN_MEMORY: u64 = 64 << 20;
 /// Page tables, the guest's and the VMM's own, are less than one part in so many of the memory that they map.
 const TABLES_PART: u64 = 128;
-/// Threads beside those of vCPUs, disks and NICs: main, orders, console, watchdog, devices; and some that are about to end.
-const OWN_THREADS: u64 = 16;
+/// Threads beside those of vCPUs, disks and NICs: main, orders, console, display, watchdog, devices; and some that are about to end.
+const OWN_THREADS: u64 = 20;
 /// Descriptors: a few for each queue and interrupt.
 const DESCRIPTORS: u64 = 16_384;
 
@@ -208,7 +208,7 @@ mod tests {
     #[test]
     fn limits_follow_the_size() {
         let small = limits(&config(1 << 30));
-        assert_eq!((small.cpus, small.threads), (3, 40));
+        assert_eq!((small.cpus, small.threads), (3, 44));
         assert_eq!(small.memory, (1 << 30) + (72 << 20));
         assert!(limits(&config(2 << 30)).memory - small.memory >= 1 << 30);
     }

@@ -174,7 +174,7 @@ pub enum Verb {
     },
     /// Connect standard input and output with a program in a VM's guest that listens on AF_VSOCK; no network is needed.
     #[command(
-        after_help = "Examples:\n  hci vm connect db1 --port 1024\n  ssh -o ProxyCommand='hci vm connect web1 --port 22' root@web1\nAPI: GET /v1/vms/NAME/ports/PORT"
+        after_help = "Examples:\n  hci vm connect db1 --port 1024\n  hci vm connect db1 --port 1024 < dump.sql\n  ssh -o ProxyCommand='hci vm connect web1 --port 22' root@web1\nAPI: GET /v1/vms/NAME/ports/PORT"
     )]
     Connect {
         /// The VM's name or id.
