@@ -10,7 +10,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use vmm::{Boot, DeviceConfig, DiskConfig, ExitReason, MacAddr, NicConfig, Vm, VmConfig, VmHandle};
+use vmm::{
+    BalloonConfig, Boot, DeviceConfig, DiskConfig, ExitReason, MacAddr, NicConfig, Vm, VmConfig, VmHandle,
+    VsockConfig,
+};
 
 /// How long a guest may take on an emulated processor.
 const PATIENCE: Duration = Duration::from_secs(240);
@@ -30,6 +33,12 @@ fn main() -> Result<()> {
         max_vcpus: Some(3),
         cpu_model: Default::default(),
         memory_bytes: 256 << 20,
+        // What every VM of a node has.
+        max_memory_bytes: Some(1 << 30),
+        plugged_bytes: 0,
+        balloon: Some(BalloonConfig::default()),
+        vsock: Some(VsockConfig { cid: 3, socket: run.join("vsock") }),
+        display_socket: None,
         boot: Boot::Kernel {
             kernel: kernel.into(),
             initramfs: Some(initramfs.into()),

@@ -12,6 +12,7 @@
 //! | [`timeline`] | steps, waits with limits, the table |
 
 pub mod cluster;
+pub mod devices;
 pub mod faults;
 pub mod migration;
 pub mod run;
