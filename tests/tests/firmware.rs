@@ -19,6 +19,17 @@ use hci_tests::native::process::executable;
 const PATIENCE: Duration = Duration::from_secs(2100);
 const CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
 const VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
+/// Modules that the guest's `init` loads: variables of firmware, the tablet, what keyboard and tablet send.
+const GUEST_MODULES: [&str; 8] = [
+    "efivarfs",
+    "virtio",
+    "virtio_ring",
+    "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev",
+    "virtio_pci",
+    "virtio_input",
+    "evdev",
+];
 /// Debian's GRUB, as its package signs it: it looks for its configuration in `/EFI/debian`.
 const GRUB_PACKAGE: &str = "grub-efi-amd64-signed";
 const GRUB: &str = "usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed";
@@ -99,7 +110,7 @@ impl Disks<'_> {
     /// A disk as an installer leaves it, as far as booting goes: GRUB, kernel, initramfs.
     fn debian(&self, sources: &Path, tree: &Path, kernel: &Path) -> Result<PathBuf> {
         let guest = Initramfs::new(&self.folder.join("guest"))?;
-        for module in ["efivarfs", "virtio_input", "evdev"] {
+        for module in GUEST_MODULES {
             guest.module(tree, module)?;
         }
         guest.file(&sources.join("guest-init"), "init")?;

@@ -21,6 +21,9 @@ const LOOK: Duration = Duration::from_millis(100);
 const TYPING: Duration = Duration::from_millis(60);
 /// No write of these guests is held back.
 const HOLD_NOTHING: &str = "1000000000";
+/// Memory of a guest, in bytes, and of Debian's installer, which with less asks another question first.
+const MEMORY: u64 = 512 << 20;
+const INSTALLER_MEMORY: u64 = 1 << 30;
 /// Memtest86+'s background.
 const MEMTEST_BLUE: u32 = 0x00_00aa;
 /// The A key, by its code of set 1 and by Linux's, which is the same.
@@ -142,7 +145,7 @@ fn ipxe(machine: &Machine, disk: &Path) -> Result<()> {
 
 /// Debian's installer, up to its first question.
 fn installer(machine: &Machine, disk: &Path) -> Result<()> {
-    let mut guest = machine.start(VmId::random(), disk, Display::Present)?;
+    let mut guest = machine.start_with(INSTALLER_MEMORY, VmId::random(), disk, Display::Present)?;
     guest.wait_for("Select a language")?;
     println!("Debian's installer asks its first question");
     Ok(())
@@ -194,13 +197,18 @@ struct Guest {
 impl Machine {
     /// Boots a VM from a disk.
     fn start(&self, vm: VmId, disk: &Path, display: Display) -> Result<Guest> {
+        self.start_with(MEMORY, vm, disk, display)
+    }
+
+    /// Boots one with so much memory.
+    fn start_with(&self, memory: u64, vm: VmId, disk: &Path, display: Display) -> Result<Guest> {
         let files = self.paths.vm(vm);
         fs::create_dir_all(files.dir())?;
         let socket = files.dir().join("disk.sock");
         let backend = serve_disk(&socket, disk, files.dir())?;
         let display = (display == Display::Present).then(|| display_socket(&files));
         let config = serde_json::json!({
-            "name": "probe", "id": vm.to_string(), "vcpus": 1, "memory_bytes": 512 << 20,
+            "name": "probe", "id": vm.to_string(), "vcpus": 1, "memory_bytes": memory,
             "boot": { "firmware": { "code": self.code, "template": self.template, "variables": files.variables() } },
             "disks": [{ "id": "disk0", "socket": socket }],
             "console_socket": files.console(), "display_socket": display,
