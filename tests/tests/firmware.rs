@@ -19,11 +19,11 @@ use hci_tests::native::process::executable;
 const PATIENCE: Duration = Duration::from_secs(2100);
 const CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
 const VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
-/// Modules that the guest's `init` loads: variables of firmware, the tablet, what keyboard and tablet send.
+/// Modules that the guest's `init` loads, in this order: variables of firmware, the tablet, what keyboard and tablet send.
 const GUEST_MODULES: [&str; 8] = [
     "efivarfs",
-    "virtio",
     "virtio_ring",
+    "virtio",
     "virtio_pci_legacy_dev",
     "virtio_pci_modern_dev",
     "virtio_pci",
