@@ -12,6 +12,7 @@
 //! | [`unattended`] | the install in the lab that nobody attends, on servers of three kinds |
 //! | [`netclient`] | raw frames at a port of the overlay, without a VM |
 //! | [`overlay_node`] | the overlay of one node, without the rest of it |
+//! | [`rfbclient`] | a viewer of a VM's display |
 //! | [`tap`] | a TAP device as a guest of the overlay |
 
 pub mod bench;
@@ -22,5 +23,6 @@ pub mod initramfs;
 pub mod native;
 pub mod netclient;
 pub mod overlay_node;
+pub mod rfbclient;
 pub mod tap;
 pub mod unattended;

@@ -1,0 +1,23 @@
+//! What the VMM costs a guest that boots stays below what Cloud Hypervisor's did, measured the same way. Instructions are counted, not time:
+//! what else this machine does makes no difference.
+
+use anyhow::{Context, Result, ensure};
+use hci_tests::bench::vmm;
+use hci_tests::native::process::executable;
+
+/// Most that a guest with a `vmlinux` may cost: millions of instructions from the start of the VMM to the guest's init and to the first byte on its
+/// console, MiB of memory beside the guest's.
+const BOUNDS: [(&str, f64); 3] = [("boot_minsn", 1_610.0), ("first_byte_minsn", 205.0), ("pss_mib", 7.0)];
+
+#[test]
+fn a_guest_costs_no_more_than_it_may() -> Result<()> {
+    let rows = vmm::measure(&executable()?)?;
+    let row =
+        rows.iter().find(|row| row.target() == "vmlinux").context("no guest with a vmlinux was measured")?;
+    for (name, bound) in BOUNDS {
+        let found = row.figure(name).with_context(|| format!("{name} was not measured"))?;
+        println!("{name}: {found:.1}, may be {bound}");
+        ensure!(found <= bound, "{name} is {found:.1}, and may be {bound} at most");
+    }
+    Ok(())
+}
