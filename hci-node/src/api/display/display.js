@@ -588,6 +588,8 @@ function page() {
         status.hidden = text === "";
     };
 
+    // A new link that is opened in this tab changes the fragment only.
+    window.addEventListener("hashchange", () => location.reload());
     const link = new URLSearchParams(location.hash.slice(1));
     const [vm, ticket, name] = ["vm", "ticket", "name"].map((key) => link.get(key));
     // The ticket is a secret, and of no use a second time.

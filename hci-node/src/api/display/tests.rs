@@ -1,10 +1,17 @@
 //! The page's files, who is let in, and WebSockets against a guest's side that the test plays.
 
+use std::{
+    io,
+    pin::Pin,
+    sync::atomic::{AtomicBool, Ordering},
+    task::{Context, Poll},
+};
+
 use axum::{Router, http::HeaderValue, routing::get};
 use futures_util::future::Either;
 use parking_lot::Mutex;
 use proptest::prelude::*;
-use tokio::io::DuplexStream;
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio_tungstenite::{
     WebSocketStream, client_async,
     tungstenite::{self, client::IntoClientRequest, protocol::CloseFrame as ClientCloseFrame},
@@ -132,6 +139,46 @@ async fn connected(patience: Patience) -> (WebSocketStream<DuplexStream>, Duplex
     (connect(Ok(Box::new(ours)), patience).await, guest)
 }
 
+/// The guest's side, which notices if the server panics while it has it.
+struct Watched {
+    stream: DuplexStream,
+    panicked: Arc<AtomicBool>,
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.panicked.fetch_or(std::thread::panicking(), Ordering::Relaxed);
+    }
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
 /// How the server ends it.
 async fn closed(socket: &mut WebSocketStream<DuplexStream>) -> Option<ClientCloseFrame> {
     timeout(SOON, async {
@@ -246,11 +293,14 @@ proptest! {
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let (socket, mut guest) = connected(PATIENCE).await;
-            let mut raw = socket.into_inner();
+            let (mut guest, stream) = tokio::io::duplex(1024);
+            let panicked = Arc::new(AtomicBool::new(false));
+            let watched = Watched { stream, panicked: panicked.clone() };
+            let mut raw = connect(Ok(Box::new(watched)), PATIENCE).await.into_inner();
             let _ = raw.write_all(&start.into_iter().chain(garbage).collect::<Vec<_>>()).await;
             drop(raw);
             is_let_go(&mut guest).await;
+            assert!(!panicked.load(Ordering::Relaxed));
 
             let (mut socket, mut guest) = connected(PATIENCE).await;
             socket.send(tungstenite::Message::binary(vec![1])).await.unwrap();
