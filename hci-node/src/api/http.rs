@@ -1,7 +1,8 @@
 //! HTTP around the API: the local socket, HTTPS, who may do what, uploads, channels into guests.
 //!
 //! The local socket is readable by root only: whoever connects may do everything. HTTPS lets in whoever has an admin
-//! token or a certificate of the cluster's CA; without one only `/healthz` and joining are served.
+//! token or a certificate of the cluster's CA; without one only `/healthz`, joining and the page of [`display`] are served, which has
+//! no secret, and to who has a ticket the WebSocket for that page.
 
 use std::{io, os::unix::fs::PermissionsExt, path::PathBuf, sync::Arc, time::Duration};
 
@@ -21,11 +22,8 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use netfabric::{
-    NodeId,
-    pki::{Identity, node_of_certificate},
-};
-use rustls::{RootCertStore, ServerConfig, server::WebPkiClientVerifier};
+use netfabric::{NodeId, pki::node_of_certificate};
+use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite, copy_bidirectional},
     net::{TcpListener, UnixListener},
@@ -35,7 +33,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    guest,
+    display, guest,
     linger::Lingering,
     problem::{MEDIA_TYPE, Problem, ProblemKind},
     requests::not_found,
@@ -103,7 +101,11 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/volumes/{volume}/export", get(export_volume))
         .route("/v1/vms/{vm}/console", get(console))
         .route("/v1/vms/{vm}/console/log", get(console_log))
-        .route("/v1/vms/{vm}/display", get(display))
+        .route("/v1/vms/{vm}/display", get(open_display))
+        .route("/v1/vms/{vm}/display/tickets", post(display::create_ticket))
+        .route(display::PAGE, get(display::page))
+        .route(display::SCRIPT, get(display::script))
+        .route(display::STYLE, get(display::style))
         .route("/v1/vms/{vm}/ports/{port}", get(port))
         .route("/v1/vms/{vm}/exec", post(guest::exec))
         .route("/v1/vms/{vm}/exec/{pid}", get(guest::exec_progress))
@@ -113,11 +115,17 @@ pub fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-/// What anybody may ask.
+/// What anybody may ask: whether the node is there, to join with a token, and the static files by which a browser shows a screen.
 fn is_open(method: &Method, path: &str) -> bool {
-    matches!((method, path), (&Method::GET, "/healthz") | (&Method::POST, "/v1/join" | "/v1/join/proof"))
+    matches!(
+        (method, path),
+        (&Method::GET, "/healthz" | display::PAGE | display::SCRIPT | display::STYLE)
+            | (&Method::POST, "/v1/join" | "/v1/join/proof")
+    )
 }
 
+/// Lets in who may: everybody on the local socket and with a certificate; else who shows an admin's token, or, for the one WebSocket
+/// that it is for, a ticket. Nothing behind this asks again.
 async fn authorize(
     State(app): State<Arc<App>>,
     Extension(peer): Extension<Peer>,
@@ -128,7 +136,9 @@ async fn authorize(
         Peer::Local => true,
         Peer::Certified(node) => !has_left(&app, node),
         Peer::Anonymous => {
-            is_open(request.method(), request.uri().path()) || bearer_is_admin(&app, request.headers())
+            is_open(request.method(), request.uri().path())
+                || bearer_is_admin(&app, request.headers())
+                || display::ticket_admits(&app.display_tickets, &request)
         }
     };
     if allowed {
@@ -337,7 +347,7 @@ pub(super) fn running(
     Ok((run.node, vm.id))
 }
 
-fn no_channel(detail: String) -> Problem {
+pub(super) fn no_channel(detail: String) -> Problem {
     Problem::new(ProblemKind::Unavailable, detail, "see the VM: hci vm get")
 }
 
@@ -356,11 +366,14 @@ async fn console(
     channel(&app, &vm, ChannelKind::Console, request).await
 }
 
-async fn display(
+async fn open_display(
     State(app): State<Arc<App>>,
     UrlPath(vm): UrlPath<String>,
     request: Request,
 ) -> Result<Response, Problem> {
+    if display::is_websocket(request.headers()) {
+        return display::websocket(&app, &vm, request).await;
+    }
     channel(&app, &vm, ChannelKind::Display, request).await
 }
 
@@ -476,37 +489,14 @@ pub async fn serve_local(router: Router, path: PathBuf, shutdown: CancellationTo
     Ok(())
 }
 
-/// TLS as this node; clients may show a certificate of our CA.
-fn tls_config(identity: &Identity) -> Result<ServerConfig, String> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let (certificate, ca) = (identity.certificate(), identity.ca_certificate());
-    let (certificate, ca) = (certificate.map_err(|e| e.to_string())?, ca.map_err(|e| e.to_string())?);
-    let mut roots = RootCertStore::empty();
-    roots.add(ca.clone()).map_err(|error| error.to_string())?;
-    let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
-        .allow_unauthenticated()
-        .build()
-        .map_err(|error| error.to_string())?;
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(|error| error.to_string())?
-        .with_client_cert_verifier(clients)
-        // The CA goes along: clients pin its fingerprint.
-        .with_single_cert(vec![certificate, ca], identity.private_key().map_err(|error| error.to_string())?)
-        .map_err(|error| error.to_string())?;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(config)
-}
-
 /// Serves HTTPS until `shutdown`.
 pub async fn serve_https(
     router: Router,
     listener: TcpListener,
-    identity: Identity,
+    tls: ServerConfig,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
-    let config = tls_config(&identity).map_err(io::Error::other)?;
-    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let acceptor = TlsAcceptor::from(Arc::new(tls));
     let tasks = TaskTracker::new();
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
@@ -546,7 +536,7 @@ pub async fn serve_https(
     Ok(())
 }
 
-async fn serve_one<S>(stream: S, router: Router, shutdown: CancellationToken)
+pub(super) async fn serve_one<S>(stream: S, router: Router, shutdown: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {

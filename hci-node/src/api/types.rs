@@ -185,6 +185,17 @@ pub struct TokenCreated {
     pub info: Token,
 }
 
+/// Answer to `POST /v1/vms/NAME/display/tickets`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DisplayTicket {
+    /// Where a browser shows the VM's screen. Good for one time: what is behind `#` is a secret.
+    pub url: String,
+    /// When it is not good any more, as RFC 3339.
+    pub expires: String,
+    /// `sha256:…` of the certificate that the node shows to browsers.
+    pub certificate: Option<String>,
+}
+
 /// A token without its secret.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Token {

@@ -3,12 +3,14 @@
 use std::net::SocketAddr;
 
 use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy, copy_bidirectional};
 use tokio::net::TcpListener;
 
 use super::client::Client;
 use super::exit::{CliError, Exit};
-use super::nouns::say;
+use super::nouns::{Context, say};
+use super::output::{self, Format};
 
 /// Connects standard input and output until the guest's side ends.
 pub async fn pipe(client: &Client, path: &str) -> Result<(), CliError> {
@@ -36,6 +38,20 @@ pub async fn pipe(client: &Client, path: &str) -> Result<(), CliError> {
         () = input => {}
     }
     let _ = out.flush().await;
+    Ok(())
+}
+
+/// Prints a link with which a browser shows a VM's screen, and nothing else where scripts read.
+pub async fn link(context: &Context, path: &str) -> Result<(), CliError> {
+    let answer = context.client.post(&format!("{path}/tickets"), &json!({})).await?;
+    let text = |key: &str| answer.get(key).and_then(Value::as_str);
+    if let Some(fingerprint) = text("certificate") {
+        say(&format!("the browser does not know this node's certificate; its fingerprint is {fingerprint}"));
+    }
+    match (context.format, text("url")) {
+        (Format::Table | Format::Wide | Format::Name, Some(url)) => output::line(url),
+        (format, _) => output::print(format, &answer, &[])?,
+    }
     Ok(())
 }
 

@@ -33,6 +33,7 @@ use super::{
 };
 use crate::{
     api::{
+        display::Tickets,
         problem::{Problem, ProblemKind},
         types as api,
     },
@@ -58,6 +59,8 @@ pub struct App {
     /// One way into a cluster at a time.
     formation: Mutex<()>,
     tasks: TaskTracker,
+    /// Tickets for VMs' screens that were given out here.
+    pub(crate) display_tickets: Tickets,
 }
 
 fn failed(what: &str, error: impl std::fmt::Display) -> Problem {
@@ -72,6 +75,7 @@ impl App {
             running: RwLock::new(None),
             formation: Mutex::new(()),
             tasks: TaskTracker::new(),
+            display_tickets: Tickets::default(),
         })
     }
 

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     api::{
-        http,
+        certificates, http,
         service::{self, ApiRequest, ApiResponse},
     },
     consensus::{self, Consensus, Timing},
@@ -128,6 +128,9 @@ impl Running {
         let options = &app.options;
         let id = identity.node();
         let listener = listen(options.listen_api).await?;
+        let address = options.addresses().ok().map(|addresses| addresses.api.ip());
+        let identity_dir = options.paths.identity();
+        let tls = certificates::server_config(&identity, &identity_dir, &options.node_name, address)?;
         let dir = options.paths.state().join("node");
         std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let meta = dir.join("meta");
@@ -139,7 +142,7 @@ impl Running {
             ..MeshConfig::new(Class::Control, options.listen_control)
         };
         let raft = consensus::Options {
-            identity: identity.clone(),
+            identity,
             mesh,
             log_dir: dir.join("log"),
             store,
@@ -180,7 +183,7 @@ impl Running {
         tasks.spawn(import::run(member.clone(), shutdown.clone()));
         tasks.spawn(export::run(member.clone(), shutdown.clone()));
         tasks.spawn(keep_addresses(app.clone(), member.clone(), shutdown.clone()));
-        let https = http::serve_https(http::router(app.clone()), listener, identity, shutdown.clone());
+        let https = http::serve_https(http::router(app.clone()), listener, tls, shutdown.clone());
         tasks.spawn(async move {
             if let Err(error) = https.await {
                 tracing::error!(%error, "HTTPS has ended");

@@ -160,9 +160,9 @@ pub enum Verb {
         #[arg(long)]
         log: bool,
     },
-    /// Show a VM's screen: serves it on this machine, for a VNC viewer.
+    /// Show a VM's screen: serves it on this machine, for a VNC viewer; or prints a link for a browser.
     #[command(
-        after_help = "Examples:\n  hci vm display web1\n  hci vm display web1 --listen 127.0.0.1:5901\nAPI: GET /v1/vms/NAME/display"
+        after_help = "Examples:\n  hci vm display web1\n  hci vm display web1 --listen 127.0.0.1:5901\n  hci vm display web1 --browser\n  xdg-open \"$(hci vm display web1 --browser)\"\nAPI: GET /v1/vms/NAME/display, POST /v1/vms/NAME/display/tickets"
     )]
     Display {
         /// The VM's name or id.
@@ -171,10 +171,13 @@ pub enum Verb {
         /// Where viewers connect; a free port of this machine if not given. Who connects there sees and types.
         #[arg(long, default_value = "127.0.0.1:0")]
         listen: std::net::SocketAddr,
+        /// Print a link instead, with which a browser shows it once, within a minute. It is a secret until then.
+        #[arg(long, conflicts_with = "listen")]
+        browser: bool,
     },
     /// Connect standard input and output with a program in a VM's guest that listens on AF_VSOCK; no network is needed.
     #[command(
-        after_help = "Examples:\n  hci vm connect db1 --port 1024\n  hci vm connect db1 --port 1024 < dump.sql\n  ssh -o ProxyCommand='hci vm connect web1 --port 22' root@web1\nAPI: GET /v1/vms/NAME/ports/PORT"
+        after_help = "Examples:\n  hci vm connect db1 --port 1024\n  hci vm connect db1 --port 1024 < request\n  ssh -o ProxyCommand='hci vm connect web1 --port 22' root@web1\nAPI: GET /v1/vms/NAME/ports/PORT"
     )]
     Connect {
         /// The VM's name or id.
@@ -369,9 +372,12 @@ pub async fn run(context: &Context, verb: Verb) -> Result<ExitCode, CliError> {
             say(&format!("attached to {name}; Ctrl-] detaches"));
             console::attach(&context.client, &path).await
         }
-        Verb::Display { name, listen } => {
+        Verb::Display { name, listen, browser } => {
             let path = format!("{}/display", object_path("/v1/vms", &name));
-            channel::serve(&context.client, &name, &path, listen).await
+            match browser {
+                true => channel::link(context, &path).await,
+                false => channel::serve(&context.client, &name, &path, listen).await,
+            }
         }
         Verb::Connect { name, port } => {
             let path = format!("{}/ports/{port}", object_path("/v1/vms", &name));
