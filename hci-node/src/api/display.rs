@@ -136,6 +136,7 @@ pub(super) async fn create_ticket(
     let ticket = app.display_tickets.issue(vm, Instant::now()).map_err(|error| {
         Problem::new(ProblemKind::Unavailable, error.to_string(), "try again in a minute")
     })?;
+    tracing::info!(%vm, "a browser may see and use a VM's screen once");
     let name = member.state().vms.get(&vm).map_or_else(|| vm.to_string(), |vm| vm.name.clone());
     let life = i64::try_from(tickets::LIFE.as_secs()).unwrap_or(i64::MAX);
     let answer = api::DisplayTicket {

@@ -340,8 +340,8 @@ pub(super) fn running(
     let run = vm.assignment.ok_or_else(|| {
         Problem::new(
             ProblemKind::Conflict,
-            format!("VM {name} does not run"),
-            format!("start it: hci vm start {name}"),
+            format!("VM {} does not run", vm.name),
+            format!("start it: hci vm start {}", vm.name),
         )
     })?;
     Ok((run.node, vm.id))
