@@ -300,8 +300,7 @@ impl<'a> Builder<'a> {
     /// Puts a kernel in place and returns where it is entered. Firmware is entered where processors begin.
     fn load(&self) -> Result<Option<boot::Entry>, VmError> {
         let Boot::Kernel { kernel, initramfs, cmdline } = &self.config.boot else { return Ok(None) };
-        let vcpus = Description::initial(self.config.vcpus, self.config.most_vcpus());
-        let tables = Tables::build(&Description { pluggable: self.pluggable(), ..vcpus });
+        let tables = Tables::build(&Description::initial(self.config.vcpus, self.config.most_vcpus()));
         let rsdp = tables.write(&self.memory).map_err(BootError::from)?;
         let initramfs = initramfs.as_deref();
         let memory_size = self.config.memory_bytes;
@@ -329,17 +328,12 @@ impl<'a> Builder<'a> {
         Ok(Some(code))
     }
 
-    /// Where its memory is, if some of that is plugged later.
-    fn pluggable(&self) -> Option<memory::Layout> {
-        Some(self.config.memory_layout()).filter(|layout| layout.pluggable > 0)
-    }
-
     /// What firmware is told.
     fn machine(&self, pci: &Pci, display: Option<&display::Devices>) -> items::Machine {
         let (root, bridge) = (pci.root.clone(), pci.bridge.clone());
         let (vcpus, max_vcpus) = (self.config.vcpus, self.config.most_vcpus());
-        let above_ram = self.config.memory_layout().end().next_multiple_of(GIB);
-        let pluggable = self.pluggable();
+        let memory = self.config.memory_layout();
+        let above_ram = memory.end().next_multiple_of(GIB);
         // There always is a window: firmware learns the size of the tables before it asks for them.
         let keyboard = if display.is_some() { Keyboard::Present } else { Keyboard::Absent };
         let describe = move || Description {
@@ -347,7 +341,6 @@ impl<'a> Builder<'a> {
             max_vcpus,
             ecam: bridge.ecam().map_or(layout::ECAM_START, |ecam| ecam.start),
             high_window: Some(root.high_window().unwrap_or(above_ram..above_ram + GIB)),
-            pluggable,
             keyboard,
         };
         items::Machine {
@@ -355,7 +348,7 @@ impl<'a> Builder<'a> {
             vcpus,
             max_vcpus,
             memory_size: self.config.memory_bytes,
-            reserved_end: pluggable.map(|_| above_ram),
+            reserved_end: (memory.pluggable > 0).then_some(above_ram),
             boot_slots: pci.boot_slots.clone(),
             describe: Arc::new(describe),
             ramfb: display.map(|devices| devices.ramfb.clone()),

@@ -116,6 +116,8 @@ pub fn prepare(args: &Args) -> anyhow::Result<Prepared> {
     // Fails only when this process leads a session already, which is what is wanted.
     let _ = nix::unistd::setsid();
     identity::close_inherited().context("cannot close what was inherited")?;
+    // The allocator, told to leave huge pages alone, has switched them off for all of the process, and the guest's memory is to be in them.
+    let _ = nix::sys::prctl::set_thp_disable(false);
     let dir =
         args.config.parent().filter(|dir| dir.is_absolute()).context("--config needs an absolute path")?;
     let paths = VmPaths::in_dir(dir);

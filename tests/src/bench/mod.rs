@@ -30,7 +30,13 @@ impl Row {
         Self { target: target.to_owned(), workload: workload.to_owned(), figures }
     }
 
-    fn figure(&self, name: &str) -> Option<f64> {
+    /// What was measured.
+    pub fn target(&self) -> &str {
+        &self.target
+    }
+
+    /// A figure by its name.
+    pub fn figure(&self, name: &str) -> Option<f64> {
         self.figures.iter().find(|(known, _)| *known == name).map(|(_, value)| *value)
     }
 

@@ -206,12 +206,15 @@ impl Machine {
         fs::create_dir_all(files.dir())?;
         let socket = files.dir().join("disk.sock");
         let backend = serve_disk(&socket, disk, files.dir())?;
-        let display = (display == Display::Present).then(|| display_socket(&files));
+        let display = (display == Display::Present).then(|| files.display());
         let config = serde_json::json!({
             "name": "probe", "id": vm.to_string(), "vcpus": 1, "memory_bytes": memory,
             "boot": { "firmware": { "code": self.code, "template": self.template, "variables": files.variables() } },
             "disks": [{ "id": "disk0", "socket": socket }],
             "console_socket": files.console(), "display_socket": display,
+            // What every VM of a node has.
+            "max_vcpus": 4, "max_memory_bytes": 4 * memory, "balloon": {},
+            "vsock": { "cid": 3, "socket": files.vsock() }, "agent_socket": files.agent(),
         });
         let run = RunFile {
             vm,
@@ -220,7 +223,7 @@ impl Machine {
             begin: Default::default(),
         };
         record::write_run_file(&files, &run)?;
-        for stale in [files.console(), files.socket(), files.exit()] {
+        for stale in files.made_sockets().into_iter().chain([files.exit()]) {
             let _ = fs::remove_file(stale);
         }
         let vmm = Running(
@@ -241,10 +244,6 @@ impl Machine {
         console.set_read_timeout(Some(LOOK))?;
         Ok(Guest { vmm, _disk: backend, files, console, said: Vec::new(), began })
     }
-}
-
-fn display_socket(files: &VmPaths) -> PathBuf {
-    files.dir().join("display.sock")
 }
 
 /// Whether a console goes on.
@@ -296,7 +295,7 @@ impl Guest {
 
     /// Attaches a viewer to its display.
     fn view(&self) -> Result<Viewer> {
-        Viewer::attach(&display_socket(&self.files))
+        Viewer::attach(&self.files.display())
     }
 }
 

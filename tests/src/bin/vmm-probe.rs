@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use hci_node::paths::NodePaths;
+use hci_node::reconcile::vm_process::SMALL_PAGES;
 use hci_node::state::{RunEpoch, VmId};
 use hci_node::vmm_role::record::{self, RunFile};
 
@@ -40,6 +41,9 @@ fn main() -> Result<()> {
         let config = serde_json::json!({
             "name": "probe", "vcpus": 1, "memory_bytes": 256 << 20, "boot": boot,
             "console_socket": files.console(),
+            // What every VM of a node has.
+            "max_vcpus": 4, "max_memory_bytes": 1u64 << 30, "balloon": {}, "agent_socket": files.agent(),
+            "vsock": { "cid": 3, "socket": files.vsock() },
         });
         let run = RunFile {
             vm,
@@ -53,6 +57,7 @@ fn main() -> Result<()> {
         let mut vmm = Command::new(&hci)
             .args(["vmm", "run", "--config"])
             .arg(files.config())
+            .env(SMALL_PAGES.0, SMALL_PAGES.1)
             .spawn()
             .context("the VMM does not start")?;
         let mut console = loop {

@@ -8,5 +8,4 @@ pub(crate) mod loader;
 pub(crate) mod panic;
 pub(crate) mod power;
 pub(crate) mod sci;
-mod srat;
 pub(crate) mod tables;

@@ -16,14 +16,14 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use super::dsdt;
 use super::power::RESET_VALUE;
-use super::{dsdt, srat};
 use crate::hotplug::registers::EVENT_BLOCK_LEN;
 use crate::layout::{
     ACPI_END, ACPI_START, ECAM_START, HOTPLUG_PORT, IOAPIC_START, LAPIC_START, PM_TIMER_PORT,
     PM1_CONTROL_PORT, PM1_EVENT_PORT, RESET_PORT, SCI_IRQ,
 };
-use crate::memory::{self, Memory};
+use crate::memory::Memory;
 
 pub(super) const OEM_ID: [u8; 6] = *b"HCI   ";
 pub(super) const OEM_TABLE_ID: [u8; 8] = *b"HCIVMM  ";
@@ -50,8 +50,6 @@ pub(crate) struct Description {
     pub(crate) ecam: u64,
     /// Memory of PCI functions above 4 GiB, if there is any.
     pub(crate) high_window: Option<Range<u64>>,
-    /// Its memory, if some of it is plugged later.
-    pub(crate) pluggable: Option<memory::Layout>,
     pub(crate) keyboard: Keyboard,
 }
 
@@ -59,7 +57,7 @@ impl Description {
     /// Of a machine whose devices are where the VMM put them.
     pub(crate) fn initial(vcpus: u8, max_vcpus: u8) -> Self {
         let keyboard = Keyboard::Absent;
-        Self { vcpus, max_vcpus, ecam: ECAM_START, high_window: None, pluggable: None, keyboard }
+        Self { vcpus, max_vcpus, ecam: ECAM_START, high_window: None, keyboard }
     }
 }
 
@@ -93,9 +91,7 @@ impl Tables {
         let fadt = tables.place_summed(&fadt(machine.keyboard, dsdt as u64, facs as u64));
         let pointers = [(FADT_FACS, 4), (FADT_DSDT, 4), (FADT_X_DSDT, 8)];
         tables.pointers.extend(pointers.map(|(at, size)| (fadt + at, size)));
-        let mut others = vec![tables.place_summed(&madt(machine)), tables.place_summed(&mcfg(machine.ecam))];
-        let srat = machine.pluggable.map(|memory| srat::build(machine.max_vcpus, memory));
-        others.extend(srat.map(|srat| tables.place_summed(&srat)));
+        let others = [tables.place_summed(&madt(machine)), tables.place_summed(&mcfg(machine.ecam))];
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         let entries = [fadt].into_iter().chain(others);
         entries.clone().for_each(|table| xsdt.add_entry(table as u64));
@@ -285,9 +281,7 @@ mod tests {
 
     #[test]
     fn tables_of_the_largest_machine_fit() {
-        let memory = memory::create(16 * MIB).unwrap();
-        let pluggable = Some(memory::Layout { boot: 4 << 30, pluggable: 4 << 30 });
-        let machine = Description { pluggable, ..Description::initial(1, 254) };
-        Tables::build(&machine).write(&memory).unwrap();
+        let memory = crate::memory::create(16 * MIB).unwrap();
+        Tables::build(&Description::initial(1, 254)).write(&memory).unwrap();
     }
 }

@@ -4,9 +4,12 @@
 //! plugged is a hole there and costs nothing but what the kernel keeps for the slot. A block that is plugged takes memory when it is touched; one that is unplugged
 //! becomes a hole again before the guest hears that it is.
 //!
-//! Nothing keeps a hostile guest from touching blocks that it has not plugged: what it gets there counts as memory of its VMM, whose limit has to be that of all
-//! the memory that the guest may ever have. The driver is told not to (`VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE`), because even reading fills holes. Such memory
+//! Nothing keeps a hostile guest from touching blocks that it has not plugged: what it gets there counts as memory of its VMM, whose limit is for
+//! its owner to set. The driver is told not to (`VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE`), because even reading fills holes. Such memory
 //! moves with the guest like any other.
+//!
+//! No ACPI table tells of the region. With one that names memory above 4 GiB (SRAT), Linux would set 64 MiB aside for devices that reach no further, and all of
+//! ours do.
 //!
 //! A reset of the device changes no block: its driver, which may be a new one, finds what is plugged and unplugs it if it likes.
 
@@ -113,7 +116,7 @@ impl VirtioDevice for Mem {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let blocks = self.pluggable.blocks.lock();
-        // All of the region may be plugged, as far as it is asked for. Which node it is of, the second one, says the SRAT.
+        // All of the region may be plugged, as far as it is asked for. The second field, its NUMA node, means nothing here.
         let (start, size) = (blocks.region().start, blocks.size());
         let fields = [BLOCK, 0, start, size, size, blocks.plugged_bytes(), blocks.requested()];
         let config: Vec<u8> = fields.into_iter().flat_map(u64::to_le_bytes).collect();
