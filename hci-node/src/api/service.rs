@@ -27,8 +27,8 @@ use crate::{
         replicated::ReplicationError,
     },
     state::{
-        ClusterState, Command, DesiredRun, NodeId, NodeService, Op, Outcome, Refusal, RefusalKind, StopMode,
-        Task, TaskId, Timestamp, Token, TokenId, TokenKind, report::NodeReport,
+        Availability, ClusterState, Command, DesiredRun, Node, NodeId, NodeService, Op, Outcome, Refusal,
+        RefusalKind, StopMode, Task, TaskId, Timestamp, Token, TokenId, TokenKind, report::NodeReport,
     },
 };
 
@@ -40,6 +40,8 @@ const MAX_TOKEN_SECONDS: u64 = 10 * 365 * 24 * 3600;
 const ELECTION_PATIENCE: Duration = Duration::from_secs(5);
 /// Pause before a request is sent again to a leader that could not be reached.
 const FORWARD_PAUSE: Duration = Duration::from_millis(100);
+/// How long is waited for nodes that have not said how they are.
+const HEAR_PATIENCE: Duration = Duration::from_secs(3);
 /// How long this node's copy of the state may take to show a command that was committed.
 const CATCH_UP: Duration = Duration::from_secs(5);
 
@@ -255,8 +257,26 @@ fn read(member: &Arc<Member>, path: &[&str], full: &str) -> Result<ApiResponse, 
     }
 }
 
+/// A leader that has just taken over has not heard of every node yet. What depends on what all of them have waits for that, but not for ever: a node that
+/// is about to be lost says nothing.
+async fn hear_all(member: &Member, state: &ClusterState) {
+    let deadline = Instant::now() + HEAR_PATIENCE;
+    let is_there = |node: &&Node| node.availability == Availability::Available;
+    while Instant::now() < deadline {
+        let reports = member.leader.reports();
+        if state.nodes.values().filter(is_there).all(|node| reports.contains_key(&node.id)) {
+            return;
+        }
+        tokio::time::sleep(FORWARD_PAUSE).await;
+    }
+}
+
 async fn write(member: &Arc<Member>, request: &ApiRequest, path: &[&str]) -> Result<ApiResponse, Problem> {
     let state = member.state();
+    if let ("POST", ["vms"] | ["vms", _, "migrate"]) | ("PATCH", ["vms", _]) = (request.method.as_str(), path)
+    {
+        hear_all(member, &state).await;
+    }
     let reports: BTreeMap<NodeId, NodeReport> = member.leader.reports();
     let context = Context { state: &state, reports: &reports, silent: member.leader.silent(&state) };
     let body = &request.body;
