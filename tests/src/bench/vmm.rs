@@ -83,7 +83,7 @@ fn machine(folder: &Path, sources: &Path, tree: &Path, kernel: &Path, hci: &Path
 
     let host = Initramfs::new(&folder.join("host"))?;
     host.program(hci)?;
-    let probe = std::env::current_exe()?.with_file_name("vmm-probe");
+    let probe = hci.with_file_name("vmm-probe");
     host.program(&probe)?;
     for module in ["irqbypass", "kvm", "kvm-amd"] {
         host.module(tree, module)?;
