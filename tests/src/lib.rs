@@ -4,6 +4,7 @@
 //! | module | it is |
 //! |---|---|
 //! | [`guest`] | the image that test VMs boot |
+//! | [`emulated`] | an emulated machine with KVM, in which guests run under our VMM |
 //! | [`initramfs`] | what a machine runs that has nothing but memory |
 //! | [`blkclient`] | a vhost-user-blk client without a VM |
 //! | [`bench`] | `make bench`: figures of storage and overlay beside what they run on |
@@ -18,6 +19,7 @@
 pub mod bench;
 pub mod blkclient;
 pub mod demo;
+pub mod emulated;
 pub mod guest;
 pub mod initramfs;
 pub mod native;

@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+use hci_tests::emulated::{Clock, Emulated};
 use hci_tests::guest::{self, run};
 use hci_tests::initramfs::Initramfs;
 use hci_tests::native::process::executable;
@@ -81,23 +82,9 @@ fn firmware_boots_disks_and_keeps_its_variables() -> Result<()> {
     let image = folder.join("host.img");
     host.pack(&image)?;
 
-    let console = folder.join("console.txt");
-    let status = Command::new("timeout")
-        .arg(PATIENCE.as_secs().to_string())
-        .args(["qemu-system-x86_64", "-accel", "tcg", "-icount", "shift=0,sleep=off", "-M", "q35"])
-        .args(["-cpu", "EPYC-Milan,+svm,+npt", "-smp", "1", "-m", "2560"])
-        .args(["-nodefaults", "-display", "none", "-no-reboot"])
-        .arg("-serial")
-        .arg(format!("file:{}", console.display()))
-        .args(["-append", "console=ttyS0 quiet panic=-1", "-kernel"])
-        .arg(&kernel)
-        .arg("-initrd")
-        .arg(&image)
-        .status()?;
-    let said = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
-    ensure!(status.success(), "the machine ended with {status}:\n{said}");
-    ensure!(said.lines().any(|line| line.trim() == "PASS"), "{said}");
-    Ok(())
+    let (kernel, initramfs) = (kernel.as_path(), image.as_path());
+    let machine = Emulated { kernel, initramfs, mib: 2560, clock: Clock::Instructions, patience: PATIENCE };
+    machine.pass(&folder.join("console.txt"))
 }
 
 /// A disk to boot from, and what there is to fetch for it.

@@ -3,10 +3,10 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+use hci_tests::emulated::{Clock, Emulated};
 use hci_tests::guest;
 use hci_tests::initramfs::Initramfs;
 
@@ -54,21 +54,7 @@ fn a_guest_has_more_or_less_memory_as_it_is_asked_to_and_talks_with_its_node() -
     let image = folder.join("host.img");
     host.pack(&image)?;
 
-    let console = folder.join("console.txt");
-    let status = Command::new("timeout")
-        .arg(PATIENCE.as_secs().to_string())
-        .args(["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-M", "q35"])
-        .args(["-cpu", "EPYC-Milan,+svm,+npt", "-smp", "1", "-m", "3072"])
-        .args(["-nodefaults", "-display", "none", "-no-reboot"])
-        .arg("-serial")
-        .arg(format!("file:{}", console.display()))
-        .args(["-append", "console=ttyS0 quiet panic=-1", "-kernel"])
-        .arg(&kernel)
-        .arg("-initrd")
-        .arg(&image)
-        .status()?;
-    let said = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
-    ensure!(status.success(), "the machine ended with {status}:\n{said}");
-    ensure!(said.lines().any(|line| line.trim() == "PASS"), "{said}");
-    Ok(())
+    let (kernel, initramfs) = (kernel.as_path(), image.as_path());
+    let machine = Emulated { kernel, initramfs, mib: 3072, clock: Clock::Time, patience: PATIENCE };
+    machine.pass(&folder.join("console.txt"))
 }

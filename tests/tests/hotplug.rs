@@ -3,10 +3,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+use hci_tests::emulated::{Clock, Emulated};
 use hci_tests::guest;
 use hci_tests::initramfs::Initramfs;
 
@@ -35,23 +35,9 @@ fn parts_come_and_go_while_a_guest_runs() -> Result<()> {
     let image = folder.join("host.img");
     host.pack(&image)?;
 
-    let console = folder.join("console.txt");
-    let status = Command::new("timeout")
-        .arg(PATIENCE.as_secs().to_string())
-        .args(["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-M", "q35"])
-        .args(["-cpu", "EPYC-Milan,+svm,+npt", "-smp", "1", "-m", "2048"])
-        .args(["-nodefaults", "-display", "none", "-no-reboot"])
-        .arg("-serial")
-        .arg(format!("file:{}", console.display()))
-        .args(["-append", "console=ttyS0 quiet panic=-1", "-kernel"])
-        .arg(&kernel)
-        .arg("-initrd")
-        .arg(&image)
-        .status()?;
-    let said = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
-    ensure!(status.success(), "the machine ended with {status}:\n{said}");
-    ensure!(said.lines().any(|line| line.trim() == "PASS"), "{said}");
-    Ok(())
+    let (kernel, initramfs) = (kernel.as_path(), image.as_path());
+    let machine = Emulated { kernel, initramfs, mib: 2048, clock: Clock::Time, patience: PATIENCE };
+    machine.pass(&folder.join("console.txt"))
 }
 
 fn guest_image(folder: &Path, sources: &Path, tree: &Path) -> Result<PathBuf> {

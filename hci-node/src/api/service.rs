@@ -259,11 +259,11 @@ fn read(member: &Arc<Member>, path: &[&str], full: &str) -> Result<ApiResponse, 
 
 /// A leader that has just taken over has not heard of every node yet. What depends on what all of them have waits for that, but not for ever: a node that
 /// is about to be lost says nothing.
-async fn hear_all(member: &Member, state: &ClusterState) {
+async fn hear_all(member: &Member) {
     let deadline = Instant::now() + HEAR_PATIENCE;
     let is_there = |node: &&Node| node.availability == Availability::Available;
     while Instant::now() < deadline {
-        let reports = member.leader.reports();
+        let (state, reports) = (member.state(), member.leader.reports());
         if state.nodes.values().filter(is_there).all(|node| reports.contains_key(&node.id)) {
             return;
         }
@@ -272,11 +272,11 @@ async fn hear_all(member: &Member, state: &ClusterState) {
 }
 
 async fn write(member: &Arc<Member>, request: &ApiRequest, path: &[&str]) -> Result<ApiResponse, Problem> {
-    let state = member.state();
     if let ("POST", ["vms"] | ["vms", _, "migrate"]) | ("PATCH", ["vms", _]) = (request.method.as_str(), path)
     {
-        hear_all(member, &state).await;
+        hear_all(member).await;
     }
+    let state = member.state();
     let reports: BTreeMap<NodeId, NodeReport> = member.leader.reports();
     let context = Context { state: &state, reports: &reports, silent: member.leader.silent(&state) };
     let body = &request.body;

@@ -1,0 +1,62 @@
+//! An emulated machine with KVM: QEMU emulates a processor that can virtualize, so that real guests run under our VMM where there is no KVM.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+/// What the clock of an emulated machine goes by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Clock {
+    /// This machine's.
+    Time,
+    /// The instructions that are executed: nothing else makes a difference.
+    Instructions,
+}
+
+/// An emulated machine with KVM, in which guests run.
+#[derive(Debug, Clone, Copy)]
+pub struct Emulated<'a> {
+    /// Its kernel.
+    pub kernel: &'a Path,
+    /// Its initramfs, whose programs say `PASS` at the end.
+    pub initramfs: &'a Path,
+    /// Its memory.
+    pub mib: u32,
+    /// Its clock.
+    pub clock: Clock,
+    /// How long it may run.
+    pub patience: Duration,
+}
+
+impl Emulated<'_> {
+    /// Runs it until it is switched off, with its console in a file.
+    ///
+    /// # Errors
+    /// It did not end in time, or nobody said `PASS`; with all that was said.
+    pub fn pass(&self, console: &Path) -> Result<()> {
+        let accelerator: &[&str] = match self.clock {
+            Clock::Time => &["-accel", "tcg,thread=multi"],
+            Clock::Instructions => &["-accel", "tcg", "-icount", "shift=0,sleep=off"],
+        };
+        let status = Command::new("timeout")
+            .arg(self.patience.as_secs().to_string())
+            .arg("qemu-system-x86_64")
+            .args(accelerator)
+            .args(["-M", "q35", "-cpu", "EPYC-Milan,+svm,+npt", "-smp", "1", "-m", &self.mib.to_string()])
+            .args(["-nodefaults", "-display", "none", "-no-reboot"])
+            .arg("-serial")
+            .arg(format!("file:{}", console.display()))
+            .args(["-append", "console=ttyS0 quiet panic=-1", "-kernel"])
+            .arg(self.kernel)
+            .arg("-initrd")
+            .arg(self.initramfs)
+            .status()?;
+        let said = String::from_utf8_lossy(&fs::read(console)?).into_owned();
+        ensure!(status.success(), "the machine ended with {status}:\n{said}");
+        ensure!(said.lines().any(|line| line.trim() == "PASS"), "{said}");
+        Ok(())
+    }
+}
