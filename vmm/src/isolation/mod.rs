@@ -56,10 +56,25 @@ pub fn confine(table: &[Call], denied: Denied) -> io::Result<()> {
 
 /// Confines the calling thread as the main one, and from now on every thread of a guest. To be called before there are other threads.
 pub fn confine_process() -> io::Result<()> {
+    share_one_heap()?;
     denial::report_denials()?;
     filter::install(&filter::old_thread_start()?)?;
     confine(&calls::of(ThreadKind::Main), Denied::Report)?;
     CONFINED.store(true, Ordering::Release);
+    Ok(())
+}
+
+/// Has all threads take what the C library allocates for itself, a few bytes for each, from one heap.
+///
+/// Left to itself it gives each thread a heap, until there are more than eight; then it opens a file that tells how many processors there are, in
+/// whichever thread comes next. One that may open nothing would end the VMM.
+fn share_one_heap() -> io::Result<()> {
+    // Other C libraries have one heap only.
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes two numbers, and changes one that the library keeps.
+    if unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } != 1 {
+        return Err(io::Error::other("the C library does not limit its heaps"));
+    }
     Ok(())
 }
 
