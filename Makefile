@@ -42,9 +42,12 @@ unit:
 # The simulated crashes that CI tries, each time the same ones; `make unit` has the first of them. The soak has others.
 SIMULATED := invariants_hold no_crash_loses astray flipped_bit
 
+# Those of the crates, by name: with another choice of packages all dependencies would be compiled once more.
+COMPONENTS := $(foreach test,$(wildcard vmm/tests/*.rs storage/tests/*.rs netfabric/tests/*.rs hci-node/tests/*.rs),--test $(basename $(notdir $(test))))
+
 simulation:
 	@echo "== simulation and component tests"
-	cargo test -p vmm -p storage -p netfabric -p hci-node --locked --test '*'
+	cargo test --workspace --locked $(COMPONENTS)
 	@echo "== thousands of simulated histories"
 	STORAGE_SIM_SEEDS=1000 STORE_SEEDS=2000 cargo test -p storage --lib --release --locked -- $(SIMULATED)
 
@@ -57,11 +60,14 @@ fuzz: ## Hostile input for every decoder, much longer than the unit tests do (CA
 soak: ## The storage engine simulated with as many seeds as you like (SEEDS=10000, FROM=0)
 	STORAGE_SIM_FROM=$(or $(FROM),0) STORAGE_SIM_SEEDS=$(or $(SEEDS),10000) STORE_SEEDS=$(or $(SEEDS),10000) cargo test -p storage --lib --release --locked -- --nocapture $(SIMULATED)
 
+# Built together always, for the same reason.
+RELEASED := -p hci-node -p installer -p tests
+
 e2e: e2e-native e2e-lab
 
 e2e-native: release
 	@echo "== end to end: real processes in network namespaces"
-	HCI_BIN=$(abspath $(BIN)) cargo test -p tests --release --locked --test '*' -- --test-threads 1 --nocapture
+	HCI_BIN=$(abspath $(BIN)) cargo test $(RELEASED) --release --locked --test native -- --test-threads 1 --nocapture
 
 e2e-lab: release iso
 	@echo "== end to end: three servers in the lab, with faults"
@@ -85,7 +91,7 @@ bench-migration: setup release ## How long guests of 2 GiB are paused that move 
 
 release:
 	@echo "== build (release)"
-	cargo build --release --locked -p hci-node -p installer -p tests
+	cargo build --release --locked $(RELEASED)
 
 image: release ## Build the root image
 	@$(BIN)/hci-image image --hci $(BIN)/hci --out $(TARGET)/image

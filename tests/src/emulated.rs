@@ -56,7 +56,14 @@ impl Emulated<'_> {
             .status()?;
         let said = String::from_utf8_lossy(&fs::read(console)?).into_owned();
         ensure!(status.success(), "the machine ended with {status}:\n{said}");
-        ensure!(said.lines().any(|line| line.trim() == "PASS"), "{said}");
+        let passed = said.lines().any(|line| line.trim() == "PASS");
+        ensure!(passed, "{said}\nnobody said PASS:\n{}", reasons(&said).join("\n"));
         Ok(())
     }
+}
+
+/// The lines that say why a program ended, which much of what its guest said may follow.
+fn reasons(said: &str) -> Vec<&str> {
+    let tells = |line: &&str| ["Error: ", "the VMM is stopped"].iter().any(|start| line.starts_with(start));
+    said.lines().map(str::trim_end).filter(tells).collect()
 }

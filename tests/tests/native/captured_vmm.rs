@@ -20,7 +20,7 @@ use hci_node::vmm_role::record::{self, Ended, RunFile};
 use hci_tests::native::process::executable;
 use tempfile::TempDir;
 
-#[path = "../../vmm/tests/guest/mod.rs"]
+#[path = "../../../vmm/tests/guest/mod.rs"]
 mod tiny;
 
 /// A user that every Debian has; VMMs get its group.
