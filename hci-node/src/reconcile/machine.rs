@@ -5,7 +5,7 @@
 
 use std::{path::Path, time::Duration};
 
-use netfabric::rpc::CallError;
+use netfabric::rpc::{CallError, ErrorCode};
 use tokio::time::{Instant, sleep};
 use vmm::DeviceConfig;
 
@@ -42,16 +42,23 @@ impl Tools {
         let Adaptation { vm, epoch, join, leave, shape } = wanted;
         let files = self.paths.vm(vm);
         let has = self.machine(&files).await?.devices;
+        // What is refused holds nothing else up.
+        let mut refused = None;
         for (device, config) in join {
             if !has.iter().any(|id| id == config.id()) {
                 let plugged = protocol::call(&files.socket(), &Plug { device: config }).await;
-                self.or_say(&Goal::DeviceSettled(vm, device), plugged).await?;
+                let plugged = self.or_say(&Goal::DeviceSettled(vm, device), plugged).await;
+                if let Some(refusal) = refusal(plugged)? {
+                    refused = Some(refusal);
+                    continue;
+                }
             }
             self.propose(Op::DeviceJoined { vm, epoch, device }).await?;
         }
         for (device, id) in leave.iter().filter(|(_, id)| has.contains(id)) {
             let asked = protocol::call(&files.socket(), &Unplug { id: id.clone() }).await;
-            self.or_say(&Goal::DeviceSettled(vm, *device), asked).await?;
+            let asked = self.or_say(&Goal::DeviceSettled(vm, *device), asked).await;
+            refused = refusal(asked)?.or(refused);
         }
         if let Some(shape) = shape {
             // Its guest takes no more than that, and may take that much from now on.
@@ -59,9 +66,11 @@ impl Tools {
             let memory_bytes = shape.memory_bytes.max(now.memory_bytes);
             self.limit(&files, Shape { memory_bytes, ..shape }).map_err(io("read what a VM is made of"))?;
             let asked = protocol::call(&files.socket(), &Reshape { shape }).await;
-            self.or_say(&Goal::VmReshaped(vm), asked).await?;
+            let asked = self.or_say(&Goal::VmReshaped(vm), asked).await;
+            refused = refusal(asked)?.or(refused);
         }
-        self.watch(vm, epoch, leave, shape).await
+        self.watch(vm, epoch, leave, shape).await?;
+        refused.map_or(Ok(()), Err)
     }
 
     /// What came of an order. Whoever waits for its end is told why there is none yet.
@@ -137,5 +146,16 @@ impl Tools {
     async fn machine(&self, files: &VmPaths) -> Result<MachineStatus, ActionError> {
         let status = protocol::call(&files.socket(), &Status).await.map_err(vmm)?;
         status.machine.ok_or_else(|| ActionError::NotYet("the guest is just being made".to_owned()))
+    }
+}
+
+/// What the VMM has refused, if it was that which went wrong.
+fn refusal(outcome: Result<(), ActionError>) -> Result<Option<ActionError>, ActionError> {
+    match outcome {
+        Ok(()) => Ok(None),
+        Err(ActionError::Vmm(CallError::Remote(error))) if error.code == ErrorCode::Refused => {
+            Ok(Some(ActionError::Vmm(CallError::Remote(error))))
+        }
+        Err(error) => Err(error),
     }
 }
