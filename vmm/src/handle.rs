@@ -1,18 +1,20 @@
 //! Control of a running guest from other threads.
 
 use std::io::Write;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::error::VmError;
 use crate::hotplug::Attached;
 use crate::lifecycle::ExitReason;
 use crate::resize::{MemoryError, MemoryStatus};
 use crate::state::{DevicesState, StateError};
-use crate::transfer::TransferError;
 use crate::transfer::migrate::{self, Destination, Migrated, MigrationOptions, MigrationProgress};
+use crate::transfer::{Pages, TransferError};
 use crate::vcpu::gate::Wanted;
 use crate::virtio::vhost_user::worker::BackendStatus;
 use crate::vm::Machine;
@@ -117,6 +119,9 @@ impl VmHandle {
         if self.machine.lifecycle.ended().is_some() {
             return Err(VmError::Ended);
         }
+        for backend in self.machine.attached() {
+            backend.come_back();
+        }
         self.machine.devices.release().map_err(VmError::Device)?;
         if let Some(core) = &mut *self.machine.core.lock() {
             core.logs.take();
@@ -134,8 +139,33 @@ impl VmHandle {
             let core = self.machine.core.lock();
             let core = core.as_ref().ok_or(StateError::Ended)?;
             self.machine.hold_devices()?;
-            core.save(&self.machine.devices, to)
+            core.save(&self.machine.devices, Pages::Written, to)
         })
+    }
+
+    /// Writes a paused guest down as [`VmHandle::save`] does, but without its memory, which stays where it is, and leaves its backends: for another
+    /// process of this machine that has the memory ([`VmHandle::memory`]) and goes on with the guest ([`crate::Vm::succeed`]). Until the other one
+    /// does, this one can ([`VmHandle::resume`]); whoever lets it sees to it that the other one will not.
+    ///
+    /// For the main thread only, as [`VmHandle::save`].
+    pub fn save_for_successor(&self, to: &mut dyn Write) -> Result<(), TransferError> {
+        self.while_paused(|| {
+            let core = self.machine.core.lock();
+            let core = core.as_ref().ok_or(StateError::Ended)?;
+            self.machine.hold_devices()?;
+            core.save(&self.machine.devices, Pages::Kept, to)?;
+            for backend in self.machine.attached() {
+                backend.leave();
+            }
+            Ok(())
+        })
+    }
+
+    /// The descriptor of the memfd that the guest's memory is in; none once the guest has been taken apart.
+    pub fn memory(&self) -> Option<RawFd> {
+        let core = self.machine.core.lock();
+        let region = core.as_ref()?.memory.iter().next()?;
+        region.file_offset().map(|place| place.file().as_raw_fd())
     }
 
     /// Writes a running guest so that another VMM can go on with it ([`crate::Vm::restore`]): while it runs, then, held, the last of it. On success it

@@ -82,4 +82,4 @@ pub use transfer::migrate::{Destination, Migrated, MigrationOptions, MigrationPr
 pub use vcpu::model::{CpuModel, Missing, ParseModelError, Processor};
 pub use virtio::mem::BLOCK as MEMORY_BLOCK;
 pub use virtio::vhost_user::SessionError;
-pub use vm::Vm;
+pub use vm::{Inheritance, Vm};

@@ -37,6 +37,9 @@ pub(crate) const PAGE: u64 = 4096;
 /// Guests plug memory in blocks of their own, which are aligned so; the largest that Linux uses.
 const REGION_ALIGNMENT: u64 = 2 << 30;
 
+/// What is settled about the memfd for good.
+const SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+
 /// All of a guest's RAM.
 pub(crate) type Memory = GuestMemoryMmap<Marks>;
 
@@ -100,14 +103,50 @@ impl Layout {
     }
 }
 
-/// Creates the memory of a guest.
+/// Where the content of a guest's memory is.
+#[derive(Debug)]
+pub(crate) enum Backing {
+    /// Nowhere yet: it is all zeroes.
+    New,
+    /// In this memfd, which another process made for a guest of the same size.
+    Kept(File),
+}
+
+impl Backing {
+    fn open(self, size: u64) -> io::Result<File> {
+        let file = match self {
+            Self::New => return sealed_memfd(c"guest-memory", size),
+            Self::Kept(file) => file,
+        };
+        let found = file.metadata()?.len();
+        if found != size {
+            return Err(io::Error::other(format!("it has {found} bytes, and the guest {size}")));
+        }
+        // SAFETY: plain fcntl on a descriptor that we own.
+        let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+        // No memfd has none at all.
+        if seals > 0 && seals & SEALS == SEALS {
+            Ok(file)
+        } else {
+            Err(io::Error::other("its size can be changed"))
+        }
+    }
+}
+
+/// Creates the memory of a new guest.
+#[cfg(test)]
 pub(crate) fn create(layout: impl Into<Layout>) -> Result<Memory, VmError> {
+    map(layout, Backing::New)
+}
+
+/// Maps the memory of a guest.
+pub(crate) fn map(layout: impl Into<Layout>, backing: Backing) -> Result<Memory, VmError> {
     let layout = layout.into();
     // Blocks of the region are whole huge pages of the file.
     let region_at = layout.boot.next_multiple_of(BLOCK);
     let size = if layout.pluggable > 0 { region_at + layout.pluggable } else { layout.boot };
     let fail = |what| move |source| VmError::Memory { what, source };
-    let file = Arc::new(sealed_memfd(c"guest-memory", size).map_err(fail("memfd"))?);
+    let file = Arc::new(backing.open(size).map_err(fail("memfd"))?);
     let mut offset = 0;
     let mut regions = Vec::new();
     let region = layout.region().map(|region| (region.start, layout.pluggable));
@@ -151,9 +190,8 @@ pub(crate) fn sealed_memfd(name: &CStr, size: u64) -> io::Result<File> {
     // SAFETY: `fd` was just made and belongs to nobody else.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(size)?;
-    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     // SAFETY: plain fcntl on a descriptor that we own.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, SEALS) } < 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(file)
@@ -186,6 +224,23 @@ mod tests {
         assert_eq!(std::os::unix::fs::MetadataExt::blocks(&place.file().metadata().unwrap()), 0);
         memory.write_obj(7u64, GuestAddress(region.end - 8)).unwrap();
         assert_eq!(Layout::from(64 * MIB).region(), None);
+    }
+
+    #[test]
+    fn memory_of_another_process_is_taken_over_as_it_is_if_it_is_that_of_such_a_guest() {
+        let file = |memory: &Memory| {
+            let region = memory.iter().next().unwrap();
+            region.file_offset().unwrap().file().try_clone().unwrap()
+        };
+        let layout = Layout { boot: 64 * MIB, pluggable: GIB };
+        let memory = create(layout).unwrap();
+        memory.write_obj(7u64, GuestAddress(5 * MIB)).unwrap();
+        let kept = map(layout, Backing::Kept(file(&memory))).unwrap();
+        assert_eq!(kept.read_obj::<u64>(GuestAddress(5 * MIB)).unwrap(), 7);
+        assert!(map(64 * MIB, Backing::Kept(file(&memory))).is_err(), "another size");
+        let loose = tempfile::tempfile().unwrap();
+        loose.set_len(64 * MIB).unwrap();
+        assert!(map(64 * MIB, Backing::Kept(loose)).is_err(), "somebody could cut it off");
     }
 
     #[test]

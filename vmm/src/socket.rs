@@ -4,12 +4,39 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::fd::FromRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// A socket's place in the file system. Dropped, it is removed, unless something else is there by then: a successor of this process makes its own
+/// sockets, and is given the names of ours when we have ended.
+#[derive(Debug)]
+pub(crate) struct Place {
+    path: PathBuf,
+    /// Device and number of the file.
+    file: Option<(u64, u64)>,
+}
+
+impl Place {
+    fn of(path: &Path) -> Self {
+        Self { path: path.to_owned(), file: file_at(path) }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.file.is_some() && file_at(&self.path) == self.file {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn file_at(path: &Path) -> Option<(u64, u64)> {
+    fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
+}
 
 /// Listens on `path`, without blocking. A socket left by a VMM that was killed goes; anything else at that path is not ours to remove.
-pub(crate) fn listen(path: &Path) -> io::Result<UnixListener> {
+pub(crate) fn listen(path: &Path) -> io::Result<(UnixListener, Place)> {
     match fs::symlink_metadata(path) {
         Ok(meta) if meta.file_type().is_socket() => fs::remove_file(path)?,
         Ok(_) => return Err(io::Error::new(ErrorKind::AlreadyExists, "is there and is not a socket")),
@@ -18,7 +45,7 @@ pub(crate) fn listen(path: &Path) -> io::Result<UnixListener> {
     }
     let listener = UnixListener::bind(path)?;
     listener.set_nonblocking(true)?;
-    Ok(listener)
+    Ok((listener, Place::of(path)))
 }
 
 /// Connects to who listens on `path`; does not wait, neither for that nor later. Fails when nobody does, or when too many others wait to be let in.
@@ -57,10 +84,22 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.sock");
         drop(UnixListener::bind(&path).unwrap());
-        listen(&path).unwrap();
-        fs::remove_file(&path).unwrap();
+        drop(listen(&path).unwrap());
+        assert!(!path.exists());
         fs::write(&path, "precious").unwrap();
         assert!(listen(&path).is_err());
+    }
+
+    #[test]
+    fn a_socket_that_another_process_has_put_in_its_place_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.sock");
+        let (_old, place) = listen(&path).unwrap();
+        let new = dir.path().join("b.sock");
+        let (_new, _place) = listen(&new).unwrap();
+        fs::rename(&new, &path).unwrap();
+        drop(place);
+        connect(&path).unwrap();
     }
 
     #[test]
@@ -68,7 +107,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.sock");
         assert_eq!(connect(&path).unwrap_err().kind(), ErrorKind::NotFound);
-        let listener = listen(&path).unwrap();
+        let (listener, _place) = listen(&path).unwrap();
         let streams: Vec<_> = std::iter::from_fn(|| connect(&path).ok()).take(100_000).collect();
         assert!(!streams.is_empty());
         assert_eq!(connect(&path).unwrap_err().kind(), ErrorKind::WouldBlock);

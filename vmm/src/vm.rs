@@ -3,7 +3,10 @@
 //! The order of the end is the reverse of the beginning: vCPUs first, so that nobody touches devices; then the devices, so
 //! that no backend touches memory; the console last, so that its clients see the last line.
 
+use std::ffi::OsString;
+use std::fs::File;
 use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -35,7 +38,7 @@ use crate::interrupts::{Gsi, Interrupts};
 use crate::kvm::{self as kvm_guest, KvmGuest};
 use crate::layout::{self, GIB};
 use crate::lifecycle::{ExitReason, Lifecycle};
-use crate::memory::{self, Memory};
+use crate::memory::{self, Backing, Memory};
 use crate::pci::host_bridge::HostBridge;
 use crate::pci::root::{self, ConfigPorts};
 use crate::pci::{PciDevice, PciRoot, slots};
@@ -107,6 +110,15 @@ impl Machine {
     }
 }
 
+/// What a guest goes on with that was another process's.
+#[derive(Debug)]
+pub struct Inheritance {
+    /// Its memory, the memfd of [`VmHandle::memory`].
+    pub memory: File,
+    /// What the names of the sockets begin with that are made, until the other process has ended and they can be given their own names.
+    pub socket_prefix: String,
+}
+
 /// A running guest. Dropping it kills it.
 pub struct Vm {
     machine: Arc<Machine>,
@@ -132,14 +144,23 @@ impl Vm {
     /// Makes a guest and lets it run. Returns once its first instruction may have been executed.
     pub fn start(config: VmConfig) -> Result<Self, VmError> {
         config.validate().map_err(VmError::Config)?;
-        Builder::new(&config, Gate::new())?.run(Origin::Boot)
+        Builder::new(&config, Gate::new(), Backing::New)?.run(Origin::Boot)
     }
 
     /// Makes a guest that goes on where one of the same making was when [`VmHandle::save`] wrote it. It is paused, and its devices leave its
     /// memory alone, until [`VmHandle::resume`].
     pub fn restore(config: VmConfig, from: &mut dyn Read) -> Result<Self, VmError> {
         config.validate().map_err(VmError::Config)?;
-        Builder::new(&config, Gate::closed())?.run(Origin::Saved(from))
+        Builder::new(&config, Gate::closed(), Backing::New)?.run(Origin::Saved(from))
+    }
+
+    /// Makes a guest that goes on in the memory that another process made for it, from what [`VmHandle::save_for_successor`] wrote there. That
+    /// process does not touch the memory any more. Paused as after [`Vm::restore`].
+    pub fn succeed(config: VmConfig, inheritance: Inheritance, from: &mut dyn Read) -> Result<Self, VmError> {
+        config.validate().map_err(VmError::Config)?;
+        let Inheritance { memory, socket_prefix } = inheritance;
+        let builder = Builder::new(&config, Gate::closed(), Backing::Kept(memory))?;
+        Builder { socket_prefix, ..builder }.run(Origin::Saved(from))
     }
 
     /// A handle to control the guest.
@@ -196,11 +217,13 @@ struct Builder<'a> {
     sci: Arc<Sci>,
     lifecycle: Arc<Lifecycle>,
     gate: Arc<Gate>,
+    /// [`Inheritance::socket_prefix`].
+    socket_prefix: String,
 }
 
 impl<'a> Builder<'a> {
-    fn new(config: &'a VmConfig, gate: Gate) -> Result<Self, VmError> {
-        let memory = memory::create(config.memory_layout())?;
+    fn new(config: &'a VmConfig, gate: Gate, backing: Backing) -> Result<Self, VmError> {
+        let memory = memory::map(config.memory_layout(), backing)?;
         let kvm = kvm_guest::create(&memory, config.cpu_model)?;
         let interrupts = Arc::new(Interrupts::new(kvm.vm.clone())?);
         let (lifecycle, gate) = (Arc::default(), Arc::new(gate));
@@ -216,7 +239,15 @@ impl<'a> Builder<'a> {
             },
         });
         let sci = Arc::new(Sci::new(interrupts.clone()));
-        Ok(Self { config, memory, kvm, interrupts, maker, sci, lifecycle, gate })
+        let socket_prefix = String::new();
+        Ok(Self { config, memory, kvm, interrupts, maker, sci, lifecycle, gate, socket_prefix })
+    }
+
+    /// Where a socket is made that is to be at this place.
+    fn made_at(&self, path: &Path) -> PathBuf {
+        let mut name = OsString::from(&self.socket_prefix);
+        name.push(path.file_name().unwrap_or_default());
+        path.with_file_name(name)
     }
 
     fn run(self, origin: Origin<'_>) -> Result<Vm, VmError> {
@@ -365,7 +396,7 @@ impl<'a> Builder<'a> {
         let serial = Arc::new(SerialPort::new(IrqTrigger(irq), output.clone(), told));
         ports.insert(layout::COM1_PORT.into(), 8, serial.clone());
         let path = &self.config.console_socket;
-        ConsoleServer::start(path, output, serial, drained)
+        ConsoleServer::start(&self.made_at(path), output, serial, drained)
             .map_err(|source| VmError::Console { path: path.clone(), source })
     }
 
@@ -397,7 +428,7 @@ impl<'a> Builder<'a> {
 
     fn serve_display(&self, devices: Option<display::Devices>) -> Result<Option<DisplayServer>, VmError> {
         let (Some(devices), Some(path)) = (devices, &self.config.display_socket) else { return Ok(None) };
-        let served = devices.serve(path, self.memory.clone());
+        let served = devices.serve(&self.made_at(path), self.memory.clone());
         served.map(Some).map_err(|source| VmError::Display { path: path.clone(), source })
     }
 
@@ -429,7 +460,8 @@ impl<'a> Builder<'a> {
             devices.push((slots::BALLOON, function));
         }
         if let Some(config) = &self.config.vsock {
-            let vsock = Vsock::new(config.cid, &config.socket).map_err(resource("vsock"))?;
+            let vsock = Vsock::made_at(config.cid, &config.socket, &self.made_at(&config.socket));
+            let vsock = vsock.map_err(resource("vsock"))?;
             devices.push((slots::VSOCK, self.maker.function(slots::VSOCK, vsock)?));
         }
         if let Some(region) = self.config.memory_layout().region() {
@@ -445,7 +477,8 @@ impl<'a> Builder<'a> {
             devices.push((slots::SEED, self.maker.function(slots::SEED, seed)?));
         }
         if let Some(path) = &self.config.agent_socket {
-            let port = Port::new(AGENT_PORT, path).map_err(resource("guest agent's socket"))?;
+            let port =
+                Port::new(AGENT_PORT, &self.made_at(path)).map_err(resource("guest agent's socket"))?;
             devices.push((slots::AGENT, self.maker.function(slots::AGENT, port)?));
         }
         let bar = PciRoot::initial_bar(slots::WATCHDOG);

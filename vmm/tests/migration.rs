@@ -15,6 +15,7 @@ mod pages;
 #[path = "lab/reader.rs"]
 mod reader;
 
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -22,8 +23,8 @@ use std::time::Duration;
 use lab::{Lab, wait};
 use reader::Letters;
 use vmm::{
-    Destination, ExitReason, Migrated, MigrationOptions, MigrationProgress, TransferError, Vm, VmConfig,
-    VmState,
+    Destination, ExitReason, Inheritance, Migrated, MigrationOptions, MigrationProgress, TransferError, Vm,
+    VmConfig, VmError, VmState,
 };
 
 /// Between two letters: not faster than a client of the console reads.
@@ -281,4 +282,45 @@ fn move_confined(here: &VmConfig) {
     let new = Vm::restore(here.clone(), &mut &to.stream[..]).unwrap();
     new.handle().resume().unwrap();
     console(here, letters.last).read_some();
+}
+
+/// What another process of this machine would get of a guest.
+fn inheritance(vm: &Vm) -> Inheritance {
+    let descriptor = vm.handle().memory().unwrap();
+    let memory = File::options().read(true).write(true).open(format!("/proc/self/fd/{descriptor}")).unwrap();
+    Inheritance { memory, socket_prefix: "next-".to_owned() }
+}
+
+#[test]
+fn a_successor_goes_on_in_the_memory_of_the_guest_and_before_it_has_the_guest_can_go_on_itself() {
+    let Some(lab) = Lab::new() else { return };
+    let mut here = config(&lab, 40, PAUSE);
+    let mut there = elsewhere(&lab, &here);
+    let mut vm = Vm::start(here.clone()).unwrap();
+    let mut letters = console(&here, None);
+    for _ in 0..3 {
+        let mut state = Vec::new();
+        assert!(vm.handle().save_for_successor(&mut state).is_err(), "it runs");
+        letters.read_and_pause(&vm);
+        vm.handle().save_for_successor(&mut state).unwrap();
+        assert!(state.len() < 1 << 20, "{} bytes, and all of its memory has 32 MiB", state.len());
+        // The successor comes to nothing.
+        let cut_off = Vm::succeed(there.clone(), inheritance(&vm), &mut &state[..state.len() / 2]);
+        assert!(matches!(cut_off, Err(VmError::Saved(_))), "{:?}", cut_off.map(drop));
+        vm.handle().resume().unwrap();
+        letters.read_and_pause(&vm);
+        state.clear();
+        vm.handle().save_for_successor(&mut state).unwrap();
+        let new = Vm::succeed(there.clone(), inheritance(&vm), &mut &state[..]).unwrap();
+        assert_eq!(new.handle().status().state, VmState::Paused, "it does not run by itself");
+        drop(vm);
+        let name = there.console_socket.file_name().unwrap().display();
+        std::fs::rename(lab.path(&format!("next-{name}")), &there.console_socket).unwrap();
+        new.handle().resume().unwrap();
+        letters = console(&there, letters.last);
+        (vm, here, there) = (new, there, here);
+    }
+    letters.read_some();
+    vm.handle().kill();
+    assert_eq!(wait(vm), ExitReason::Killed);
 }

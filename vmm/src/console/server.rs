@@ -2,11 +2,10 @@
 //! hands what they send to the serial port.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -68,7 +67,8 @@ pub(crate) struct ConsoleServer {
     output: Arc<Output>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
-    path: PathBuf,
+    /// Given back when the thread has ended.
+    _place: socket::Place,
 }
 
 impl ConsoleServer {
@@ -79,7 +79,7 @@ impl ConsoleServer {
         serial: Arc<SerialPort>,
         drained: EventFd,
     ) -> io::Result<Self> {
-        let listener = socket::listen(path)?;
+        let (listener, place) = socket::listen(path)?;
         let stop = Arc::new(AtomicBool::new(false));
         let epoll = Epoll::new()?;
         let mut server = Server {
@@ -98,7 +98,7 @@ impl ConsoleServer {
             confine_thread(ThreadKind::Console);
             server.run();
         })?;
-        Ok(Self { output, stop, thread: Some(thread), path: path.to_owned() })
+        Ok(Self { output, stop, thread: Some(thread), _place: place })
     }
 }
 
@@ -109,7 +109,6 @@ impl Drop for ConsoleServer {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        let _ = fs::remove_file(&self.path);
     }
 }
 

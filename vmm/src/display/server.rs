@@ -5,11 +5,10 @@
 //! come to the point.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -44,13 +43,14 @@ pub(crate) struct DisplayServer {
     stop: Arc<AtomicBool>,
     wake: EventFd,
     thread: Option<JoinHandle<()>>,
-    path: PathBuf,
+    /// Given back when the thread has ended.
+    _place: socket::Place,
 }
 
 impl DisplayServer {
     /// Listens on `path`.
     pub(super) fn start(path: &Path, devices: Devices, memory: Memory) -> io::Result<Self> {
-        let listener = socket::listen(path)?;
+        let (listener, place) = socket::listen(path)?;
         let stop = Arc::new(AtomicBool::new(false));
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let epoll = Epoll::new()?;
@@ -76,7 +76,7 @@ impl DisplayServer {
                 tracing::error!(%error, "display server ends");
             }
         })?;
-        Ok(Self { stop, wake, thread: Some(thread), path: path.to_owned() })
+        Ok(Self { stop, wake, thread: Some(thread), _place: place })
     }
 }
 
@@ -88,7 +88,6 @@ impl Drop for DisplayServer {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        let _ = fs::remove_file(&self.path);
     }
 }
 

@@ -166,6 +166,11 @@ const SERVE: &[Call] = calls! {
     SYS_getsockname: "its place";
 };
 
+/// Taking the place of another process.
+const SUCCESSION: &[Call] = calls! {
+    SYS_pread64: "whether the record of who runs the VM names this process";
+};
+
 /// Kicking vCPUs out of their guest.
 const KICKS: &[Call] = calls! {
     SYS_tgkill [OwnProcess(0), Is(2, KICK)]: "a vCPU out of its guest";
@@ -197,9 +202,20 @@ const MACHINES: &[Call] = calls! {
 /// The groups of a kind of thread.
 pub(super) fn of(kind: ThreadKind) -> Vec<Call> {
     let groups: &[&[Call]] = match kind {
-        ThreadKind::Main => {
-            &[COMMON, THREADS, KVM_REQUESTS, EVENTS, STREAMS, DIAL, VARIABLES, SERVE, KICKS, HOLES, MACHINES]
-        }
+        ThreadKind::Main => &[
+            COMMON,
+            THREADS,
+            KVM_REQUESTS,
+            EVENTS,
+            STREAMS,
+            DIAL,
+            VARIABLES,
+            SERVE,
+            KICKS,
+            HOLES,
+            MACHINES,
+            SUCCESSION,
+        ],
         // It starts the devices' threads, which inherit its filter.
         ThreadKind::Vcpu => &[COMMON, THREADS, KVM_REQUESTS, EVENTS, STREAMS, VARIABLES, HOLES],
         ThreadKind::Device => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS, HOLES],
@@ -208,7 +224,7 @@ pub(super) fn of(kind: ThreadKind) -> Vec<Call> {
         ThreadKind::Console | ThreadKind::Display => &[COMMON, EVENTS, STREAMS],
         ThreadKind::Watchdog => &[COMMON],
         ThreadKind::Throttle => &[COMMON, KICKS],
-        ThreadKind::Orders => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS, SERVE, KICKS],
+        ThreadKind::Orders => &[COMMON, KVM_REQUESTS, EVENTS, STREAMS, SERVE, KICKS, SUCCESSION],
     };
     groups.iter().flat_map(|group| group.iter().copied()).collect()
 }

@@ -12,7 +12,8 @@
 //! ```
 //!
 //! The stream goes to any [`Write`] and comes from any [`Read`], frame by frame ([`frame`]): neither side ever holds more than one frame. Memory
-//! comes first: what a device has done with its rings is read from there, and a sender that lets the guest run on sends pages again.
+//! comes first: what a device has done with its rings is read from there, and a sender that lets the guest run on sends pages again. A guest that
+//! goes on in another process of the same machine keeps its memory, and the stream has none of it.
 //!
 //! # Invariants
 //! - Nobody touches the guest's memory while the last of it is written, or while it is read: vCPUs wait at the gate and devices are held
@@ -148,6 +149,15 @@ pub(crate) struct Vcpu {
     pub(crate) cpuid: Mutex<CpuId>,
 }
 
+/// How a guest's memory gets to where it goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pages {
+    /// In the stream.
+    Written,
+    /// Not at all: it is where it was.
+    Kept,
+}
+
 /// Whose state a stream is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Start {
@@ -177,10 +187,17 @@ impl Core {
     }
 
     /// Writes the guest. Its vCPUs wait at the gate and its devices are held.
-    pub(crate) fn save(&self, devices: &Devices, to: &mut dyn Write) -> Result<(), TransferError> {
+    pub(crate) fn save(
+        &self,
+        devices: &Devices,
+        pages: Pages,
+        to: &mut dyn Write,
+    ) -> Result<(), TransferError> {
         let mut to = FrameWriter::new(to);
         self.write_start(&mut to)?;
-        pages::save(&self.memory, &mut to)?;
+        if pages == Pages::Written {
+            pages::save(&self.memory, &mut to)?;
+        }
         self.write_state(devices, &mut to)?;
         to.end()
     }

@@ -10,10 +10,9 @@ mod server;
 #[cfg(test)]
 mod tests;
 
-use std::fs;
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -41,7 +40,7 @@ const FROM_GUEST: u16 = 5;
 pub(crate) struct Port {
     name: &'static str,
     listener: UnixListener,
-    path: PathBuf,
+    _place: socket::Place,
     worker: Option<Worker>,
     /// Where the exchange with the driver stood when the thread ended.
     control: Arc<Mutex<Control>>,
@@ -50,20 +49,14 @@ pub(crate) struct Port {
 impl Port {
     /// A port of this name, served on the socket at `path`.
     pub(crate) fn new(name: &'static str, path: &Path) -> io::Result<Self> {
-        Ok(Self {
-            name,
-            listener: socket::listen(path)?,
-            path: path.to_owned(),
-            worker: None,
-            control: Arc::default(),
-        })
+        let (listener, place) = socket::listen(path)?;
+        Ok(Self { name, listener, _place: place, worker: None, control: Arc::default() })
     }
 }
 
 impl Drop for Port {
     fn drop(&mut self) {
         self.worker = None;
-        let _ = fs::remove_file(&self.path);
     }
 }
 

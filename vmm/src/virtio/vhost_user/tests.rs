@@ -161,6 +161,34 @@ fn a_lost_backend_goes_on_where_the_used_ring_ends() {
 }
 
 #[test]
+fn a_backend_that_was_left_to_another_is_dialled_again_when_it_is_wanted() {
+    let bench = Bench::new();
+    let (backend, mut driver) = bench.running(VERSION_1);
+    let shared = bench.worker.shared();
+    // As a device that is held.
+    bench.worker.deactivate();
+    shared.leave();
+    assert_eq!(bench.state(), BackendState::Waiting);
+    // It sees a hang-up.
+    backend.wait();
+    let _ = std::fs::remove_file(&bench.socket);
+    let other = UnixListener::bind(&bench.socket).unwrap();
+    other.set_nonblocking(true).unwrap();
+    std::thread::sleep(Duration::from_millis(600));
+    assert!(other.accept().is_err(), "it does not dial");
+    drop(other);
+    shared.come_back();
+    let backend = Backend::start(&bench.socket, VERSION_1);
+    bench.worker.activate(Activation { start: Start::Resumed, ..driver.activation(VERSION_1) });
+    driver.offer();
+    driver.wait_all_used();
+    assert_eq!(backend.seen(), [Seen::Work(1)], "no stop, and from the second buffer on");
+    assert_eq!(bench.state(), BackendState::Connected);
+    drop(bench);
+    backend.kill();
+}
+
+#[test]
 fn a_driver_that_started_while_the_backend_was_away_is_a_new_driver() {
     let bench = Bench::new();
     let (backend, mut driver) = bench.running(VERSION_1);

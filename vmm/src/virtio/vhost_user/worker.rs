@@ -4,6 +4,8 @@
 //! with or without an activation (queues that a driver has set up). What the driver does comes as a command; what the backend does
 //! comes as a hang-up of the socket.
 //!
+//! While a successor of this process tries to take the guest over, the backend is left to it and not dialled.
+//!
 //! A backend that takes the connection but does not answer holds up this thread, nobody else: those who wait for it have a deadline, and
 //! then break the connection from outside ([`WorkerHandle`]).
 
@@ -35,12 +37,25 @@ const BACKOFF_MAX: Duration = Duration::from_millis(250);
 /// How long a driver's reset waits for the backend to let go of the queues.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
 
+/// How long it may take until a connection is given up.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a backend may take until it marks what it writes.
 const LOG_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Whether the backend is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Dialling {
+    /// It is.
+    On,
+    /// It is another process's.
+    Off,
+}
 
 enum Command {
     Activate(Activation),
     Deactivate(SyncSender<()>),
+    /// Let go of the backend and dial no more, or dial again.
+    Dial(Dialling, SyncSender<()>),
     /// Have the backend mark what it writes, or no more.
     Log(Option<Arc<DirtyLog>>, SyncSender<Result<(), SessionError>>),
 }
@@ -118,6 +133,22 @@ impl Shared {
         self.send(Command::Log(None, sync_channel(1).0));
     }
 
+    /// Leaves the backend to another process. The device is held: nothing is under way there. When this returns, the connection is closed.
+    pub(crate) fn leave(&self) {
+        let (done, left) = sync_channel(1);
+        self.send(Command::Dial(Dialling::Off, done));
+        if let Err(RecvTimeoutError::Timeout) = left.recv_timeout(LEAVE_DEADLINE) {
+            // The thread waits for an answer of the backend, which does not come any more.
+            self.break_connection();
+            let _ = left.recv_timeout(LEAVE_DEADLINE);
+        }
+    }
+
+    /// Dials again. Does not wait for it.
+    pub(crate) fn come_back(&self) {
+        self.send(Command::Dial(Dialling::On, sync_channel(1).0));
+    }
+
     fn send(&self, command: Command) {
         // The driver cannot get ahead: each of its resets waits, and activations come in between only. Neither can who moves the guest.
         let taken = self.commands.try_send(command).is_ok();
@@ -176,6 +207,7 @@ impl WorkerHandle {
             session: None,
             activation: None,
             log: None,
+            dialling: Dialling::On,
             backoff: BACKOFF_MIN,
         };
         let thread = std::thread::Builder::new()
@@ -253,6 +285,7 @@ struct Worker {
     activation: Option<Queues>,
     /// While the guest moves.
     log: Option<Arc<DirtyLog>>,
+    dialling: Dialling,
     backoff: Duration,
 }
 
@@ -271,10 +304,14 @@ impl Worker {
                     self.stop_queues();
                     let _ = done.try_send(());
                 }
+                Ok(Command::Dial(dialling, done)) => {
+                    self.set_dialling(dialling);
+                    let _ = done.try_send(());
+                }
                 Ok(Command::Log(log, done)) => drop(done.try_send(self.set_log(log))),
                 Err(TryRecvError::Disconnected) => return,
                 Err(TryRecvError::Empty) => {
-                    if self.session.is_none() {
+                    if self.session.is_none() && self.dialling == Dialling::On {
                         self.connect();
                     }
                     self.wait();
@@ -285,9 +322,9 @@ impl Worker {
 
     /// Waits for a command, for the end of the session, or until it is time to dial again.
     fn wait(&mut self) {
-        let timeout = match self.session {
-            Some(_) => -1,
-            None => self.backoff.as_millis() as i32,
+        let timeout = match (&self.session, self.dialling) {
+            (None, Dialling::On) => self.backoff.as_millis() as i32,
+            (Some(_), _) | (None, Dialling::Off) => -1,
         };
         let mut events = [EpollEvent::default(); 2];
         match self.epoll.wait(timeout, &mut events) {
@@ -413,6 +450,15 @@ impl Worker {
         {
             self.drop_session(&error);
         }
+    }
+
+    fn set_dialling(&mut self, dialling: Dialling) {
+        if dialling == Dialling::Off && self.session.is_some() {
+            tracing::debug!(device = self.shared.id, "backend left to another process");
+            self.close();
+        }
+        self.dialling = dialling;
+        self.backoff = BACKOFF_MIN;
     }
 
     fn drop_session(&mut self, error: &SessionError) {

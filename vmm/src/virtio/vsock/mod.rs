@@ -16,9 +16,8 @@ mod switch;
 #[cfg(test)]
 mod tests;
 
-use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::thread::JoinHandle;
 
@@ -40,7 +39,7 @@ const QUEUES: usize = 3;
 /// The device.
 pub(crate) struct Vsock {
     cid: u32,
-    path: PathBuf,
+    _place: socket::Place,
     /// None once the device goes: the thread ends then.
     orders: Option<Sender<Order>>,
     wake: EventFd,
@@ -52,17 +51,24 @@ pub(crate) struct Vsock {
 
 impl Vsock {
     /// Of the guest with this address, served on the socket at `path`.
+    #[cfg(test)]
     pub(crate) fn new(cid: u32, path: &Path) -> io::Result<Self> {
+        Self::made_at(cid, path, path)
+    }
+
+    /// The same with a socket that is made at another place, and gets its name later.
+    pub(crate) fn made_at(cid: u32, path: &Path, at: &Path) -> io::Result<Self> {
         let (orders, received) = channel();
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let server = Server::new(socket::listen(path)?, path, cid, received, wake.try_clone()?)?;
+        let (listener, place) = socket::listen(at)?;
+        let server = Server::new(listener, path, cid, received, wake.try_clone()?)?;
         let thread = std::thread::Builder::new().name("vsock".into()).spawn(move || {
             confine_thread(ThreadKind::Vsock);
             server.run();
         })?;
         Ok(Self {
             cid,
-            path: path.to_owned(),
+            _place: place,
             orders: Some(orders),
             wake,
             thread: Some(thread),
@@ -87,7 +93,6 @@ impl Drop for Vsock {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        let _ = fs::remove_file(&self.path);
     }
 }
 
