@@ -31,8 +31,6 @@ pub fn come_and_go(cluster: &Cluster<'_>, vm: &str, progress: &Progress) -> Resu
     cluster.hci(&format!("vm disk remove {vm} {volume} --yes --timeout 2m"), LIMIT)?;
     progress.note("its guest has let go of disk and NIC");
 
-    // From its next start on: two processors of a guest on the one of an emulated server get into each other's way.
-    cluster.hci(&format!("vm set {vm} --cpu 1"), LIMIT)?;
     let shown = cluster.show(&format!("vm get {vm}"))?;
     ensure!(number(&shown, "/epoch") == epoch, "{vm} was started again: {shown}");
     let flushed = flushed_by(cluster, vm)?;
