@@ -1,11 +1,16 @@
 //! An emulated machine with KVM: QEMU emulates a processor that can virtualize, so that real guests run under our VMM where there is no KVM.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+
+/// QEMU before version 11 fails an assertion of its own (`tcg_handle_interrupt`) when a nested guest writes to CR8 while an interrupt is pending, which
+/// happens in firmware now and then. It says nothing about what runs in the machine; any other end does.
+const ATTEMPTS: u32 = 3;
 
 /// What the clock of an emulated machine goes by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,11 +42,27 @@ impl Emulated<'_> {
     /// # Errors
     /// It did not end in time, or nobody said `PASS`; with all that was said.
     pub fn pass(&self, console: &Path) -> Result<()> {
+        let mut status = self.run(console)?;
+        for attempt in 2..=ATTEMPTS {
+            if status.signal() != Some(libc::SIGABRT) {
+                break;
+            }
+            println!("QEMU has given up by itself: attempt {attempt} of {ATTEMPTS}");
+            status = self.run(console)?;
+        }
+        let said = String::from_utf8_lossy(&fs::read(console)?).into_owned();
+        ensure!(status.success(), "the machine ended with {status}:\n{said}");
+        let passed = said.lines().any(|line| line.trim() == "PASS");
+        ensure!(passed, "{said}\nnobody said PASS:\n{}", reasons(&said).join("\n"));
+        Ok(())
+    }
+
+    fn run(&self, console: &Path) -> Result<ExitStatus> {
         let accelerator: &[&str] = match self.clock {
             Clock::Time => &["-accel", "tcg,thread=multi"],
             Clock::Instructions => &["-accel", "tcg", "-icount", "shift=0,sleep=off"],
         };
-        let status = Command::new("timeout")
+        Ok(Command::new("timeout")
             .arg(self.patience.as_secs().to_string())
             .arg("qemu-system-x86_64")
             .args(accelerator)
@@ -53,12 +74,7 @@ impl Emulated<'_> {
             .arg(self.kernel)
             .arg("-initrd")
             .arg(self.initramfs)
-            .status()?;
-        let said = String::from_utf8_lossy(&fs::read(console)?).into_owned();
-        ensure!(status.success(), "the machine ended with {status}:\n{said}");
-        let passed = said.lines().any(|line| line.trim() == "PASS");
-        ensure!(passed, "{said}\nnobody said PASS:\n{}", reasons(&said).join("\n"));
-        Ok(())
+            .status()?)
     }
 }
 

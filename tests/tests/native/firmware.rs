@@ -3,7 +3,8 @@
 //! installer. They are seen and used at their displays, too. What is looked at is in `src/bin/firmware-guest.rs`.
 //!
 //! The machine counts instructions instead of time (`-icount`): QEMU before version 11 fails when a nested guest writes to CR8 while an
-//! interrupt is pending, which OVMF's interrupt handlers do. At that clock timer interrupts never get so close to each other.
+//! interrupt is pending, which OVMF's interrupt handlers do. At that clock timer interrupts get so close to each other rarely, and the machine is
+//! started again if they did.
 
 use std::fs;
 use std::path::{Path, PathBuf};
