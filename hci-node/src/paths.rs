@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 
 use crate::state::{ContentHash, DiskId, PortId, VmId, VolumeId};
 
+/// What the names of a VMM's files begin with as long as another VMM runs the VM.
+pub const SUCCESSOR: &str = "next-";
+
 /// The two directories of a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodePaths {
@@ -157,6 +160,13 @@ impl VmPaths {
     /// Socket by which programs of the node connect to programs in the guest.
     pub fn vsock(&self) -> PathBuf {
         self.dir.join("vsock.sock")
+    }
+
+    /// What stands for this file of the VMM in the VMM that is about to take its place.
+    pub fn successor(&self, file: &Path) -> PathBuf {
+        let mut name = std::ffi::OsString::from(SUCCESSOR);
+        name.push(file.file_name().unwrap_or_default());
+        self.dir.join(name)
     }
 
     /// All sockets that the VMM makes.

@@ -10,10 +10,6 @@ mod cluster;
 
 use std::{
     fs,
-    io::Read,
-    os::unix::net::UnixStream,
-    path::PathBuf,
-    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -21,80 +17,6 @@ use cluster::{Cluster, eventually, letters};
 
 /// Between two letters of the guest.
 const PAUSE: u32 = 20_000;
-
-impl Cluster {
-    fn node_of_vm(&self, n: usize) -> usize {
-        let node = self.vm(n).1.expect("the VM has a node");
-        node.trim_start_matches('n').parse().unwrap()
-    }
-
-    /// The directory of the VM on a node.
-    fn vm_dir(&self, n: usize) -> Option<PathBuf> {
-        let vms = fs::read_dir(self.path(n, "run/vm")).ok()?;
-        vms.flatten().map(|entry| entry.path()).find(|dir| dir.join("console.sock").exists())
-    }
-
-    /// Follows the guest's console on a node to its end; returns the first and the last letter. Each has to be the one after the one before.
-    fn follow(&self, n: usize) -> JoinHandle<(u8, u8)> {
-        let dir = self.vm_dir(n).expect("the VM is there");
-        let mut console = UnixStream::connect(dir.join("console.sock")).unwrap();
-        std::thread::spawn(move || {
-            let mut all = Vec::new();
-            console.read_to_end(&mut all).unwrap();
-            for pair in all.windows(2) {
-                assert_eq!(pair[1] as char, letters::following(Some(pair[0])) as char);
-            }
-            (all[0], *all.last().unwrap())
-        })
-    }
-
-    /// What was printed since the present run began, or arrived.
-    fn printed(&self, n: usize) -> Vec<u8> {
-        self.run(n, &["vm", "console", "web1", "--log"]).stdout
-    }
-
-    /// Processes that run the VM, by node.
-    fn vmms(&self) -> Vec<usize> {
-        let mut found = Vec::new();
-        for entry in fs::read_dir("/proc").unwrap().flatten() {
-            let cmdline = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let words: Vec<_> = cmdline.split(|byte| *byte == 0).collect();
-            if words.get(1) == Some(&&b"vmm"[..]) {
-                let config = String::from_utf8_lossy(words.get(4).copied().unwrap_or_default()).into_owned();
-                found.extend((1..=3).filter(|n| config.starts_with(&*self.path(*n, "").to_string_lossy())));
-            }
-        }
-        found
-    }
-
-    fn kill_vmm(&self, n: usize) {
-        let Some(dir) = self.vm_dir(n) else { return };
-        let record = fs::read_to_string(dir.join("vmm.pid")).unwrap_or_default();
-        let record: serde_json::Value = serde_json::from_str(&record).unwrap_or_default();
-        if let Some(pid) = record["pid"].as_i64() {
-            let _ = nix::sys::signal::kill(
-                nix::unistd::Pid::from_raw(pid as i32),
-                nix::sys::signal::Signal::SIGKILL,
-            );
-        }
-    }
-
-    fn restart_data(&mut self, n: usize) {
-        let [data, _] = &mut self.nodes[n - 1];
-        data.kill().unwrap();
-        data.wait().unwrap();
-        self.nodes[n - 1][0] = self.spawn(n, "data");
-    }
-
-    /// The sentence about the last migration's pause.
-    fn pause_told(&self, n: usize) -> Option<String> {
-        let events = self.ok(n, &["event", "list", "-o", "json"]);
-        let events: serde_json::Value = serde_json::from_str(&events).unwrap();
-        let told =
-            events["items"].as_array()?.iter().rev().find(|event| event["kind"] == "vm-migration-pause")?;
-        Some(told["message"].as_str()?.to_owned())
-    }
-}
 
 #[test]
 fn a_vm_moves_while_it_runs_and_nobody_notices() {
@@ -191,8 +113,8 @@ fn whatever_is_killed_on_the_way_there_is_one_guest() {
                 Victim::ControlThere => cluster.restart_control(to),
                 Victim::DataHere => cluster.restart_data(at),
                 Victim::DataThere => cluster.restart_data(to),
-                Victim::VmmHere => cluster.kill_vmm(at),
-                Victim::VmmThere => cluster.kill_vmm(to),
+                Victim::VmmHere => cluster.kill_vmm(at, "vmm.pid"),
+                Victim::VmmThere => cluster.kill_vmm(to, "vmm.pid"),
                 Victim::Cancel => drop(cluster.run(third, &["vm", "migrate", "web1", "--cancel"])),
             }
             eventually("the VM runs, once", || {
@@ -228,6 +150,12 @@ const WRITTEN: [(&str, u32); 2] = [("idle", 0), ("writes a tenth of its memory",
 /// Turns of a loop between two pages.
 const WRITER_PAUSE: u32 = 12;
 
+/// The number in the sentence about a pause.
+fn paused_ms(said: &str) -> f64 {
+    let number = said.split_once("paused for ").unwrap().1;
+    number.split_once(" ms").unwrap().0.parse().unwrap()
+}
+
 #[test]
 #[ignore = "a measurement: make bench-migration"]
 fn how_long_guests_are_paused() {
@@ -253,7 +181,22 @@ fn how_long_guests_are_paused() {
             let handed =
                 data.lines().rev().find_map(|line| line.split_once("handed over ")).map(|found| found.1);
             eprintln!("{name}: {said}\n  {}\n  {}", parts.unwrap_or_default(), handed.unwrap_or_default());
-            rows.push(serde_json::json!({ "guest": name, "said": said, "vmm": parts, "volume": handed }));
+            rows.push(serde_json::json!({
+                "guest": name, "move": "to another node", "migrate_pause_ms": paused_ms(&said),
+                "said": said, "vmm": parts, "volume": handed
+            }));
+        }
+        for _ in 0..3 {
+            let told = cluster.pause_told(1);
+            cluster.ok(3, &["vm", "migrate", "web1", "--in-place"]);
+            let said = eventually("the pause is told", || {
+                cluster.pause_told(1).filter(|now| told.as_ref() != Some(now))
+            });
+            eprintln!("{name}: {said}");
+            let paused = paused_ms(&said);
+            rows.push(serde_json::json!({
+                "guest": name, "move": "in place", "migrate_pause_ms": paused, "said": said
+            }));
         }
     }
     if let Ok(file) = std::env::var("MIGRATION_FIGURES") {

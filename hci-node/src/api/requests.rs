@@ -518,6 +518,16 @@ impl Context<'_> {
     /// `POST /v1/vms/NAME/migrate`: refused at once when the VM cannot be there.
     pub fn migrate_vm(&self, name: &str, request: api::MigrateVm) -> Result<Op, Problem> {
         let vm = self.vm(name)?;
+        if request.in_place {
+            if request != (api::MigrateVm { in_place: true, ..Default::default() }) {
+                return Err(Problem::new(
+                    ProblemKind::Invalid,
+                    "a VM that stays on its node is not sent anywhere",
+                    "leave out node, bytes_per_second and longest_pause_ms",
+                ));
+            }
+            return Ok(Op::RenewVm(vm.id));
+        }
         let only = request.node.as_deref().map(|node| self.node(node).map(|node| node.id)).transpose()?;
         let run = vm.assignment.ok_or_else(|| {
             Problem::new(

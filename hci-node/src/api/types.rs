@@ -641,6 +641,9 @@ pub struct MigrateVm {
     /// The node that it goes to, by name or id; one that has room when none.
     #[serde(default)]
     pub node: Option<String>,
+    /// Whether it stays on its node and goes on in a new process there. Then nothing else is said.
+    #[serde(default)]
+    pub in_place: bool,
     /// Bytes that may be sent in a second; no limit when none.
     #[serde(default)]
     pub bytes_per_second: Option<u64>,

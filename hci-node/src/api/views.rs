@@ -304,6 +304,9 @@ impl Views<'_> {
                 let to = vm.migration.map(|migration| format!("to {}", self.node_name(migration.to)));
                 (api::VmState::Migrating, to)
             }
+            Some(VmRunState::Running | VmRunState::Paused) if vm.renewal.is_some() => {
+                (api::VmState::Migrating, Some("into a new process".to_owned()))
+            }
             Some(VmRunState::Running) => (api::VmState::Running, None),
             Some(VmRunState::Paused) => (api::VmState::Paused, None),
             Some(VmRunState::Waiting(why)) => (api::VmState::Starting, Some(why.clone())),

@@ -16,6 +16,7 @@ use super::{
     observed::Vcpus,
     peers::{self, HasBootFile, Holding},
     plan::Action,
+    renewing::Renewed,
     saved::Saving,
     variables,
     vm_process::{self, Contents, Log},
@@ -207,6 +208,9 @@ impl Tools {
                 return Ok(Remember::Vcpus(vm, epoch, Vcpus::Running));
             }
             Action::MigrateVm { vm, migration } => self.migrate_vm(vm, migration).await?,
+            Action::RenewVm { vm, epoch, config, vcpus } => {
+                self.renew_vm(Renewed { vm, epoch, config: *config, vcpus }).await?;
+            }
             Action::AdaptVm { vm, epoch, join, leave, shape } => {
                 self.adapt(Adaptation { vm, epoch, join, leave, shape }).await?;
             }
@@ -331,18 +335,23 @@ impl Tools {
     async fn start_vm(&self, run: RunFile, contents: &Contents) -> Result<(), ActionError> {
         let (vm, epoch) = (run.vm, run.epoch);
         tracing::info!(%vm, epoch = epoch.0, name = run.config.name, "starting a VM");
-        let mut child = match vm_process::start(&self.paths, &run, contents) {
+        let child = match vm_process::start(&self.paths, &run, contents) {
             Ok(child) => child,
             Err(error) => {
                 let ended = Ended::Crashed(format!("its VMM cannot be started: {error}"));
                 let paths = self.paths.vm(vm);
-                record::write_run_file(&paths, &run).map_err(io("write the VM's run file"))?;
+                record::write_run_file(&paths.config(), &run).map_err(io("write the VM's run file"))?;
                 let record = ExitRecord { epoch, ended };
                 return record::write_exit_record(&paths, &record)
                     .map_err(io("record why a VM did not start"));
             }
         };
-        // Only to be told at once, and to leave no zombie. When this process ends first, nothing is lost.
+        self.wait_for(child, vm, epoch);
+        Ok(())
+    }
+
+    /// Only to be told at once, and to leave no zombie. When this process ends first, nothing is lost.
+    pub(super) fn wait_for(&self, mut child: tokio::process::Child, vm: VmId, epoch: RunEpoch) {
         let ended = self.vm_ended.clone();
         tokio::spawn(async move {
             match child.wait().await {
@@ -351,6 +360,5 @@ impl Tools {
             }
             ended.notify_one();
         });
-        Ok(())
     }
 }

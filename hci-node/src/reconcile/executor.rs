@@ -253,7 +253,8 @@ impl Executor {
         if let Action::SetVcpus { vm, .. }
         | Action::SaveVm { vm, .. }
         | Action::RestoreVm { vm, .. }
-        | Action::MigrateVm { vm, .. } = &action
+        | Action::MigrateVm { vm, .. }
+        | Action::RenewVm { vm, .. } = &action
         {
             // Until it has come to its end, wherever that is.
             self.vcpus.remove(vm);

@@ -39,6 +39,7 @@ mod moving;
 pub mod observed;
 pub mod peers;
 pub mod plan;
+mod renewing;
 mod report;
 mod saved;
 #[cfg(test)]

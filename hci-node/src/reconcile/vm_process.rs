@@ -118,7 +118,7 @@ fn was_locked(paths: &VmPaths) -> bool {
     }
 }
 
-fn log_tail(paths: &VmPaths) -> String {
+pub(super) fn log_tail(paths: &VmPaths) -> String {
     let log = fs::read(paths.log()).unwrap_or_default();
     let tail = String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_BYTES)..]).into_owned();
     let lines: Vec<&str> =
@@ -155,12 +155,27 @@ pub fn start(paths: &NodePaths, run: &RunFile, contents: &Contents) -> io::Resul
         // Only the VMM's user gets into the directory, so that nobody else reads what may hold secrets.
         files::replace(path, content, 0o644, Durability::Volatile)?;
     }
-    record::write_run_file(&vm, run)?;
+    record::write_run_file(&vm.config(), run)?;
+    spawn(&vm, &vm.config())
+}
+
+/// Starts a VMM that is to take the place of the one that runs the VM, with the files of that one.
+pub fn start_successor(paths: &NodePaths, run: &RunFile) -> io::Result<tokio::process::Child> {
+    let vm = paths.vm(run.vm);
+    for stale in vm.made_sockets() {
+        remove_if_there(&vm.successor(&stale))?;
+    }
+    let config = vm.successor(&vm.config());
+    record::write_run_file(&config, run)?;
+    spawn(&vm, &config)
+}
+
+fn spawn(vm: &VmPaths, config: &Path) -> io::Result<tokio::process::Child> {
     let log = OpenOptions::new().create(true).append(true).mode(0o600).open(vm.log())?;
     let mut command = tokio::process::Command::new(executable()?);
     command
         .args(["vmm", "run", "--config"])
-        .arg(vm.config())
+        .arg(config)
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)
@@ -173,6 +188,63 @@ pub fn start(paths: &NodePaths, run: &RunFile, contents: &Contents) -> io::Resul
         command.args(["--user", VMM_USER]);
     }
     command.spawn()
+}
+
+/// What became of a successor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Succession {
+    /// There is none, or it does not have the guest.
+    None,
+    /// It has the guest, and what was the predecessor's is its own.
+    Done,
+}
+
+/// Gives a successor that runs the VM the names of its predecessor's files, once that one has ended and removes none of them any more.
+pub async fn settle_succession(paths: &VmPaths) -> io::Result<Succession> {
+    let next = paths.successor(&paths.pid());
+    let successor = match fs::File::open(&next) {
+        Ok(file) => record::process_in(&file),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Succession::None),
+        Err(error) => return Err(error),
+    };
+    if successor.is_none() || record::running(paths)?.flatten() != successor {
+        return Ok(Succession::None);
+    }
+    let deadline = Instant::now() + KILL_PATIENCE;
+    while let Some(predecessor) = record::predecessor(paths)?.filter(|process| record::is_there(*process)) {
+        // The guest is not its own any more.
+        if Instant::now() >= deadline {
+            record::kill_recorded(paths, predecessor)?;
+        }
+        tokio::time::sleep(KILL_POLL).await;
+    }
+    for file in paths.made_sockets().into_iter().chain([paths.config()]) {
+        match fs::rename(paths.successor(&file), &file) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    // Last: as long as it is there, this is not done.
+    remove_if_there(&next)?;
+    Ok(Succession::Done)
+}
+
+/// Ends a successor that does not have the guest. Returns when it is gone, or has it.
+pub async fn end_successor(paths: &VmPaths) -> io::Result<()> {
+    let deadline = Instant::now() + KILL_PATIENCE;
+    while let Some(found) = record::successor(paths)? {
+        if let Some(process) = found {
+            if record::running(paths)? == Some(Some(process)) {
+                return Ok(());
+            }
+            record::kill_recorded(paths, process)?;
+        }
+        if Instant::now() >= deadline {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the VM's other process does not end"));
+        }
+        tokio::time::sleep(KILL_POLL).await;
+    }
+    Ok(())
 }
 
 /// The executable of this process, also after the file was replaced by an upgrade.
@@ -229,7 +301,7 @@ pub async fn kill(paths: &VmPaths, epoch: RunEpoch, why: Ended) -> io::Result<()
         match record::running(paths)? {
             // Recorded before anybody can see it gone and take it for a crash.
             None => return record::write_exit_record(paths, &record),
-            Some(Some(process)) => record::kill_recorded(process)?,
+            Some(Some(process)) => record::kill_recorded(paths, process)?,
             // It has the lock and is about to write its pid.
             Some(None) => {}
         }
@@ -269,7 +341,8 @@ pub fn forget(paths: &VmPaths, log: Log) -> io::Result<()> {
         Log::Keep => {
             // The run file last: without it there is no run.
             let records = [paths.exit(), paths.seed(), paths.variables(), paths.config()];
-            for file in paths.made_sockets().into_iter().chain(records) {
+            let next = [paths.config(), paths.pid()].map(|file| paths.successor(&file));
+            for file in paths.made_sockets().into_iter().chain(next).chain(records) {
                 remove_if_there(&file)?;
             }
             Ok(())
@@ -295,7 +368,7 @@ mod tests {
             "name": "web", "vcpus": 1, "memory_bytes": 1 << 30, "boot": { "kernel": { "kernel": "/k" } }, "console_socket": "/c"
         }));
         let run = RunFile { vm, epoch: RunEpoch(epoch), config: config.unwrap(), begin: Default::default() };
-        record::write_run_file(&files, &run).unwrap();
+        record::write_run_file(&files.config(), &run).unwrap();
         files
     }
 
@@ -313,7 +386,7 @@ mod tests {
         let files = run_in(&paths, vm, 3);
         let alive = FoundRun { epoch: RunEpoch(3), ended: None };
         assert_eq!(scan(&paths).unwrap()[&vm], alive, "it was started a moment ago");
-        let lock = RunLock::take(&files).unwrap();
+        let lock = RunLock::take(&files.pid()).unwrap();
         assert_eq!(scan(&paths).unwrap()[&vm], alive);
         fs::write(files.log(), "first\n\nlast words\n").unwrap();
         drop(lock);

@@ -409,6 +409,17 @@ pub enum Op {
     },
     /// Gives a migration up, because somebody wants it.
     CancelMigration(VmId),
+    /// Has the present run of a VM go on in a new process of its node.
+    RenewVm(VmId),
+    /// It does, or goes on in the one that it was in.
+    RenewalEnded {
+        /// The VM.
+        vm: VmId,
+        /// The run.
+        epoch: RunEpoch,
+        /// Why it did not work, if it did not.
+        error: Option<TaskError>,
+    },
     /// The firmware of a running VM has stored something.
     StoreVariables {
         /// The VM.

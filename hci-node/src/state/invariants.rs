@@ -176,6 +176,7 @@ fn vms(state: &ClusterState, found: &mut Vec<String>) {
         }
         suspension(state, vm, &name, found);
         migration(state, vm, &name, found);
+        renewal(vm, &name, found);
         devices(vm, &name, found);
         if vm.disks.iter().any(|disk| !state.volumes.contains_key(disk)) {
             found.push(format!("a disk of VM {name} is gone"));
@@ -203,7 +204,7 @@ fn devices(vm: &Vm, name: &str, found: &mut Vec<String>) {
         }
         return;
     };
-    if vm.migration.is_some() && vm.devices_under_way().next().is_some() {
+    if (vm.migration.is_some() || vm.renewal.is_some()) && vm.devices_under_way().next().is_some() {
         found.push(format!("VM {name} moves while its devices come and go"));
     }
     let (make, to) = (run.make, vm.reshaping.unwrap_or(run.make.shape()));
@@ -232,6 +233,18 @@ fn migration(state: &ClusterState, vm: &Vm, name: &str, found: &mut Vec<String>)
     }
     if vm.suspension.is_some() || vm.restart.is_some() || vm.desired != DesiredRun::Running {
         found.push(format!("VM {name} is migrated and meant to end"));
+    }
+}
+
+/// What gets a new process is the present run, and nothing else is done to it.
+fn renewal(vm: &Vm, name: &str, found: &mut Vec<String>) {
+    let Some(renewal) = vm.renewal else { return };
+    if vm.assignment.is_none_or(|run| run.epoch != renewal.epoch) {
+        found.push(format!("a run of VM {name} gets a new process that is over"));
+    }
+    let ends = vm.suspension.is_some() || vm.restart.is_some() || vm.desired != DesiredRun::Running;
+    if ends || vm.migration.is_some() {
+        found.push(format!("VM {name} gets a new process and is meant to end or to move"));
     }
 }
 

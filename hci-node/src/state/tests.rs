@@ -5,6 +5,7 @@ mod firmware;
 mod histories;
 mod layers;
 mod migration;
+mod renewal;
 mod suspension;
 mod transfers;
 mod vms;

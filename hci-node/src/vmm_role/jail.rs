@@ -67,7 +67,8 @@ pub fn limits_of(shape: Shape, most_vcpus: u8) -> Limits {
         // One more, for the threads that are none of vCPUs.
         cpus: u64::from(shape.vcpus) + 1,
         // Not raised later: a limit of the process itself, too.
-        threads: u64::from(most_vcpus) + vmm::DEVICE_SLOTS.len() as u64 + OWN_THREADS,
+        // Twice: a successor has as many for the moment in which there are both.
+        threads: 2 * (u64::from(most_vcpus) + vmm::DEVICE_SLOTS.len() as u64 + OWN_THREADS),
     }
 }
 
@@ -208,7 +209,7 @@ mod tests {
     #[test]
     fn limits_follow_the_size() {
         let small = limits(&config(1 << 30));
-        assert_eq!((small.cpus, small.threads), (3, 44));
+        assert_eq!((small.cpus, small.threads), (3, 88));
         assert_eq!(small.memory, (1 << 30) + (72 << 20));
         assert!(limits(&config(2 << 30)).memory - small.memory >= 1 << 30);
     }

@@ -97,7 +97,7 @@ impl Machine {
     }
 
     /// Has the main thread do it, between whatever else it does.
-    async fn on_main_thread<E: std::error::Error>(
+    pub(super) async fn on_main_thread<E: std::error::Error>(
         &self,
         act: impl FnOnce(&VmHandle) -> Result<(), E> + Send + 'static,
     ) -> Result<(), RpcError> {

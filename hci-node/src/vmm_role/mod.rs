@@ -3,7 +3,8 @@
 //! One process for each running VM, around [`vmm::Vm`]. The control process starts it and may go away: the VMM has a
 //! session of its own, is found again by its files ([`record`]) and takes orders on `vmm.sock` ([`protocol`]). A guest
 //! that resets itself gets a new machine in the same process. When the guest has ended, the process records how, and
-//! exits with a code that says the same. The state of a guest goes out and comes in over the same socket, in pieces ([`saved`]).
+//! exits with a code that says the same. The state of a guest goes out and comes in over the same socket, in pieces ([`saved`]). Another process of
+//! the same node can take the guest over, with its memory ([`succession`]).
 //!
 //! Before it makes the guest the process gives up whatever it does not need ([`jail`]): a guest that takes it over is still locked up.
 //!
@@ -15,8 +16,10 @@ mod machine;
 pub mod protocol;
 pub mod record;
 pub mod saved;
+pub mod succession;
 
 use std::{
+    fs::File,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
@@ -27,20 +30,25 @@ use anyhow::Context;
 use futures_util::future::BoxFuture;
 use netfabric::rpc::{Caller, ErrorCode, Handler, Request, Response, RpcError, serve_unix};
 use parking_lot::Mutex;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use vmm::{ExitReason, MigrationProgress, Vm, VmError, VmHandle, VmState};
+use vmm::{ExitReason, Inheritance, MigrationProgress, Vm, VmError, VmHandle, VmState};
 
 use self::{
     machine::Making,
     protocol::{
-        AwaitGuest, BringFlow, BringState, FetchState, GuestState, Kill, Migrate, Pause, Plug, PowerButton,
-        Reset, Reshape, Resume, Save, StateFlow, Status, Unplug, VmmCall, VmmStatus,
+        AwaitGuest, BringFlow, BringState, FetchState, GetDescriptors, GuestState, HandOver, Kill, Migrate,
+        Pause, Plug, PowerButton, Reset, Reshape, Resume, Save, SaveForSuccessor, StateFlow, Status, Unplug,
+        VmmCall, VmmStatus,
     },
     record::{Begin, Ended, ExitFile, ExitRecord, RunFile, RunLock},
     saved::{Brought, Fetched, Incoming, Next},
+    succession::Heir,
 };
-use crate::{isolation::identity, paths::VmPaths};
+use crate::{
+    isolation::identity,
+    paths::{SUCCESSOR, VmPaths},
+};
 
 /// A guest that resets itself over and over does so this often at most.
 const RESET_PAUSE: Duration = Duration::from_secs(1);
@@ -85,15 +93,26 @@ pub fn run(args: &Args) -> ExitCode {
 
 /// Runs the guest to its end, records how it ended, and gives the directory back.
 pub(crate) fn run_prepared(prepared: Prepared) -> Ended {
-    let Prepared { paths, run, lock, exit } = prepared;
-    let ended = run_to_the_end(&paths, &run);
-    tracing::info!(vm = %run.vm, epoch = run.epoch.0, ?ended, "the guest has ended");
-    let record = ExitRecord { epoch: run.epoch, ended: ended.clone() };
-    if let Err(error) = exit.write(&record) {
-        tracing::error!(%error, "cannot record how the guest ended");
+    let Prepared { paths, run, origin, hold, exit } = prepared;
+    let hold = Arc::new(Mutex::new(Some(hold)));
+    let ended = run_to_the_end(&paths, &run, origin, hold.clone());
+    let hold = hold.lock().take();
+    match hold {
+        Some(Hold::Run(lock)) => {
+            tracing::info!(vm = %run.vm, epoch = run.epoch.0, ?ended, "the guest has ended");
+            let record = ExitRecord { epoch: run.epoch, ended: ended.clone() };
+            if let Err(error) = exit.write(&record) {
+                tracing::error!(%error, "cannot record how the guest ended");
+            }
+            // Whoever sees the lock free must find the record.
+            drop(lock);
+        }
+        Some(Hold::Left(lock)) => {
+            tracing::info!(vm = %run.vm, epoch = run.epoch.0, "the guest goes on in another process");
+            lock.leave();
+        }
+        Some(Hold::Heir(_)) | None => tracing::info!(vm = %run.vm, ?ended, "the guest stays in its process"),
     }
-    // Whoever sees the lock free must find the record.
-    drop(lock);
     ended
 }
 
@@ -103,10 +122,48 @@ pub struct Prepared {
     pub paths: VmPaths,
     /// What to run.
     pub run: RunFile,
-    /// Holds the VM's directory.
-    pub lock: RunLock,
+    /// What its first guest begins with.
+    origin: Origin,
+    /// What holds the VM's directory.
+    hold: Hold,
     /// Where to record the end.
     pub exit: ExitFile,
+}
+
+/// What a process has to do with the VM's directory.
+#[derive(Debug)]
+pub enum Hold {
+    /// It runs the VM.
+    Run(RunLock),
+    /// It ran the VM, and has left it to another process.
+    Left(RunLock),
+    /// It may become the one that does.
+    Heir(Heir),
+}
+
+impl Hold {
+    fn take(paths: &VmPaths, begin: Begin) -> std::io::Result<(Self, Origin)> {
+        let run = || RunLock::take(&paths.pid()).map(Self::Run);
+        Ok(match begin {
+            Begin::Boot => (run()?, Origin::Boot),
+            Begin::Saved => (run()?, Origin::Saved),
+            Begin::Successor(predecessor) => {
+                let (heir, memory) = Heir::new(paths, predecessor)?;
+                (Self::Heir(heir), Origin::Kept(memory))
+            }
+        })
+    }
+}
+
+/// What the first guest of a process begins with.
+#[derive(Debug)]
+enum Origin {
+    /// It boots.
+    Boot,
+    /// A state that is brought.
+    Saved,
+    /// This memory, and a state of the rest that is brought.
+    Kept(File),
 }
 
 /// Becomes an unprivileged process with a session of its own that holds the VM's directory.
@@ -121,11 +178,19 @@ pub fn prepare(args: &Args) -> anyhow::Result<Prepared> {
     let dir =
         args.config.parent().filter(|dir| dir.is_absolute()).context("--config needs an absolute path")?;
     let paths = VmPaths::in_dir(dir);
-    let lock = RunLock::take(&paths).with_context(|| format!("cannot take {}", dir.display()))?;
-    let run: RunFile = read_config(&args.config)?;
-    let exit = ExitFile::open(&paths).context("cannot make the record of the end")?;
-    jail::enter(&paths, &run, args.user.as_deref())?;
-    Ok(Prepared { paths, run, lock, exit })
+    let prepared = Prepared::take(paths, read_config(&args.config)?)?;
+    jail::enter(&prepared.paths, &prepared.run, args.user.as_deref())?;
+    Ok(prepared)
+}
+
+impl Prepared {
+    /// Takes a hold of the VM's directory, for a process that is not locked up yet.
+    pub(crate) fn take(paths: VmPaths, run: RunFile) -> anyhow::Result<Self> {
+        let (hold, origin) = Hold::take(&paths, run.begin)
+            .with_context(|| format!("cannot take {}", paths.dir().display()))?;
+        let exit = ExitFile::open(&paths).context("cannot make the record of the end")?;
+        Ok(Self { paths, run, origin, hold, exit })
+    }
 }
 
 /// The last layer: from here on the process asks the kernel for what its guest needs and nothing else.
@@ -142,7 +207,10 @@ fn read_config(path: &Path) -> anyhow::Result<RunFile> {
 /// What the socket's server shares with the main thread.
 struct Machine {
     run: RunFile,
+    paths: VmPaths,
     now: Mutex<Now>,
+    /// None for the moment in which it changes, and when the process is about to end.
+    hold: Arc<Mutex<Option<Hold>>>,
     /// The state of the guest, while it is saved. Dropping it ends that.
     fetched: tokio::sync::Mutex<Option<Fetched>>,
     /// The state that the guest is made from, while it is brought. Dropping it ends the guest.
@@ -159,35 +227,52 @@ struct Now {
     migration: Option<Arc<MigrationProgress>>,
     /// An order to end that came while there was no guest.
     kill: bool,
+    offer: Offer,
 }
 
-fn run_to_the_end(paths: &VmPaths, run: &RunFile) -> Ended {
-    let (incoming, brought) = match run.begin {
-        Begin::Boot => (None, None),
-        Begin::Saved => {
+/// Whether the guest, which is held, may be left to a successor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Offer {
+    /// It may not.
+    None,
+    /// It may: it was written for one, and nothing has happened to it since.
+    Made,
+}
+
+fn run_to_the_end(paths: &VmPaths, run: &RunFile, origin: Origin, hold: Arc<Mutex<Option<Hold>>>) -> Ended {
+    let (first, brought) = match origin {
+        Origin::Boot => (First::Boots, None),
+        Origin::Saved => {
             let (incoming, brought) = saved::incoming();
-            (Some(incoming), Some(brought))
+            (First::GoesOn(incoming), Some(brought))
+        }
+        Origin::Kept(memory) => {
+            let (incoming, brought) = saved::incoming();
+            (First::Succeeds(memory, incoming), Some(brought))
         }
     };
     let machine = Arc::new(Machine {
         run: run.clone(),
+        paths: paths.clone(),
+        hold,
         now: Mutex::new(Now {
             handle: None,
             making: Making::new(run.config.clone()),
             resets: 0,
             migration: None,
             kill: false,
+            offer: Offer::None,
         }),
         fetched: Default::default(),
         brought: tokio::sync::Mutex::new(brought),
         made: watch::Sender::new(false),
     });
     let shutdown = CancellationToken::new();
-    let server = match serve_orders(paths, machine.clone(), shutdown.clone()) {
+    let server = match serve_orders(machine.clone(), shutdown.clone()) {
         Ok(server) => server,
         Err(error) => return Ended::Crashed(format!("cannot serve orders: {error}")),
     };
-    let ended = run_guests(&machine, incoming);
+    let ended = run_guests(&machine, first);
     shutdown.cancel();
     if server.join().is_err() {
         tracing::error!("the thread that takes orders panicked");
@@ -195,14 +280,27 @@ fn run_to_the_end(paths: &VmPaths, run: &RunFile) -> Ended {
     ended
 }
 
+/// How a guest begins.
+enum First {
+    Boots,
+    GoesOn(Incoming),
+    /// In this memory, once another process has left its backends.
+    Succeeds(File, Incoming),
+}
+
 /// Runs guest after guest until one ends for another reason than a reset. The first one may go on with a saved state.
-fn run_guests(machine: &Machine, mut incoming: Option<Incoming>) -> Ended {
+fn run_guests(machine: &Machine, mut next: First) -> Ended {
     loop {
         let started = Instant::now();
         let config = machine.now.lock().making.next();
-        let made = match incoming.take() {
-            Some(mut state) => Vm::restore(config, &mut state),
-            None => Vm::start(config),
+        let made = match std::mem::replace(&mut next, First::Boots) {
+            First::Boots => Vm::start(config),
+            First::GoesOn(mut state) => Vm::restore(config, &mut state),
+            First::Succeeds(memory, mut state) => {
+                state.await_first();
+                let socket_prefix = SUCCESSOR.to_owned();
+                Vm::succeed(config, Inheritance { memory, socket_prefix }, &mut state)
+            }
         };
         let vm = match made {
             Ok(vm) => vm,
@@ -247,14 +345,20 @@ fn error_chain(error: &dyn std::error::Error) -> String {
 }
 
 fn serve_orders(
-    paths: &VmPaths,
     machine: Arc<Machine>,
     shutdown: CancellationToken,
 ) -> std::io::Result<std::thread::JoinHandle<()>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let socket = paths.socket();
+    let predecessor = machine.predecessor()?;
+    let socket = machine.paths.socket();
+    let socket = if predecessor.is_some() { machine.paths.successor(&socket) } else { socket };
     std::thread::Builder::new().name("orders".to_owned()).spawn(move || {
-        let served = runtime.block_on(serve_unix(&socket, Arc::new(Orders(machine.clone())), shutdown));
+        let served = runtime.block_on(async {
+            if let Some(predecessor) = predecessor {
+                tokio::spawn(machine.clone().follow(predecessor));
+            }
+            serve_unix(&socket, Arc::new(Orders(machine.clone())), shutdown).await
+        });
         if let Err(error) = served {
             // The guest goes on; the control process can still see and kill it through its files.
             tracing::error!(%error, "orders cannot be taken");
@@ -277,7 +381,7 @@ fn ended() -> RpcError {
 }
 
 impl Machine {
-    async fn dispatch(&self, request: Request) -> Result<Response, RpcError> {
+    async fn dispatch(self: &Arc<Self>, request: Request) -> Result<Response, RpcError> {
         match request.method {
             Status::METHOD => Ok(Response::new(&self.status().await)?),
             PowerButton::METHOD => {
@@ -302,6 +406,15 @@ impl Machine {
             }
             Save::METHOD => {
                 self.save().await?;
+                Ok(Response::new(&())?)
+            }
+            GetDescriptors::METHOD => Ok(Response::new(&self.descriptors()?)?),
+            SaveForSuccessor::METHOD => {
+                self.save_for_successor().await?;
+                Ok(Response::new(&())?)
+            }
+            HandOver::METHOD => {
+                self.hand_over(request.decode()?).await?;
                 Ok(Response::new(&())?)
             }
             Migrate::METHOD => {
@@ -334,7 +447,11 @@ impl Machine {
         }
     }
 
+    /// The guest, if it is this process's.
     fn guest(&self) -> Result<VmHandle, RpcError> {
+        if !self.runs_the_vm() {
+            return Err(refused("the guest is another process's"));
+        }
         self.now.lock().handle.clone().ok_or_else(starting)
     }
 
@@ -368,12 +485,14 @@ impl Machine {
     }
 
     /// Has the main thread do it, which it can once nothing is saved any more.
-    async fn have_done(&self, act: fn(&VmHandle) -> Result<(), VmError>) -> Result<(), RpcError> {
+    async fn have_done(self: &Arc<Self>, act: fn(&VmHandle) -> Result<(), VmError>) -> Result<(), RpcError> {
         *self.fetched.lock().await = None;
-        let (done, outcome) = oneshot::channel();
-        // Whoever asked may have gone meanwhile.
-        self.guest()?.ask(move |guest| drop(done.send(act(guest).map_err(|error| error_chain(&error)))));
-        outcome.await.map_err(|_| ended())?.map_err(refused)
+        let machine = self.clone();
+        self.on_main_thread(move |guest| {
+            machine.now.lock().offer = Offer::None;
+            act(guest)
+        })
+        .await
     }
 
     async fn save(&self) -> Result<(), RpcError> {

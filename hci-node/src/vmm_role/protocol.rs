@@ -7,6 +7,7 @@ use netfabric::rpc::{CallError, Request, call_unix};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use vmm::{DeviceConfig, MigrationOptions, MigrationSnapshot};
 
+use super::{record::ProcessRecord, succession::Descriptors};
 use crate::state::{RunEpoch, Shape, VmId};
 
 /// A VMM on the same machine answers at once or not at all.
@@ -58,6 +59,22 @@ pub struct Save;
 pub struct Migrate {
     /// How.
     pub options: MigrationOptions,
+}
+
+/// Asks where in the process the descriptors are that a successor needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GetDescriptors;
+
+/// Holds the guest and begins to write all of its state but its memory, for another process of this node that has that; its backends are left. Until
+/// the guest is handed over, [`Resume`] lets it go on here. [`FetchState`] gets the state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaveForSuccessor;
+
+/// Leaves the guest, which was written for it, to a successor that has made it. The process ends soon after the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandOver {
+    /// The successor.
+    pub to: ProcessRecord,
 }
 
 /// Answers when there is a guest: at once, or when it was made from the state that was brought.
@@ -141,6 +158,22 @@ impl VmmCall for Save {
     const METHOD: u16 = 0x0307;
     type Reply = ();
     const DEADLINE: Duration = SLOW;
+}
+
+impl VmmCall for GetDescriptors {
+    const METHOD: u16 = 0x030f;
+    type Reply = Descriptors;
+}
+
+impl VmmCall for SaveForSuccessor {
+    const METHOD: u16 = 0x0310;
+    type Reply = ();
+    const DEADLINE: Duration = SLOW;
+}
+
+impl VmmCall for HandOver {
+    const METHOD: u16 = 0x0311;
+    type Reply = ();
 }
 
 impl VmmCall for Migrate {

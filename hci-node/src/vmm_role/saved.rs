@@ -182,6 +182,15 @@ pub(super) fn incoming() -> (Incoming, Brought) {
     (Incoming { from, piece: Bytes::new() }, Brought { to: Some(to), taken: 0 })
 }
 
+impl Incoming {
+    /// Waits for the first piece, or for the end.
+    pub(super) fn await_first(&mut self) {
+        if self.piece.is_empty() {
+            self.piece = self.from.blocking_recv().unwrap_or_default();
+        }
+    }
+}
+
 impl Read for Incoming {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         while self.piece.is_empty() {

@@ -25,6 +25,7 @@ pub fn has_kvm() -> bool {
 
 #[path = "../../../vmm/tests/guest/mod.rs"]
 pub mod guest;
+pub mod guests;
 #[path = "../../../vmm/tests/guest/letters.rs"]
 pub mod letters;
 #[path = "../../../vmm/tests/guest/writer.rs"]
@@ -37,14 +38,20 @@ const PATIENCE: Duration = Duration::from_secs(90);
 pub struct Cluster {
     pub dir: tempfile::TempDir,
     net: [u8; 2],
+    executable: PathBuf,
     pub nodes: Vec<[Child; 2]>,
 }
 
 impl Cluster {
     pub fn start() -> Self {
+        Self::start_from(env!("CARGO_BIN_EXE_hci").into())
+    }
+
+    /// With nodes that run this executable.
+    pub fn start_from(executable: PathBuf) -> Self {
         let [a, b, ..] = *uuid::Uuid::new_v4().as_bytes();
         let (dir, net) = (tempfile::tempdir().unwrap(), [a.clamp(1, 250), b]);
-        let mut cluster = Self { dir, net, nodes: vec![] };
+        let mut cluster = Self { dir, net, executable, nodes: vec![] };
         for n in 1..=3 {
             fs::create_dir_all(cluster.path(n, "state")).unwrap();
             fs::create_dir_all(cluster.path(n, "disk")).unwrap();
@@ -75,7 +82,7 @@ impl Cluster {
         let log =
             File::options().create(true).append(true).open(self.path(n, role).with_extension("log")).unwrap();
         let address = Ipv4Addr::new(127, self.net[0], self.net[1], n as u8);
-        let mut command = Command::new(env!("CARGO_BIN_EXE_hci"));
+        let mut command = Command::new(&self.executable);
         command.args([role, "run"]).arg("--state").arg(self.path(n, "state"));
         command.arg("--run").arg(self.path(n, "run")).args(["--link-mtu", "1500"]);
         let mut listen = vec![("--listen-storage", 7401), ("--listen-frames", 7402)];

@@ -222,7 +222,7 @@ impl Machine {
             config: serde_json::from_value(config)?,
             begin: Default::default(),
         };
-        record::write_run_file(&files, &run)?;
+        record::write_run_file(&files.config(), &run)?;
         for stale in files.made_sockets().into_iter().chain([files.exit()]) {
             let _ = fs::remove_file(stale);
         }

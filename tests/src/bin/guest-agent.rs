@@ -302,7 +302,7 @@ fn spawn(files: &VmPaths, run: &RunFile) -> Result<Child> {
         // Of an earlier run, if there was one.
         let _ = std::fs::remove_file(stale);
     }
-    record::write_run_file(files, run)?;
+    record::write_run_file(&files.config(), run)?;
     let hci = Path::new(&std::env::args().next().context("no name")?).with_file_name("hci");
     Command::new(hci)
         .args(["vmm", "run", "--user", "hci-vmm", "--config"])

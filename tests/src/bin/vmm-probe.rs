@@ -51,7 +51,7 @@ fn main() -> Result<()> {
             config: serde_json::from_value(config)?,
             begin: Default::default(),
         };
-        record::write_run_file(&files, &run)?;
+        record::write_run_file(&files.config(), &run)?;
 
         let began = Instant::now();
         let mut vmm = Command::new(&hci)

@@ -1,4 +1,4 @@
-//! A VM moves to another server and back while it writes: its guest goes on, and its peers reach it there.
+//! A VM moves to another server and back, and then into another process, while it writes: its guest goes on, and its peers reach it.
 
 use std::time::Duration;
 
@@ -20,25 +20,41 @@ pub fn there_and_back(lab: &Lab, cluster: &Cluster<'_>, vm: &str, progress: &Pro
         cluster.hci(&format!("vm migrate {vm} --to {to} --timeout 5m"), MOVE_LIMIT)?;
         let node = text(&cluster.show(&format!("vm get {vm}"))?, "/node").to_owned();
         ensure!(node == to, "{vm} should be on {to}, it is on {node}");
-        // The console there begins with the arrival.
-        progress.wait(&format!("{vm} to write on there and reach its peers"), 120 * SECOND, || {
-            let log = cluster.hci(&format!("vm console {vm} --log"), 60 * SECOND)?;
-            ensure!(!log.contains("WL boot "), "{vm} was started again");
-            let report = cluster.workload(vm)?;
-            let writes = report.flushed.is_some_and(|now| now > flushed);
-            Ok(match writes && report.peers.len() >= 2 {
-                true => Look::Done(()),
-                false => Look::NotYet(format!("flushed {:?}, peers {:?}", report.flushed, report.peers)),
-            })
-        })?;
-        let events = cluster.list("event list")?;
-        let told = events.iter().rev().find(|event| text(event, "/kind") == "vm-migration-pause");
-        ensure!(told.is_some(), "nobody says how long {vm} was paused");
-        progress.note(told.map_or("", |event| text(event, "/message")));
+        goes_on(cluster, vm, flushed, progress)?;
         for part in parts_of_the_pause(lab, from)? {
             progress.note(&part);
         }
     }
+    Ok(())
+}
+
+/// Moves the VM into a new process of the first server, where it is.
+pub fn in_place(lab: &Lab, cluster: &Cluster<'_>, vm: &str, progress: &Progress) -> Result<()> {
+    let id = text(&cluster.show(&format!("vm get {vm}"))?, "/id").to_owned();
+    let process = || lab.node(0).ssh(&format!("cat /run/hci/vm/{id}/vmm.pid"), 20 * SECOND);
+    let before = process()?.stdout;
+    let flushed = flushed_by(cluster, vm)?;
+    cluster.hci(&format!("vm migrate {vm} --in-place --timeout 2m"), MOVE_LIMIT)?;
+    ensure!(process()?.stdout != before, "{vm} is in the process that it was in: {before}");
+    goes_on(cluster, vm, flushed, progress)
+}
+
+/// Its console begins when it goes on.
+fn goes_on(cluster: &Cluster<'_>, vm: &str, flushed: u64, progress: &Progress) -> Result<()> {
+    progress.wait(&format!("{vm} to write on and reach its peers"), 120 * SECOND, || {
+        let log = cluster.hci(&format!("vm console {vm} --log"), 60 * SECOND)?;
+        ensure!(!log.contains("WL boot "), "{vm} was started again");
+        let report = cluster.workload(vm)?;
+        let writes = report.flushed.is_some_and(|now| now > flushed);
+        Ok(match writes && report.peers.len() >= 2 {
+            true => Look::Done(()),
+            false => Look::NotYet(format!("flushed {:?}, peers {:?}", report.flushed, report.peers)),
+        })
+    })?;
+    let events = cluster.list("event list")?;
+    let told = events.iter().rev().find(|event| text(event, "/kind") == "vm-migration-pause");
+    ensure!(told.is_some(), "nobody says how long {vm} was paused");
+    progress.note(told.map_or("", |event| text(event, "/message")));
     Ok(())
 }
 

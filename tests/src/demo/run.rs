@@ -93,6 +93,9 @@ fn on_servers(lab: &Lab, options: &Options, timeline: &mut Timeline) -> Result<(
     timeline.step("web1 moves to n2 and back while it runs", |progress| {
         super::migration::there_and_back(lab, &cluster, VMS[0], progress)
     })?;
+    timeline.step("web1 moves into a new process while it runs", |progress| {
+        super::migration::in_place(lab, &cluster, VMS[0], progress)
+    })?;
     timeline.step(
         "web2 gets a disk, a NIC and a processor while it runs, and lets disk and NIC go",
         |progress| super::devices::come_and_go(&cluster, VMS[1], progress),

@@ -119,7 +119,7 @@ impl World {
             config: serde_json::from_value(config)?,
             begin: Default::default(),
         };
-        record::write_run_file(&files, &run)?;
+        record::write_run_file(&files.config(), &run)?;
         Ok(Self {
             config: files.config(),
             victim: Command::new("sleep").arg("600").spawn()?,
@@ -310,7 +310,7 @@ async fn a_guest_runs_and_ends_in_the_jail() -> Result<()> {
     let files = world.paths.vm(world.vm);
     let mut run = record::run_file(&files)?.context("no run file")?;
     run.config.disks.clear();
-    record::write_run_file(&files, &run)?;
+    record::write_run_file(&files.config(), &run)?;
     let log = fs::File::create(files.log())?;
     let mut vmm = Command::new(executable()?)
         .args(["vmm", "run", "--user", USER, "--config"])

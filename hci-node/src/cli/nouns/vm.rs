@@ -108,7 +108,7 @@ pub enum Verb {
     },
     /// Move a VM to another node while its guest runs.
     #[command(
-        after_help = "Examples:\n  hci vm migrate web1\n  hci vm migrate web1 --to n3 --rate 200MiB\n  hci vm migrate web1 --cancel\nAPI: POST /v1/vms/NAME/migrate, DELETE /v1/vms/NAME/migration"
+        after_help = "Examples:\n  hci vm migrate web1\n  hci vm migrate web1 --to n3 --rate 200MiB\n  hci vm migrate web1 --in-place\n  hci vm migrate web1 --cancel\nAPI: POST /v1/vms/NAME/migrate, DELETE /v1/vms/NAME/migration"
     )]
     Migrate {
         /// The VM's name or id.
@@ -123,8 +123,11 @@ pub enum Verb {
         /// The longest pause to take for a guest that writes its memory faster than it can be sent.
         #[arg(long, default_value = "500ms", value_parser = parse_duration)]
         pause: Duration,
-        /// Give the migration up that is under way; the VM goes on where it is.
+        /// Move it into a new process of its node, made from the executable that is there now, as after an upgrade; its memory stays where it is.
         #[arg(long, conflicts_with_all = ["to", "rate", "pause"])]
+        in_place: bool,
+        /// Give the migration up that is under way; the VM goes on where it is.
+        #[arg(long, conflicts_with_all = ["to", "rate", "pause", "in_place"])]
         cancel: bool,
     },
     /// Let a paused or suspended VM go on where it was.
@@ -356,7 +359,10 @@ pub async fn run(context: &Context, verb: Verb) -> Result<ExitCode, CliError> {
             let answer = context.client.json(Method::DELETE, &path, None).await?;
             context.change(answer, "/v1/vms", &name, COLUMNS).await
         }
-        Verb::Migrate { name, to, rate, pause, cancel: false } => {
+        Verb::Migrate { name, in_place: true, .. } => {
+            act(context, &name, "migrate", json!({ "in_place": true })).await
+        }
+        Verb::Migrate { name, to, rate, pause, .. } => {
             let pause = u32::try_from(pause.as_millis()).unwrap_or(u32::MAX);
             let body = json!({ "node": to, "bytes_per_second": rate, "longest_pause_ms": pause });
             act(context, &name, "migrate", body).await

@@ -135,6 +135,10 @@ impl Ha {
                     commands.extend(lost_target(view, vm, migration));
                     return;
                 }
+                // It is moved, or suspended, when that has come to its end.
+                if vm.renewal.is_some() {
+                    return;
+                }
                 let is_ending = vm.restart.is_some_and(|restart| restart.epoch == run.epoch);
                 // What is being suspended, or has not begun yet, cannot be moved: it goes when that has come to its end.
                 if is_in_service(view.state, run.node) {
@@ -375,6 +379,11 @@ fn settle(view: &View<'_>, task: &Task, commands: &mut Vec<Command>) {
         Goal::VmIsPaused(vm, epoch) => vm_is_paused(view, *vm, *epoch, task),
         Goal::VmIsSuspended(vm) => vm_is_suspended(view, *vm, task),
         Goal::VmIsMigrated(vm) => vm_is_migrated(view, *vm, task),
+        // Ended by the commands about it; a VM that was deleted has nothing under way.
+        Goal::VmIsRenewed(vm) => match view.state.vms.get(vm).and_then(|vm| vm.renewal) {
+            Some(_) => Verdict::Wait,
+            None => Verdict::Done,
+        },
         // Ended by the commands about the disk and the part; what is gone cannot get there any more.
         Goal::DiskReady(disk) if !view.state.disks.contains_key(disk) => {
             failed("the disk is gone", "hci disk list")

@@ -228,6 +228,17 @@ pub enum Action {
         /// Which run, and where to.
         migration: Migration,
     },
+    /// Have a run go on in a new process, and tell the cluster whether it does.
+    RenewVm {
+        /// The VM.
+        vm: VmId,
+        /// Which run.
+        epoch: RunEpoch,
+        /// What it is made of.
+        config: Box<VmConfig>,
+        /// Whether its processors run from then on.
+        vcpus: Vcpus,
+    },
     /// Bring a run's machine to what it is to have, and tell the cluster of each thing that is done.
     AdaptVm {
         /// The VM.
@@ -326,6 +337,7 @@ impl Action {
             | Self::SaveVm { vm, .. }
             | Self::RestoreVm { vm, .. }
             | Self::MigrateVm { vm, .. }
+            | Self::RenewVm { vm, .. }
             | Self::PressPowerButton { vm, .. }
             | Self::ReportExit { vm, .. }
             | Self::ForgetRun { vm, .. } => ActionKey::Vm(*vm),

@@ -117,7 +117,8 @@ fn plan_run(view: View<'_>, id: VmId, run: &Run) -> Option<Action> {
 /// A run that goes on gets what its VM was given since, and loses what was taken from it.
 fn plan_machine(view: View<'_>, id: VmId, run: &Run) -> Option<Action> {
     let vm = assigned(view, id, run.epoch).filter(|vm| stop_mode(vm, run.epoch).is_none())?;
-    if !matches!(run.phase, RunPhase::Alive { .. }) || vm.migration.is_some() || vm.suspension.is_some() {
+    let is_busy = vm.migration.is_some() || vm.renewal.is_some() || vm.suspension.is_some();
+    if !matches!(run.phase, RunPhase::Alive { .. }) || is_busy {
         return None;
     }
     let data = view.observed.data.as_ref()?;
@@ -147,8 +148,13 @@ fn plan_vcpus(view: View<'_>, vm: &Vm, epoch: RunEpoch, vcpus: Option<Vcpus>) ->
     if let Some(migration) = vm.migration {
         return Some(Action::MigrateVm { vm: id, migration });
     }
+    let to = if vm.paused == Some(epoch) { Vcpus::Held } else { Vcpus::Running };
+    if vm.renewal.is_some() {
+        // When all of its backends are there.
+        let config = Box::new(config(view, vm).ok()?);
+        return Some(Action::RenewVm { vm: id, epoch, config, vcpus: to });
+    }
     let Some(suspension) = &vm.suspension else {
-        let to = if vm.paused == Some(epoch) { Vcpus::Held } else { Vcpus::Running };
         return (vcpus != Some(to)).then_some(Action::SetVcpus { vm: id, epoch, to });
     };
     let data = view.observed.data.as_ref()?;

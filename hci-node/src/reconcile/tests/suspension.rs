@@ -7,7 +7,7 @@ use crate::{
     state::report::VmRunState,
     vmm_role::{
         self, Prepared,
-        record::{self, Begin, Ended, ExitFile, RunLock},
+        record::{self, Begin, Ended},
     },
 };
 
@@ -78,9 +78,8 @@ impl Node {
             }
             tokio::time::sleep(Duration::from_millis(2)).await;
         };
-        let lock = RunLock::take(&paths).unwrap();
-        let exit = ExitFile::open(&paths).unwrap();
-        std::thread::spawn(move || vmm_role::run_prepared(Prepared { paths, run, lock, exit }))
+        let prepared = Prepared::take(paths, run).unwrap();
+        std::thread::spawn(move || vmm_role::run_prepared(prepared))
     }
 
     async fn vm_is(&self, state: VmRunState) {

@@ -319,7 +319,8 @@ pub(super) fn reshape(vm: &mut Vm, wanted: Shape) {
     let goes_on = vm.desired == DesiredRun::Running
         && vm.restart.is_none()
         && vm.suspension.is_none()
-        && vm.migration.is_none();
+        && vm.migration.is_none()
+        && vm.renewal.is_none();
     let Some(run) = vm.assignment.as_mut().filter(|_| goes_on) else { return };
     let make = &mut run.make;
     let before = make.shape();

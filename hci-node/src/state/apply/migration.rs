@@ -21,9 +21,13 @@ const MIN_RATE: u64 = 1 << 20;
 
 /// Refuses what cannot be done to a VM on its way.
 pub(super) fn check_none(vm: &Vm) -> Result<(), Refusal> {
-    match vm.migration {
-        None => Ok(()),
-        Some(_) => Err(conflict(
+    match (vm.migration, vm.renewal) {
+        (None, None) => Ok(()),
+        (None, Some(_)) => Err(conflict(
+            format!("VM {} is moved into a new process just now", vm.name),
+            format!("wait a moment, then try again; see it: hci vm get {}", vm.name),
+        )),
+        (Some(_), _) => Err(conflict(
             format!("VM {} is being migrated", vm.name),
             format!("wait for that, or give it up: hci vm migrate {} --cancel", vm.name),
         )),

@@ -10,6 +10,7 @@ mod exports;
 mod images;
 mod migration;
 mod networks;
+mod renewal;
 mod replicas;
 mod scrubs;
 mod snapshots;
@@ -159,6 +160,8 @@ pub(super) fn apply(state: &mut ClusterState, command: &Command) -> Result<Appli
         Op::VmArrived { vm, epoch } => migration::arrived(state, *vm, *epoch, at),
         Op::MigrationFailed { vm, epoch, error } => migration::failed(state, *vm, *epoch, error, at),
         Op::CancelMigration(vm) => migration::cancel(state, *vm, at),
+        Op::RenewVm(vm) => renewal::begin(state, *vm),
+        Op::RenewalEnded { vm, epoch, error } => renewal::ended(state, *vm, *epoch, error.as_ref(), at),
         Op::StoreVariables { vm, epoch, variables } => vms::store_variables(state, *vm, *epoch, variables),
         Op::VmExited { vm, epoch, exit } => vms::exited(state, *vm, *epoch, exit, at),
 

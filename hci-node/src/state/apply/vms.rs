@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{
     Applied, check_free, check_name, cloud_init, conflict,
     devices::{self, MAX_DISKS, MAX_PORTS},
-    images, invalid, migration, networks, not_found, storage, suspension,
+    images, invalid, migration, networks, not_found, renewal, storage, suspension,
 };
 use crate::state::{
     AfterCrash, Assignment, ClusterState, DesiredRun, DeviceStage, FirmwareVariables, Goal, Growth,
@@ -90,6 +90,7 @@ pub(super) fn create(
         paused: None,
         suspension: None,
         migration: None,
+        renewal: None,
         devices: BTreeMap::new(),
         growth: new.growth,
         reshaping: None,
@@ -238,6 +239,7 @@ pub(super) fn set_desired(
     if let DesiredRun::Stopped(_) = desired {
         suspension::give_up(state, id, "the VM was stopped", at);
         migration::give_up(state, id, "the VM was stopped", at);
+        renewal::give_up(state, id, "the VM was stopped", at);
     }
     let vm = state.vms.get_mut(&id).ok_or_else(|| not_found("vm", id))?;
     let name = vm.name.clone();
@@ -370,6 +372,7 @@ pub(super) fn assign(
     }
     suspension::give_up(state, id, "the VM's node was lost", at);
     migration::give_up(state, id, "the VM's node was lost", at);
+    renewal::give_up(state, id, "the VM's node was lost", at);
     devices::settle(state, id, at);
     let from = state.vms.get(&id).and_then(|vm| vm.assignment).map(|assignment| assignment.node);
     if let Some(vm) = state.vms.get_mut(&id) {
@@ -471,6 +474,7 @@ pub(super) fn exited(
     }
     suspension::give_up(state, id, "its run ended before it was suspended", at);
     migration::give_up(state, id, "its run ended before it was migrated", at);
+    renewal::give_up(state, id, "its run ended meanwhile", at);
     devices::settle(state, id, at);
     Ok(done)
 }

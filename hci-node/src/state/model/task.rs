@@ -41,6 +41,8 @@ pub enum Goal {
     VmIsSuspended(VmId),
     /// The VM has arrived on the node that it was migrated to, and is seen there.
     VmIsMigrated(VmId),
+    /// The VM goes on in a new process of its node.
+    VmIsRenewed(VmId),
     /// The disk takes replicas.
     DiskReady(DiskId),
     /// That part of the image is there.

@@ -132,6 +132,13 @@ pub struct Migration {
     pub stage: MigrationStage,
 }
 
+/// A run of a VM that goes on in a new process of its node, made from the executable that the node has now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renewal {
+    /// The run, which stays the same.
+    pub epoch: RunEpoch,
+}
+
 /// How a migration is done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MigrationTerms {
@@ -208,6 +215,8 @@ pub struct Vm {
     pub suspension: Option<Suspension>,
     /// Its present run's move to another node.
     pub migration: Option<Migration>,
+    /// Its present run's move into a new process.
+    pub renewal: Option<Renewal>,
     /// Where its disks and NICs are in its machine.
     pub devices: BTreeMap<VmDevice, DevicePlace>,
     /// What its runs can grow to.

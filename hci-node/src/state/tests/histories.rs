@@ -180,7 +180,7 @@ fn check_redundancy(op: &Op, before: &ClusterState, after: &ClusterState) -> Res
 proptest! {
     #[test]
     fn random_histories_keep_the_invariants(
-        ops in proptest::collection::vec(prop_oneof![4 => any_op(), 4 => any_change(), 3 => layers::any_op(), 1 => transfers::any_op(), 3 => suspension::any_op(), 3 => migration::any_op(), 3 => devices::any_op()], 1..80)
+        ops in proptest::collection::vec(prop_oneof![4 => any_op(), 4 => any_change(), 3 => layers::any_op(), 1 => transfers::any_op(), 3 => suspension::any_op(), 3 => migration::any_op(), 1 => renewal::any_op(), 3 => devices::any_op()], 1..80)
     ) {
         let mut state = eight_disks();
         let mut twin = state.clone();
@@ -189,7 +189,7 @@ proptest! {
         for (step, op) in ops.into_iter().enumerate() {
             let before = state.clone();
             let op = transfers::aim(layers::aim(op, step, &state), step, &state);
-            let op = migration::aim(suspension::aim(op, step, &state), step, &state);
+            let op = renewal::aim(migration::aim(suspension::aim(op, step, &state), step, &state), &state);
             let op = devices::aim(op, step, &state);
             let asked = Command {
                 at: Timestamp(step as i64),

@@ -276,6 +276,7 @@ impl World {
                         (Some(Guest { memory: self.disk, vcpus: Vcpus::Running }), Some(Vcpus::Running))
                     }
                     Begin::Saved => (None, None),
+                    Begin::Successor(_) => panic!("nothing is started like this"),
                 };
                 self.guest = guest;
                 self.now.runs.insert(vm, with_vcpus(epoch.0, vcpus));
