@@ -82,7 +82,7 @@ bench-storage: setup release ## A volume beside the raw medium, qemu-storage-dae
 	@tests/setup $(shell grep -hv '^\#' tests/packages-peers.txt)
 	@$(BIN)/bench --storage --hci $(BIN)/hci --out target/bench
 
-bench-vmm: setup release ## What the VMM costs a guest that boots, in instructions
+bench-vmm: setup release bench-migration ## What the VMM costs a guest that boots, in instructions, and one that moves
 	@$(BIN)/bench --vmm --hci $(BIN)/hci --out target/bench
 
 bench-migration: setup release ## How long guests of 2 GiB are paused that move between three nodes

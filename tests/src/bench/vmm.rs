@@ -2,8 +2,10 @@
 //!
 //! The guest runs in an emulated machine with KVM whose clock counts the instructions that are executed (QEMU's `-icount`): the machine
 //! that this runs on and what else it does make no difference, and two runs differ by less than one in a hundred. All is counted, the
-//! guest's kernel, the host's and the VMM. What an exit from the guest costs on real hardware is not in it.
+//! guest's kernel, the host's and the VMM. What an exit from the guest costs on real hardware is not in it. How long guests that move are paused is
+//! measured by `make bench-migration`, and shown beside it.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -72,6 +74,31 @@ fn row(kind: &str, said: &str, binary_mib: f64) -> Result<Row> {
         ("binary_mib", binary_mib),
     ];
     Ok(Row::new(kind, "direct boot", figures))
+}
+
+/// What one move of a guest took (`make bench-migration`).
+#[derive(serde::Deserialize)]
+struct Move {
+    guest: String,
+    #[serde(rename = "move")]
+    way: String,
+    migrate_pause_ms: f64,
+}
+
+/// The pauses of guests that moved, the median for each kind of guest and move.
+pub fn moves(measured: &Path) -> Result<Vec<Row>> {
+    let text = fs::read(measured)
+        .with_context(|| format!("no {}: run make bench-migration first", measured.display()))?;
+    let moves: Vec<Move> = serde_json::from_slice(&text)?;
+    let mut kinds: BTreeMap<(String, String), Vec<f64>> = BTreeMap::new();
+    for Move { guest, way, migrate_pause_ms } in moves {
+        kinds.entry((way, guest)).or_default().push(migrate_pause_ms);
+    }
+    let row = |((way, guest), mut pauses): ((String, String), Vec<f64>)| {
+        pauses.sort_by(f64::total_cmp);
+        Row::new(&guest, &way, vec![("migrate_pause_ms", pauses[pauses.len() / 2])])
+    };
+    Ok(kinds.into_iter().map(row).collect())
 }
 
 /// Packs what the machine runs.

@@ -57,9 +57,12 @@ fn measure_storage(hci: &Path, out: &Path, targets: Targets) -> Result<()> {
 fn measure_vmm(hci: &Path, out: &Path) -> Result<()> {
     std::fs::create_dir_all(out)?;
     let file = out.join("vmm.json");
-    let rows = vmm::measure(hci)?;
-    write_json(&file, &rows)?;
+    let mut rows = vmm::measure(hci)?;
     print_table("A guest that boots, in millions of instructions", &rows);
+    let moves = vmm::moves(&out.join("migration.json"))?;
+    print_table("A guest of 2 GiB that moves, in milliseconds", &moves);
+    rows.extend(moves);
+    write_json(&file, &rows)?;
     println!("\nThe same as JSON is in {}", file.display());
     Ok(())
 }
