@@ -75,6 +75,8 @@ pub(crate) struct Shared {
     kind: Box<dyn Kind>,
     connected: AtomicBool,
     reconnects: AtomicU64,
+    /// [`Shared::leave`].
+    left: AtomicBool,
     /// The thread is to end.
     quitting: AtomicBool,
     /// Device configuration as the guest sees it.
@@ -135,6 +137,7 @@ impl Shared {
 
     /// Leaves the backend to another process. The device is held: nothing is under way there. When this returns, the connection is closed.
     pub(crate) fn leave(&self) {
+        self.left.store(true, Ordering::Release);
         let (done, left) = sync_channel(1);
         self.send(Command::Dial(Dialling::Off, done));
         if let Err(RecvTimeoutError::Timeout) = left.recv_timeout(LEAVE_DEADLINE) {
@@ -144,9 +147,11 @@ impl Shared {
         }
     }
 
-    /// Dials again. Does not wait for it.
+    /// Dials again, if the backend was left. Does not wait for it.
     pub(crate) fn come_back(&self) {
-        self.send(Command::Dial(Dialling::On, sync_channel(1).0));
+        if self.left.swap(false, Ordering::AcqRel) {
+            self.send(Command::Dial(Dialling::On, sync_channel(1).0));
+        }
     }
 
     fn send(&self, command: Command) {
@@ -185,6 +190,7 @@ impl WorkerHandle {
             kind,
             connected: AtomicBool::new(false),
             reconnects: AtomicU64::new(0),
+            left: AtomicBool::new(false),
             quitting: AtomicBool::new(false),
             config: Mutex::default(),
             change: OnceLock::new(),
