@@ -87,7 +87,7 @@ bench-vmm: setup release bench-migration ## What the VMM costs a guest that boot
 
 bench-migration: setup release ## How long guests of 2 GiB are paused that move between three nodes
 	@mkdir -p target/bench
-	MIGRATION_FIGURES=$(abspath target/bench/migration.json) cargo test --release -p hci-node --locked --test migrate -- --ignored --nocapture
+	MIGRATION_FIGURES=$(abspath target/bench/migration.json) cargo test $(RELEASED) --release --locked --test migrate -- --ignored --nocapture
 
 release:
 	@echo "== build (release)"
