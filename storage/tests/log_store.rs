@@ -9,6 +9,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use storage::ids::{ByteSize, DiskId, Generation, LayerId, SegmentIndex, SegmentKey, Version, VolumeId};
 use storage::status::{DiskHealth, VolumeUsage};
 use storage::store::disk::offline::{self, SegmentDump};
@@ -62,10 +63,22 @@ fn places() -> Vec<(tempfile::TempDir, PathBuf)> {
         .collect()
 }
 
+/// A store that was dropped lets go of its disk when what it does in the background has come to its end.
 async fn open(path: &Path, disk: DiskId) -> Arc<LogStore> {
-    let path = path.to_owned();
-    let opened = tokio::task::spawn_blocking(move || LogStore::open(&path, disk, None)).await.unwrap();
-    Arc::new(opened.unwrap_or_else(|e| panic!("{e}: {e:?}")))
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let path = path.to_owned();
+        let opened = tokio::task::spawn_blocking(move || LogStore::open(&path, disk, None)).await.unwrap();
+        match opened {
+            Ok(store) => return Arc::new(store),
+            Err(OpenError::Io { source, .. })
+                if source.kind() == std::io::ErrorKind::ResourceBusy && Instant::now() < deadline =>
+            {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            Err(error) => panic!("{error}: {error:?}"),
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
