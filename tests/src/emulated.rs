@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 
 /// QEMU before version 11 fails an assertion of its own (`tcg_handle_interrupt`) when a nested guest writes to CR8 while an interrupt is pending, which
 /// happens in firmware now and then. It says nothing about what runs in the machine; any other end does.
-const ATTEMPTS: u32 = 3;
+const ATTEMPTS: u32 = 4;
 
 /// What the clock of an emulated machine goes by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +28,8 @@ pub struct Emulated<'a> {
     pub kernel: &'a Path,
     /// Its initramfs, whose programs say `PASS` at the end.
     pub initramfs: &'a Path,
+    /// What its kernel is told beside what it always is; what the kernel does not know, programs find in their environment.
+    pub arguments: &'a str,
     /// Its memory.
     pub mib: u32,
     /// Its clock.
@@ -70,7 +72,7 @@ impl Emulated<'_> {
             .args(["-nodefaults", "-display", "none", "-no-reboot"])
             .arg("-serial")
             .arg(format!("file:{}", console.display()))
-            .args(["-append", "console=ttyS0 quiet panic=-1", "-kernel"])
+            .args(["-append", &format!("console=ttyS0 quiet panic=-1 {}", self.arguments), "-kernel"])
             .arg(self.kernel)
             .arg("-initrd")
             .arg(self.initramfs)

@@ -1,5 +1,5 @@
-//! `firmware-guest RUN_DIR CODE VARIABLES DISKS`: starts guests with UEFI firmware as a node does, from the disks in a folder, and looks at what they print
-//! and show. Runs in a machine with KVM; says `PASS` at the end.
+//! `firmware-guest RUN_DIR CODE VARIABLES DISKS STAGE`: starts guests with UEFI firmware as a node does, from one of the disks in a folder, and looks at what
+//! they print and show. Runs in a machine with KVM; says `PASS` at the end.
 
 use std::fs;
 use std::io::{ErrorKind, Read};
@@ -31,16 +31,20 @@ const KEY_A: u32 = 0x1e;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [run, code, template, disks] = &arguments[..] else {
-        bail!("firmware-guest RUN_DIR CODE VARIABLES DISKS")
+    let [run, code, template, disks, stage] = &arguments[..] else {
+        bail!("firmware-guest RUN_DIR CODE VARIABLES DISKS STAGE")
     };
     let machine = Machine { paths: NodePaths::new(run, run), code: code.into(), template: template.into() };
     let disks = Path::new(disks);
-    shell(&machine, run)?;
-    debian(&machine, &disks.join("debian.img"))?;
-    memtest(&machine, &disks.join("memtest.img"))?;
-    ipxe(&machine, &disks.join("ipxe.img"))?;
-    installer(&machine, &disks.join("installer.img"))?;
+    let disk = disks.join(format!("{stage}.img"));
+    match stage.as_str() {
+        "shell" => shell(&machine, run)?,
+        "debian" => debian(&machine, &disk)?,
+        "memtest" => memtest(&machine, &disk)?,
+        "ipxe" => ipxe(&machine, &disk)?,
+        "installer" => installer(&machine, &disk)?,
+        other => bail!("{other}: shell, debian, memtest, ipxe or installer"),
+    }
     println!("PASS");
     Ok(())
 }

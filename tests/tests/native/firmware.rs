@@ -9,7 +9,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use hci_tests::emulated::{Clock, Emulated};
@@ -17,8 +17,10 @@ use hci_tests::guest::{self, run};
 use hci_tests::initramfs::Initramfs;
 use hci_tests::native::process::executable;
 
-/// How long the emulated machine may run.
-const PATIENCE: Duration = Duration::from_secs(2100);
+/// How long an emulated machine may run.
+const PATIENCE: Duration = Duration::from_secs(1200);
+/// What `src/bin/firmware-guest.rs` looks at, one after the other.
+const STAGES: [&str; 5] = ["shell", "debian", "memtest", "ipxe", "installer"];
 const CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
 const VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 /// Modules that the guest's `init` loads, in this order: variables of firmware, the tablet, what keyboard and tablet send.
@@ -84,8 +86,16 @@ fn firmware_boots_disks_and_keeps_its_variables() -> Result<()> {
     host.pack(&image)?;
 
     let (kernel, initramfs) = (kernel.as_path(), image.as_path());
-    let machine = Emulated { kernel, initramfs, mib: 2560, clock: Clock::Instructions, patience: PATIENCE };
-    machine.pass(&folder.join("console.txt"))
+    // A machine for each, as it may have to be started again.
+    for stage in STAGES {
+        let began = Instant::now();
+        let arguments = format!("stage={stage}");
+        let (arguments, clock, patience) = (arguments.as_str(), Clock::Instructions, PATIENCE);
+        let machine = Emulated { kernel, initramfs, arguments, mib: 2560, clock, patience };
+        machine.pass(&folder.join(format!("console-{stage}.txt")))?;
+        println!("{stage}: {:.0} s", began.elapsed().as_secs_f64());
+    }
+    Ok(())
 }
 
 /// A disk to boot from, and what there is to fetch for it.

@@ -40,7 +40,8 @@ fn a_guests_agent_does_what_a_node_asks_it_for() -> Result<()> {
     host.pack(&image)?;
 
     let (kernel, initramfs) = (kernel.as_path(), image.as_path());
-    let machine = Emulated { kernel, initramfs, mib: 2048, clock: Clock::Time, patience: PATIENCE };
+    let machine =
+        Emulated { kernel, initramfs, arguments: "", mib: 2048, clock: Clock::Time, patience: PATIENCE };
     machine.pass(&folder.join("console.txt"))
 }
 

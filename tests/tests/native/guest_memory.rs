@@ -55,6 +55,7 @@ fn a_guest_has_more_or_less_memory_as_it_is_asked_to_and_talks_with_its_node() -
     host.pack(&image)?;
 
     let (kernel, initramfs) = (kernel.as_path(), image.as_path());
-    let machine = Emulated { kernel, initramfs, mib: 3072, clock: Clock::Time, patience: PATIENCE };
+    let machine =
+        Emulated { kernel, initramfs, arguments: "", mib: 3072, clock: Clock::Time, patience: PATIENCE };
     machine.pass(&folder.join("console.txt"))
 }

@@ -36,7 +36,8 @@ fn parts_come_and_go_while_a_guest_runs() -> Result<()> {
     host.pack(&image)?;
 
     let (kernel, initramfs) = (kernel.as_path(), image.as_path());
-    let machine = Emulated { kernel, initramfs, mib: 2048, clock: Clock::Time, patience: PATIENCE };
+    let machine =
+        Emulated { kernel, initramfs, arguments: "", mib: 2048, clock: Clock::Time, patience: PATIENCE };
     machine.pass(&folder.join("console.txt"))
 }
 
