@@ -111,6 +111,14 @@ pub(super) fn vmm(error: CallError) -> ActionError {
     }
 }
 
+/// For people who wait. What a VMM says is about its guest, and needs no more words.
+pub(super) fn vmm_text(error: CallError) -> String {
+    match error {
+        CallError::Remote(error) if error.code == ErrorCode::Refused => error.message,
+        error => format!("its VMM: {error}"),
+    }
+}
+
 pub(super) fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> ActionError {
     move |source| ActionError::Io { what, source }
 }

@@ -65,7 +65,9 @@ impl Tools {
                 let took = began.elapsed();
                 let paused_ms = paused.as_millis();
                 tracing::info!(%vm, epoch = migration.epoch.0, bytes, took_ms = took.as_millis(), paused_ms, "moved a VM");
-                self.note_pause(vm, bytes, took, paused).await;
+                let (mib, seconds) = (bytes.div_ceil(1 << 20), took.as_secs_f64());
+                let said = format!("{mib} MiB were sent in {seconds:.1} s, it was paused for {paused_ms} ms");
+                self.note_pause(vm, said).await;
                 Ok(())
             }
             Err(Unmoved::NotNow(error)) => Err(error),
@@ -87,14 +89,9 @@ impl Tools {
     }
 
     /// For people who want to know; it is lost with this process.
-    async fn note_pause(&self, vm: VmId, bytes: u64, took: Duration, paused: Duration) {
+    pub(super) async fn note_pause(&self, vm: VmId, said: String) {
         let name = self.cluster.state().borrow().subject_name(&Subject::Vm(vm));
-        let message = format!(
-            "VM {name}: {} MiB were sent in {:.1} s, it was paused for {} ms",
-            bytes.div_ceil(1 << 20),
-            took.as_secs_f64(),
-            paused.as_millis()
-        );
+        let message = format!("VM {name}: {said}");
         let kind = "vm-migration-pause".to_owned();
         let note = Op::Note { severity: Severity::Info, kind, subject: Subject::Vm(vm), message };
         if let Err(error) = self.propose(note).await {

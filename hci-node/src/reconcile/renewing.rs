@@ -8,19 +8,19 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use netfabric::rpc::{CallError, ErrorCode};
+use netfabric::rpc::CallError;
 use tokio::time::Instant;
 use vmm::VmConfig;
 
 use super::{
-    actions::{ActionError, Tools, io, vmm},
+    actions::{ActionError, Tools, io, vmm, vmm_text},
     cluster::ProposeError,
     observed::Vcpus,
     vm_process::{self, Succession},
 };
 use crate::{
     paths::VmPaths,
-    state::{Op, RunEpoch, Severity, Subject, TaskError, VmId},
+    state::{Op, RunEpoch, TaskError, VmId},
     vmm_role::{
         protocol::{
             self, AwaitGuest, BringFlow, BringState, FetchState, GetDescriptors, GuestState, HandOver, Pause,
@@ -67,7 +67,7 @@ impl Tools {
             Ok(paused) => {
                 let paused_ms = paused.as_millis();
                 tracing::info!(%vm, epoch = epoch.0, paused_ms, "a VM goes on in a new process");
-                self.note_renewal(vm, paused).await;
+                self.note_pause(vm, format!("it was paused for {} ms", paused.as_millis())).await;
                 None
             }
             Err(Unrenewed::NotNow(error)) => return Err(error),
@@ -82,17 +82,6 @@ impl Tools {
             tokio::time::sleep(ASK_AGAIN).await;
         }
         Ok(())
-    }
-
-    /// For people who want to know.
-    async fn note_renewal(&self, vm: VmId, paused: Duration) {
-        let name = self.cluster.state().borrow().subject_name(&Subject::Vm(vm));
-        let message = format!("VM {name}: it was paused for {} ms", paused.as_millis());
-        let kind = "vm-migration-pause".to_owned();
-        let note = Op::Note { severity: Severity::Info, kind, subject: Subject::Vm(vm), message };
-        if let Err(error) = self.propose(note).await {
-            tracing::debug!(%error, "how long a VM was paused is not noted");
-        }
     }
 
     /// Returns for how long the guest was held.
@@ -147,29 +136,29 @@ impl Tools {
         self.wait_for(child, run.vm, run.epoch);
         let successor = await_successor(files).await?;
         let held_at = Instant::now();
-        protocol::call(&old, &SaveForSuccessor).await.map_err(text)?;
+        protocol::call(&old, &SaveForSuccessor).await.map_err(vmm_text)?;
         let mut at = 0;
         loop {
             let (flow, piece) =
-                protocol::exchange(&old, &FetchState { at }, Bytes::new()).await.map_err(text)?;
+                protocol::exchange(&old, &FetchState { at }, Bytes::new()).await.map_err(vmm_text)?;
             let order = match flow {
                 StateFlow::Piece => BringState { at, flow: BringFlow::More },
                 StateFlow::End => BringState { at, flow: BringFlow::Last },
                 StateFlow::Settle | StateFlow::Held | StateFlow::Quiet => continue,
             };
             at += piece.len() as u64;
-            protocol::exchange(&new, &order, piece).await.map_err(text)?;
+            protocol::exchange(&new, &order, piece).await.map_err(vmm_text)?;
             if order.flow == BringFlow::Last {
                 break;
             }
         }
         protocol::call(&new, &AwaitGuest)
             .await
-            .map_err(|error| format!("the guest could not be made in it: {}", text(error)))?;
+            .map_err(|error| format!("the guest could not be made in it: {}", vmm_text(error)))?;
         if began.elapsed() > WHOLE_PATIENCE {
             return Err("it took too long".to_owned());
         }
-        protocol::call(&old, &HandOver { to: successor }).await.map_err(text)?;
+        protocol::call(&old, &HandOver { to: successor }).await.map_err(vmm_text)?;
         Ok(held_at)
     }
 }
@@ -219,13 +208,5 @@ fn early(error: CallError) -> Unrenewed {
     match vmm(error) {
         ActionError::NotYet(why) => Unrenewed::NotNow(ActionError::NotYet(why)),
         error => Unrenewed::Failed(error.to_string()),
-    }
-}
-
-/// What a VMM says is about the guest, and needs no more words.
-fn text(error: CallError) -> String {
-    match error {
-        CallError::Remote(error) if error.code == ErrorCode::Refused => error.message,
-        error => format!("its VMM: {error}"),
     }
 }

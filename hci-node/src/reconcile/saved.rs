@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream, stream::FuturesUnordered};
-use netfabric::rpc::{CallError, ErrorCode};
+use netfabric::rpc::CallError;
 use tokio::time::Instant;
 use vmm::Processor;
 
 use super::{
-    actions::{ActionError, Tools, vmm},
+    actions::{ActionError, Tools, vmm, vmm_text},
     cluster::ProposeError,
     plan::lost_nodes,
 };
@@ -131,7 +131,7 @@ impl Tools {
         loop {
             self.check_wanted(saving)?;
             let fetched = protocol::exchange(&socket, &FetchState { at }, Bytes::new()).await;
-            let (flow, piece) = fetched.map_err(|error| Unsaved::Failed(error_text(error)))?;
+            let (flow, piece) = fetched.map_err(|error| Unsaved::Failed(vmm_text(error)))?;
             if flow == StateFlow::End {
                 break;
             }
@@ -254,12 +254,4 @@ fn whole_blocks(piece: Bytes) -> Bytes {
     let mut padded = BytesMut::from(piece);
     padded.resize(whole, 0);
     padded.freeze()
-}
-
-/// What the VMM says is about the guest, and needs no more words.
-fn error_text(error: CallError) -> String {
-    match error {
-        CallError::Remote(error) if error.code == ErrorCode::Refused => error.message,
-        error => format!("its VMM: {error}"),
-    }
 }

@@ -20,6 +20,7 @@ pub mod succession;
 
 use std::{
     fs::File,
+    io::Write,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
@@ -32,7 +33,7 @@ use netfabric::rpc::{Caller, ErrorCode, Handler, Request, Response, RpcError, se
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use vmm::{ExitReason, Inheritance, MigrationProgress, Vm, VmError, VmHandle, VmState};
+use vmm::{ExitReason, Inheritance, MigrationProgress, TransferError, Vm, VmError, VmHandle, VmState};
 
 use self::{
     machine::Making,
@@ -405,12 +406,12 @@ impl Machine {
                 Ok(Response::new(&())?)
             }
             Save::METHOD => {
-                self.save().await?;
+                self.save(VmHandle::save, Offer::None).await?;
                 Ok(Response::new(&())?)
             }
             GetDescriptors::METHOD => Ok(Response::new(&self.descriptors()?)?),
             SaveForSuccessor::METHOD => {
-                self.save_for_successor().await?;
+                self.save(VmHandle::save_for_successor, Offer::Made).await?;
                 Ok(Response::new(&())?)
             }
             HandOver::METHOD => {
@@ -495,14 +496,24 @@ impl Machine {
         .await
     }
 
-    async fn save(&self) -> Result<(), RpcError> {
+    /// Begins to write the guest, held. Once that is done, it may be left to a successor or not.
+    async fn save(
+        self: &Arc<Self>,
+        write: fn(&VmHandle, &mut dyn Write) -> Result<(), TransferError>,
+        offer: Offer,
+    ) -> Result<(), RpcError> {
         let guest = self.guest()?;
         let (mut out, fetched) = saved::outgoing();
         // What was saved before comes to its end by this.
         *self.fetched.lock().await = Some(fetched);
+        let machine = self.clone();
         guest.ask(move |guest| {
+            machine.now.lock().offer = Offer::None;
             let saved = guest.pause().map_err(|error| error_chain(&error));
-            let saved = saved.and_then(|()| guest.save(&mut out).map_err(|error| error_chain(&error)));
+            let saved = saved.and_then(|()| write(guest, &mut out).map_err(|error| error_chain(&error)));
+            if saved.is_ok() {
+                machine.now.lock().offer = offer;
+            }
             out.finish(saved);
         });
         Ok(())

@@ -31,10 +31,9 @@ use tokio::io::{Interest, unix::AsyncFd};
 use vmm::VmHandle;
 
 use super::{
-    Hold, Machine, Offer, ended, error_chain,
+    Hold, Machine, Offer, ended,
     protocol::HandOver,
     record::{self, ProcessRecord, RunLock},
-    saved,
 };
 use crate::paths::VmPaths;
 
@@ -145,24 +144,6 @@ impl Machine {
             Some(Hold::Run(lock)) => Ok(Descriptors { memory, lock: lock.descriptor() }),
             _ => Err(ended()),
         }
-    }
-
-    pub(super) async fn save_for_successor(self: &Arc<Self>) -> Result<(), RpcError> {
-        let guest = self.guest()?;
-        let (mut out, fetched) = saved::outgoing();
-        // What was saved before comes to its end by this.
-        *self.fetched.lock().await = Some(fetched);
-        let machine = self.clone();
-        guest.ask(move |guest| {
-            let saved = guest.pause().map_err(|error| error_chain(&error));
-            let saved =
-                saved.and_then(|()| guest.save_for_successor(&mut out).map_err(|error| error_chain(&error)));
-            if saved.is_ok() {
-                machine.now.lock().offer = Offer::Made;
-            }
-            out.finish(saved);
-        });
-        Ok(())
     }
 
     /// By the main thread, which lets the guest run, too: one comes after the other.
