@@ -2,7 +2,7 @@
 
 use std::{fs, io::Read, os::unix::net::UnixStream, path::PathBuf, thread::JoinHandle};
 
-use super::{Cluster, letters};
+use super::{Cluster, eventually, letters};
 
 impl Cluster {
     pub fn node_of_vm(&self, n: usize) -> usize {
@@ -59,6 +59,27 @@ impl Cluster {
     pub fn kill_vmm(&self, n: usize, record: &str) {
         if let Some(process) = self.process(n, record) {
             kill(process);
+        }
+    }
+
+    /// Waits until the VM runs, in one process; returns its node.
+    pub fn runs_once(&self, seen_from: usize) -> usize {
+        eventually("the VM runs, once", || {
+            let shown = self.run(seen_from, &["vm", "get", "web1", "-o", "json"]);
+            let shown: serde_json::Value = serde_json::from_slice(&shown.stdout).ok()?;
+            let node = shown["node"].as_str()?.trim_start_matches('n').parse::<usize>().ok()?;
+            (shown["state"] == "running" && self.vmms() == [node]).then_some(node)
+        })
+    }
+
+    /// Waits until its guest prints on. Each letter has to be the one after the one before, or the first one of a guest that may have booted.
+    pub fn prints_on(&self, seen_from: usize, first: Option<u8>, when: &str) {
+        let before = self.printed(seen_from);
+        eventually("it prints on", || (self.printed(seen_from) != before).then_some(()));
+        let printed = self.printed(seen_from);
+        for pair in printed.windows(2) {
+            let fits = pair[1] == letters::following(Some(pair[0])) || first == Some(pair[1]);
+            assert!(fits, "{when}: {}", String::from_utf8_lossy(&printed));
         }
     }
 
