@@ -34,6 +34,13 @@ fn executable_of(process: i64) -> u64 {
     fs::metadata(format!("/proc/{process}/exe")).unwrap().ino()
 }
 
+/// What is said of the VM's process.
+fn executable_told(cluster: &Cluster) -> String {
+    let shown = cluster.ok(2, &["vm", "get", "web1", "-o", "json"]);
+    let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+    shown["machine"]["executable"].as_str().unwrap_or_default().to_owned()
+}
+
 #[test]
 fn a_vm_goes_on_in_a_process_of_the_new_executable_and_nobody_notices() {
     if !cluster::has_kvm() {
@@ -48,7 +55,9 @@ fn a_vm_goes_on_in_a_process_of_the_new_executable_and_nobody_notices() {
     assert_eq!(executable_of(process), first);
     let mut last_process = process;
     for _ in 0..3 {
+        assert_eq!(executable_told(&cluster), "present");
         let new = install(&executable);
+        eventually("it is told that it is older", || (executable_told(&cluster) == "older").then_some(()));
         let before = cluster.follow(1);
         std::thread::sleep(Duration::from_millis(300));
         cluster.ok(2, &MIGRATE);
@@ -62,6 +71,7 @@ fn a_vm_goes_on_in_a_process_of_the_new_executable_and_nobody_notices() {
         assert_eq!(cluster.vmms(), [1], "the one before has ended");
         eprintln!("{}", eventually("the pause is told", || cluster.pause_told(1)));
         last_process = process;
+        eventually("it is told", || (executable_told(&cluster) == "present").then_some(()));
     }
     // One that is paused stays so.
     cluster.ok(2, &["vm", "pause", "web1"]);

@@ -366,6 +366,7 @@ impl Views<'_> {
                 max_vcpus: run.make.most.vcpus,
                 memory_bytes: run.make.memory_bytes,
                 max_memory_bytes: run.make.most.memory_bytes,
+                executable: self.vm_report(vm).map(|seen| seen.executable),
             }),
         }
     }

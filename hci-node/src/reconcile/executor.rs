@@ -26,7 +26,10 @@ use super::{
 };
 use crate::{
     data::protocol::DataInstance,
-    state::{ClusterState, ContentHash, Generation, Retired, RunEpoch, VmId, VolumeId, report::LocalReport},
+    state::{
+        ClusterState, ContentHash, Generation, Retired, RunEpoch, VmId, VolumeId,
+        report::{Executable, LocalReport},
+    },
 };
 
 /// How often is looked when nothing happens: VMMs that another control process started tell nobody when they end.
@@ -62,6 +65,8 @@ pub(super) struct Executor {
     grants: BTreeMap<VolumeId, (DataInstance, Generation)>,
     pressed: BTreeMap<VmId, (RunEpoch, Instant)>,
     vcpus: BTreeMap<VmId, (RunEpoch, Vcpus)>,
+    /// What the VMs' processes run.
+    executables: BTreeMap<VmId, Executable>,
     /// Data that are free to be removed, and since when this was seen.
     purgeable: BTreeMap<Leftover, (Option<Retired>, Instant)>,
     pauses: BTreeMap<ActionKey, Pause>,
@@ -88,6 +93,7 @@ impl Executor {
             grants: BTreeMap::new(),
             pressed: BTreeMap::new(),
             vcpus: BTreeMap::new(),
+            executables: BTreeMap::new(),
             purgeable: BTreeMap::new(),
             pauses: BTreeMap::new(),
             running: JoinSet::new(),
@@ -143,6 +149,7 @@ impl Executor {
         let runs = vm_process::scan(&self.tools.paths)?;
         self.pressed.retain(|vm, (epoch, _)| runs.get(vm).is_some_and(|run| run.epoch == *epoch));
         self.vcpus.retain(|vm, (epoch, _)| runs.get(vm).is_some_and(|run| run.epoch == *epoch));
+        self.executables = runs.iter().map(|(vm, run)| (*vm, run.executable)).collect();
         let runs = runs.into_iter().map(|(vm, found)| {
             let phase = match found.ended {
                 Some(ended) => RunPhase::Ended(ended),
@@ -196,6 +203,7 @@ impl Executor {
         let mut plan = plan::plan(view);
         for report in &mut plan.vms {
             report.agent = self.tools.agents.seen(report.vm);
+            report.executable = self.executables.get(&report.vm).copied().unwrap_or_default();
         }
         *self.shown.lock() = Shown {
             report: local_report(observed.data.as_ref(), plan.vms),

@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, OpenOptions},
     io,
-    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     process::Stdio,
     time::{Duration, Instant, SystemTime},
@@ -22,10 +22,10 @@ use crate::{
     files::{self, Durability, remove_if_there},
     isolation::cgroup,
     paths::{NodePaths, VmPaths},
-    state::{RunEpoch, VmId},
+    state::{RunEpoch, VmId, report::Executable},
     vmm_role::{
         protocol::{self, Kill, Pause, PowerButton, Resume},
-        record::{self, Ended, ExitRecord, RunFile},
+        record::{self, Ended, ExitRecord, ProcessRecord, RunFile},
     },
 };
 
@@ -52,11 +52,14 @@ pub struct FoundRun {
     pub epoch: RunEpoch,
     /// How it ended; none while its process is there.
     pub ended: Option<Ended>,
+    /// What its process runs.
+    pub executable: Executable,
 }
 
 /// Looks at all VMs' directories. A run that was just started and shows nothing yet counts as alive.
 pub fn scan(paths: &NodePaths) -> io::Result<BTreeMap<VmId, FoundRun>> {
     let mut runs = BTreeMap::new();
+    let present = executable().ok().and_then(|path| file_of(&path));
     let entries = match fs::read_dir(paths.vms()) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(runs),
@@ -66,7 +69,7 @@ pub fn scan(paths: &NodePaths) -> io::Result<BTreeMap<VmId, FoundRun>> {
         let Some(vm) = entry?.file_name().to_str().and_then(|name| name.parse::<VmId>().ok()) else {
             continue;
         };
-        if let Some(run) = look(&paths.vm(vm))? {
+        if let Some(run) = look(&paths.vm(vm), present)? {
             runs.insert(vm, run);
         }
     }
@@ -90,18 +93,35 @@ pub fn sweep(paths: &NodePaths, is_there: impl Fn(VmId) -> bool) -> io::Result<(
     Ok(())
 }
 
-fn look(paths: &VmPaths) -> io::Result<Option<FoundRun>> {
+/// Device and number of a file.
+type FileId = (u64, u64);
+
+fn file_of(path: &Path) -> Option<FileId> {
+    fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
+}
+
+/// What a process runs, where `present` is what would be started now. That of a process which is about to end counts as present.
+fn executable_of(process: ProcessRecord, present: Option<FileId>) -> Executable {
+    match (file_of(Path::new(&format!("/proc/{}/exe", process.pid))), present) {
+        (Some(runs), Some(present)) if runs != present => Executable::Older,
+        _ => Executable::Present,
+    }
+}
+
+fn look(paths: &VmPaths, present: Option<FileId>) -> io::Result<Option<FoundRun>> {
     let Some(run) = record::run_file(paths)? else { return Ok(None) };
     let epoch = run.epoch;
     // In this order: a process that ends between the two looks has left its record.
-    let alive = record::running(paths)?.is_some();
+    let running = record::running(paths)?;
+    let alive = running.is_some();
+    let executable = running.flatten().map_or(Executable::Present, |process| executable_of(process, present));
     let ended = match record::exit_record(paths)? {
         _ if alive => None,
         Some(record) if record.epoch == epoch => Some(record.ended),
         _ if age(paths) < SPAWN_PATIENCE && !was_locked(paths) => None,
         _ => Some(Ended::Crashed(format!("the VMM process vanished; {}", log_tail(paths)))),
     };
-    Ok(Some(FoundRun { epoch, ended }))
+    Ok(Some(FoundRun { epoch, ended, executable }))
 }
 
 fn age(paths: &VmPaths) -> Duration {
@@ -359,7 +379,7 @@ mod tests {
     use std::os::unix::process::CommandExt;
 
     use super::*;
-    use crate::vmm_role::record::{ProcessRecord, RunLock};
+    use crate::vmm_role::record::RunLock;
 
     fn run_in(paths: &NodePaths, vm: VmId, epoch: u64) -> VmPaths {
         let files = paths.vm(vm);
@@ -384,10 +404,12 @@ mod tests {
         let vm = VmId::random();
         assert!(scan(&paths).unwrap().is_empty());
         let files = run_in(&paths, vm, 3);
-        let alive = FoundRun { epoch: RunEpoch(3), ended: None };
+        let alive = FoundRun { epoch: RunEpoch(3), ended: None, executable: Executable::Present };
         assert_eq!(scan(&paths).unwrap()[&vm], alive, "it was started a moment ago");
         let lock = RunLock::take(&files.pid()).unwrap();
         assert_eq!(scan(&paths).unwrap()[&vm], alive);
+        let other = file_of(files.dir());
+        assert_eq!(look(&files, other).unwrap().unwrap().executable, Executable::Older);
         fs::write(files.log(), "first\n\nlast words\n").unwrap();
         drop(lock);
         let vanished = scan(&paths).unwrap()[&vm].ended.clone();

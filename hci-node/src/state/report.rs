@@ -183,6 +183,19 @@ pub struct VmReport {
     pub state: VmRunState,
     /// What the agent in its guest says, if there is one that answers.
     pub agent: Option<AgentReport>,
+    /// What its process runs.
+    pub executable: Executable,
+}
+
+/// Which executable a process runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Executable {
+    /// The one that its node has.
+    #[default]
+    Present,
+    /// One that was replaced since.
+    Older,
 }
 
 /// What the agent in a guest says. It is the guest's word.

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::state::report::Executable;
+
 /// `POST /v1/vms/NAME/disks`: either `volume` or `size_bytes`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -60,4 +62,7 @@ pub struct Machine {
     pub memory_bytes: u64,
     /// The most that it can get without a restart.
     pub max_memory_bytes: u64,
+    /// What its process runs: the executable that its node has, or one from before an upgrade; none while its node says nothing of it.
+    #[serde(default)]
+    pub executable: Option<Executable>,
 }

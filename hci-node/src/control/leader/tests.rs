@@ -76,7 +76,16 @@ impl World {
                 .filter_map(|vm| {
                     let run = vm.assignment?;
                     let state = if self.holds { VmRunState::Paused } else { VmRunState::Running };
-                    Some((run.node, VmReport { vm: vm.id, epoch: run.epoch, state, agent: None }))
+                    Some((
+                        run.node,
+                        VmReport {
+                            vm: vm.id,
+                            epoch: run.epoch,
+                            state,
+                            agent: None,
+                            executable: Default::default(),
+                        },
+                    ))
                 })
                 .collect();
         }

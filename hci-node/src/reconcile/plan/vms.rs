@@ -351,7 +351,7 @@ pub fn reports(view: View<'_>) -> Vec<VmReport> {
                 RunPhase::Alive { vcpus: Some(Vcpus::Held), .. } => VmRunState::Paused,
                 RunPhase::Alive { .. } => VmRunState::Running,
             };
-            VmReport { vm: *vm, epoch: run.epoch, state, agent: None }
+            VmReport { vm: *vm, epoch: run.epoch, state, agent: None, executable: Default::default() }
         })
         .collect();
     for vm in view.state.vms_on(view.me) {
@@ -364,6 +364,7 @@ pub fn reports(view: View<'_>) -> Vec<VmReport> {
                 epoch: assignment.epoch,
                 state: VmRunState::Waiting(why),
                 agent: None,
+                executable: Default::default(),
             });
         }
     }

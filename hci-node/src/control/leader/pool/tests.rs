@@ -96,7 +96,13 @@ impl World {
         });
         let vms = self.state.vms_on(node).filter_map(|vm| {
             let epoch = vm.assignment?.epoch;
-            Some(VmReport { vm: vm.id, epoch, state: VmRunState::Running, agent: None })
+            Some(VmReport {
+                vm: vm.id,
+                epoch,
+                state: VmRunState::Running,
+                agent: None,
+                executable: Default::default(),
+            })
         });
         NodeReport {
             machine: MachineReport {
