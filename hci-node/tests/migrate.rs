@@ -29,15 +29,13 @@ fn a_vm_moves_while_it_runs_and_nobody_notices() {
     for to in [2, 3, 1] {
         let before = cluster.follow(at);
         std::thread::sleep(Duration::from_millis(300));
-        cluster.ok(at, &["vm", "migrate", "web1", "--to", &format!("n{to}")]);
+        eprintln!("{}", cluster.move_vm(at, &["vm", "migrate", "web1", "--to", &format!("n{to}")]));
         assert_eq!(cluster.vm(1), ("running".to_owned(), Some(format!("n{to}"))));
         // The console there begins where the one here ended.
         let (_, last) = before.join().unwrap();
         let after = eventually("it prints there", || Some(cluster.printed(1)).filter(|said| said.len() > 3));
         assert_eq!(after[0] as char, letters::following(Some(last)) as char);
         eventually("nothing is left here", || (cluster.vmms() == [to]).then_some(()));
-        let told = eventually("the pause is told", || cluster.pause_told(1));
-        eprintln!("{told}");
         at = to;
     }
     // Without a node it finds one; a paused one stays paused.
@@ -157,11 +155,7 @@ fn how_long_guests_are_paused() {
         eventually("the guest has filled its memory", || (cluster.printed(1) == b"R").then_some(()));
         for (from, to) in [(1, 2), (2, 1), (1, 2)] {
             let log = cluster.vm_dir(from).unwrap().join("vmm.log");
-            let told = cluster.pause_told(1);
-            cluster.ok(3, &["vm", "migrate", "web1", "--to", &format!("n{to}")]);
-            let said = eventually("the pause is told", || {
-                cluster.pause_told(1).filter(|now| told.as_ref() != Some(now))
-            });
+            let said = cluster.move_vm(3, &["vm", "migrate", "web1", "--to", &format!("n{to}")]);
             let log = fs::read_to_string(log).unwrap_or_default();
             let parts =
                 log.lines().rev().find_map(|line| line.split_once("written and held ")).map(|found| found.1);
@@ -175,11 +169,7 @@ fn how_long_guests_are_paused() {
             }));
         }
         for _ in 0..3 {
-            let told = cluster.pause_told(1);
-            cluster.ok(3, &["vm", "migrate", "web1", "--in-place"]);
-            let said = eventually("the pause is told", || {
-                cluster.pause_told(1).filter(|now| told.as_ref() != Some(now))
-            });
+            let said = cluster.move_vm(3, &["vm", "migrate", "web1", "--in-place"]);
             eprintln!("{name}: {said}");
             let paused = paused_ms(&said);
             rows.push(serde_json::json!({

@@ -90,13 +90,21 @@ impl Cluster {
         self.nodes[n - 1][0] = self.spawn(n, "data");
     }
 
-    /// The sentence about the last migration's pause.
-    pub fn pause_told(&self, n: usize) -> Option<String> {
+    /// Moves the VM, by this command; returns the sentence about its pause.
+    pub fn move_vm(&self, n: usize, command: &[&str]) -> String {
+        let before = self.pauses_told(n).len();
+        self.ok(n, command);
+        // Two of them may be the same.
+        eventually("the pause is told", || self.pauses_told(n).into_iter().nth(before))
+    }
+
+    /// The sentences about the pauses of migrations, the oldest first.
+    fn pauses_told(&self, n: usize) -> Vec<String> {
         let events = self.ok(n, &["event", "list", "-o", "json"]);
         let events: serde_json::Value = serde_json::from_str(&events).unwrap();
-        let told =
-            events["items"].as_array()?.iter().rev().find(|event| event["kind"] == "vm-migration-pause")?;
-        Some(told["message"].as_str()?.to_owned())
+        let events = events["items"].as_array().cloned().unwrap_or_default();
+        let told = events.iter().filter(|event| event["kind"] == "vm-migration-pause");
+        told.filter_map(|event| event["message"].as_str().map(str::to_owned)).collect()
     }
 }
 
