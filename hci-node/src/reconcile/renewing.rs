@@ -23,7 +23,7 @@ use crate::{
     state::{Op, RunEpoch, TaskError, VmId},
     vmm_role::{
         protocol::{
-            self, AwaitGuest, BringFlow, BringState, FetchState, GetDescriptors, GuestState, HandOver, Pause,
+            self, AwaitGuest, BringFlow, BringState, FetchState, GetDescriptors, GuestState, HandOver,
             Resume, SaveForSuccessor, StateFlow, Status,
         },
         record::{self, Begin, ProcessRecord, RunFile},
@@ -107,12 +107,16 @@ impl Tools {
         let outcome = self.switch(&files, RunFile { vm, epoch, config, begin }, began).await;
         let held_at = match outcome {
             Ok(held_at) => held_at,
-            Err(why) => match call_off(&files, vcpus).await {
-                // It was named after all, only nobody heard of it. The planner lets it run.
-                Ok(Succession::Done) => return Ok(began.elapsed()),
-                Ok(Succession::None) => return Err(Unrenewed::Failed(why)),
-                Err(error) => return Err(Unrenewed::Failed(format!("{why}; {error}"))),
-            },
+            Err(why) => {
+                // Also when the successor is gone already: the guest does not wait for the cluster to be told.
+                take_back(&files, vcpus).await;
+                return match call_off(&files, vcpus).await {
+                    // It was named after all, only nobody heard of it. The planner lets it run.
+                    Ok(Succession::Done) => Ok(began.elapsed()),
+                    Ok(Succession::None) => Err(Unrenewed::Failed(why)),
+                    Err(error) => Err(Unrenewed::Failed(format!("{why}; {error}"))),
+                };
+            }
         };
         if vcpus == Vcpus::Running {
             // The planner sees to it once more if this fails.
@@ -186,15 +190,8 @@ async fn call_off(files: &VmPaths, vcpus: Vcpus) -> Result<Succession, ActionErr
     if record::successor(files).map_err(look)?.is_none() {
         return vm_process::settle_succession(files).await.map_err(io("settle who runs the VM"));
     }
-    // In this order. After it the predecessor leaves the guest to nobody, if it has not done so before.
-    let socket = files.socket();
-    let told = match vcpus {
-        Vcpus::Running => protocol::call(&socket, &Resume).await,
-        Vcpus::Held => protocol::call(&socket, &Pause).await,
-    };
-    if let Err(error) = &told {
-        tracing::debug!(%error, "the VM's process takes its guest back no more");
-    }
+    // In this order.
+    take_back(files, vcpus).await;
     let settled = vm_process::settle_succession(files).await.map_err(io("settle who runs the VM"))?;
     if settled == Succession::None {
         vm_process::end_successor(files).await.map_err(io("end a process"))?;
@@ -202,6 +199,14 @@ async fn call_off(files: &VmPaths, vcpus: Vcpus) -> Result<Succession, ActionErr
         return vm_process::settle_succession(files).await.map_err(io("settle who runs the VM"));
     }
     Ok(settled)
+}
+
+/// Has the predecessor go on with its guest. After it, it leaves the guest to nobody, if it has not done so before.
+async fn take_back(files: &VmPaths, vcpus: Vcpus) {
+    let told = vm_process::set_vcpus(files, vcpus).await;
+    if let Err(error) = told {
+        tracing::debug!(%error, "the VM's process takes its guest back no more");
+    }
 }
 
 fn early(error: CallError) -> Unrenewed {

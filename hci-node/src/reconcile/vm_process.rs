@@ -230,11 +230,14 @@ pub async fn settle_succession(paths: &VmPaths) -> io::Result<Succession> {
     if successor.is_none() || record::running(paths)?.flatten() != successor {
         return Ok(Succession::None);
     }
-    let deadline = Instant::now() + KILL_PATIENCE;
+    let began = Instant::now();
     while let Some(predecessor) = record::predecessor(paths)?.filter(|process| record::is_there(*process)) {
         // The guest is not its own any more.
-        if Instant::now() >= deadline {
+        if began.elapsed() >= KILL_PATIENCE {
             record::kill_recorded(paths, predecessor)?;
+        }
+        if began.elapsed() >= 2 * KILL_PATIENCE {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the VM's former process does not end"));
         }
         tokio::time::sleep(KILL_POLL).await;
     }
